@@ -1,1 +1,3 @@
+//! lockstep: disks for virtual machines that survive the loss of a node.
 
+pub mod replication;
