@@ -1,8 +1,14 @@
 //! What to do, and nothing else: sans-IO state machines and pure decisions. No clock, socket, file or thread inside;
 //! time is an argument, and what is to be done comes out as actions that `engine` (or the simulator) carries out.
 
+pub mod activity_log;
+pub mod attachment;
 pub mod copy_state;
+pub mod dirty_map;
 pub mod failure_mode;
 pub mod ids;
+pub mod in_flight;
 pub mod message;
 pub mod record;
+pub mod replica;
+pub mod timing;

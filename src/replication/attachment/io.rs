@@ -1,0 +1,400 @@
+//! Requests: from the guest to the copies, and back when the rules allow (PROTOCOL 2, 3, 4, 7).
+
+use super::{Action, Attachment, CopySet, Done, Kind, Op, Origin, Outcome, Payload, Pending, Phase, RequestId, Submitted};
+use crate::replication::ids::{Nanos, Seq, Span};
+use crate::replication::message::{Message, Request, Status};
+use crate::replication::replica::REQUESTS_MAX;
+
+/// A takeover is no suspension: whatever the volume's deadline, requests wait this long for it. Below the 60 s after
+/// which Linux guests begin to report hung tasks.
+const TAKEOVER: Nanos = Nanos::from_ms(30_000);
+/// A change of the record that takes longer than this counts as not serving.
+const REGISTRY_PATIENCE: Nanos = Nanos::from_ms(1_000);
+
+impl<D: Payload> Attachment<D> {
+    /// A request of the guest. A write's `data` was snapshotted once; a read's may be the guest memory to fill.
+    pub fn submit(&mut self, now: Nanos, id: RequestId, op: Op, data: Option<D>) {
+        self.now = now;
+        let request = Submitted { id, op, data };
+        if self.failing_requests() {
+            self.complete(id, Outcome::IoError, None);
+        } else if self.not_serving_since.is_some() || self.pending.len() >= REQUESTS_MAX / 2 {
+            self.held.push_back(request);
+        } else {
+            self.begin(request);
+        }
+    }
+
+    /// Whether the failure mode allows serving with the copies in sync now (PROTOCOL 7).
+    pub fn mode_serves(&self) -> bool {
+        self.record.failure_mode.serves(self.record.replicas_wanted, self.in_sync.len())
+    }
+
+    /// Suspended for longer than the volume's deadline: requests are failed until it can serve again (PROTOCOL 7).
+    fn failing_requests(&self) -> bool {
+        let mut deadline = Nanos::from_ms(self.record.suspend_deadline_ms);
+        if self.phase != Phase::Serving {
+            deadline = deadline.max(TAKEOVER);
+        }
+        self.not_serving_since.is_some_and(|since| self.now.since(since) >= deadline)
+    }
+
+    fn begin(&mut self, request: Submitted<D>) {
+        match request.op {
+            Op::Write { span, .. } | Op::Zero { span, .. } => {
+                // S16: an overlapping write under way goes first.
+                if let Some(request) = self.overlaps.claim(span, request) {
+                    self.start_write(request);
+                }
+            }
+            Op::Read(span) => self.start_read(Origin::Guest(request.id), span, self.master, request.data),
+            Op::Flush => self.start_flush(Origin::Guest(request.id)),
+        }
+    }
+
+    fn start_write(&mut self, request: Submitted<D>) {
+        let (kind, span, fua) = match request.op {
+            Op::Write { span, fua } => (Kind::Write, span, fua),
+            Op::Zero { span, unmap, fua } => (Kind::Zero { unmap }, span, fua),
+            Op::Read(_) | Op::Flush => return,
+        };
+        self.unflushed = true;
+        let to = self.in_sync;
+        self.request(Origin::Guest(request.id), kind, span, fua, request.data, to);
+    }
+
+    fn start_read(&mut self, origin: Origin, span: Span, copy: usize, data: Option<D>) {
+        self.request(origin, Kind::Read, span, false, data, CopySet::one(copy));
+    }
+
+    pub(super) fn start_flush(&mut self, origin: Origin) {
+        // Writes before this point have all completed, so every in-sync copy has applied them.
+        let covers = self.pending.low_water(|p| matches!(p.kind, Kind::Write | Kind::Zero { .. }));
+        self.unflushed = false;
+        self.flushed_at = self.now;
+        let to = self.in_sync;
+        self.request(origin, Kind::Flush { covers }, Span { offset: 0, len: 0 }, false, None, to);
+    }
+
+    pub(super) fn request(
+        &mut self,
+        origin: Origin,
+        kind: Kind,
+        span: Span,
+        fua: bool,
+        data: Option<D>,
+        waiting: CopySet,
+    ) {
+        let pending = Pending {
+            origin,
+            kind,
+            span,
+            fua,
+            data,
+            waiting,
+            tried: if kind == Kind::Read { waiting } else { CopySet::EMPTY },
+            submitted: self.now,
+            failed: None,
+        };
+        let seq = self.pending.insert(pending).expect("submit keeps requests below IN_FLIGHT_MAX");
+        // Copies that are down for a moment get it when they are back (resend), or are ejected.
+        self.transmit(seq, waiting.and(self.ready));
+    }
+
+    /// Sends the request `seq` to copies that take requests.
+    pub(super) fn transmit(&mut self, seq: Seq, to: CopySet) {
+        let epoch = self.record.epoch;
+        let Some(p) = self.pending.get_mut(seq) else { return };
+        let request = Request { epoch, seq, span: p.span, fua: p.fua };
+        let (message, data) = match p.kind {
+            Kind::Read => (Message::Read(request), p.data.clone()),
+            Kind::Write => (Message::Write(request), p.data.clone()),
+            Kind::Zero { unmap } => (Message::WriteZeroes { request, unmap }, None),
+            Kind::Flush { .. } => (Message::Flush { epoch, seq }, None),
+        };
+        self.send(to, message, data);
+    }
+
+    /// A copy is back on the same configuration: everything it has not acknowledged goes out again, in order.
+    pub(super) fn resend(&mut self, copy: usize) {
+        for seq in self.pending.in_order() {
+            if self.pending.get_mut(seq).is_some_and(|p| p.waiting.has(copy)) {
+                self.transmit(seq, CopySet::one(copy));
+            }
+        }
+    }
+
+    // ---- answers
+
+    pub(super) fn acked(&mut self, copy: usize, seq: Seq, status: Status) {
+        let only = self.in_sync.without(self.failing).without(CopySet::one(copy)).is_empty();
+        let Some(p) = self.pending.get_mut(seq) else { return };
+        if !p.waiting.has(copy) || p.kind == Kind::Read {
+            return;
+        }
+        match status {
+            Status::Ok => p.waiting.remove(copy),
+            Status::Stale => return self.outbid_by(copy),
+            // Nobody can take over from the last copy: the guest is told (EIO), or waits for space (PROTOCOL 7).
+            Status::Io | Status::NoSpace if only => {
+                p.failed = Some(status);
+                p.waiting.remove(copy);
+                if status == Status::NoSpace {
+                    self.disk_full(copy, seq);
+                    return;
+                }
+            }
+            Status::Io => return self.lose(copy, "its disk failed a write or flush"),
+            Status::NoSpace => return self.lose(copy, "its disk is full"),
+        }
+        self.settle(seq);
+    }
+
+    /// The only copy is full. The write stays pending; it is tried again at each tick until the deadline.
+    fn disk_full(&mut self, copy: usize, seq: Seq) {
+        if let Some(p) = self.pending.get_mut(seq) {
+            p.waiting.insert(copy);
+        }
+        self.peers[copy].why = format!("the disk of node {} is full", self.record.copies[copy].node);
+        self.weigh_serving();
+    }
+
+    /// Ends the request if nobody's answer is missing any more.
+    pub(super) fn settle(&mut self, seq: Seq) {
+        let Some(p) = self.pending.get_mut(seq) else { return };
+        // S4: the bit of a copy that is being ejected stays until the record says that it is out.
+        if !p.waiting.is_empty() {
+            return;
+        }
+        let Some(p) = self.pending.remove(seq) else { return };
+        let outcome = if p.failed.is_some() { Outcome::IoError } else { Outcome::Ok };
+        if let Kind::Flush { covers } = p.kind
+            && outcome == Outcome::Ok
+        {
+            // S5, S13: every in-sync copy has it on stable storage; regions may retire up to here.
+            self.stable = self.stable.max(Seq(covers.0 - 1));
+            self.pressure = false;
+        }
+        if matches!(p.kind, Kind::Write | Kind::Zero { .. }) && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned) {
+            for next in self.overlaps.release(p.span) {
+                self.start_write(next);
+            }
+        }
+        match p.origin {
+            Origin::Guest(id) => self.finish(Done { id, read: false, outcome, data: None }),
+            Origin::Background | Origin::Abandoned => {}
+            Origin::Reconcile { round, chunk } => self.chunk_written(round, chunk, outcome),
+            Origin::Reconciled { round } => self.reconciled(round, outcome),
+            Origin::Leave => self.left_flushed(outcome),
+        }
+    }
+
+    pub(super) fn read_answered(&mut self, copy: usize, seq: Seq, status: Status, data: Option<D>) {
+        let Some(p) = self.pending.get_mut(seq) else { return };
+        if !p.waiting.has(copy) || p.kind != Kind::Read {
+            return;
+        }
+        match status {
+            Status::Ok => {
+                let Some(p) = self.pending.remove(seq) else { return };
+                match p.origin {
+                    Origin::Guest(id) => self.finish(Done { id, read: true, outcome: Outcome::Ok, data }),
+                    Origin::Reconcile { round, chunk } => self.chunk_read(round, chunk, copy, data),
+                    Origin::Background | Origin::Abandoned | Origin::Reconciled { .. } | Origin::Leave => {}
+                }
+            }
+            Status::Stale => self.outbid_by(copy),
+            Status::Io | Status::NoSpace => self.read_elsewhere(seq),
+        }
+    }
+
+    /// The copy asked cannot answer: ask another in-sync one; the last one's error is the guest's.
+    fn read_elsewhere(&mut self, seq: Seq) {
+        let candidates = self.in_sync.and(self.ready).without(self.failing);
+        let Some(p) = self.pending.get_mut(seq) else { return };
+        if let Origin::Reconcile { .. } = p.origin {
+            // Reconciliation reads name their copy: one that cannot be read there cannot be in sync.
+            let copy = p.waiting.iter().next().unwrap_or_default();
+            return self.lose(copy, "its disk failed a read during reconciliation");
+        }
+        match candidates.without(p.tried).iter().next() {
+            Some(next) => {
+                p.tried.insert(next);
+                p.waiting = CopySet::one(next);
+                self.transmit(seq, CopySet::one(next));
+            }
+            None => {
+                let Some(p) = self.pending.remove(seq) else { return };
+                if let Origin::Guest(id) = p.origin {
+                    self.finish(Done { id, read: true, outcome: Outcome::IoError, data: None });
+                }
+            }
+        }
+    }
+
+    /// Copies left: reads that were theirs are asked again, nobody waits for their answers any more (PROTOCOL 5).
+    pub(super) fn forget_copies(&mut self, out: CopySet) {
+        for seq in self.pending.in_order() {
+            let Some(p) = self.pending.get_mut(seq) else { continue };
+            if p.waiting.and(out).is_empty() {
+                continue;
+            }
+            p.waiting = p.waiting.without(out);
+            if p.kind == Kind::Read {
+                p.waiting = CopySet::one(self.master);
+                p.tried = p.waiting;
+                self.transmit(seq, CopySet::one(self.master).and(self.ready));
+            } else {
+                self.settle(seq);
+            }
+        }
+    }
+
+    // ---- completion
+
+    fn finish(&mut self, done: Done<D>) {
+        if self.done.is_empty() && self.may_complete(&done) {
+            self.complete(done.id, done.outcome, done.data);
+        } else {
+            self.done.push_back(done);
+            self.release_done();
+        }
+    }
+
+    /// Evaluated at completion (PROTOCOL 2.5, 4, 7).
+    fn may_complete(&self, done: &Done<D>) -> bool {
+        if done.outcome == Outcome::IoError {
+            return true;
+        }
+        // S17: nothing completes OK while the mode says suspend. S8: no read without a lease.
+        self.owns() && self.mode_serves() && (!done.read || self.lease_holds())
+    }
+
+    pub(super) fn release_done(&mut self) {
+        for _ in 0..self.done.len() {
+            let Some(done) = self.done.pop_front() else { break };
+            if self.may_complete(&done) {
+                self.complete(done.id, done.outcome, done.data);
+            } else {
+                self.done.push_back(done);
+            }
+        }
+    }
+
+    fn complete(&mut self, id: RequestId, outcome: Outcome, data: Option<D>) {
+        self.actions.push_back(Action::Complete { id, outcome, data });
+    }
+
+    /// Every in-sync copy but the one in this process acknowledged a heartbeat sent less than `lease` ago.
+    fn lease_holds(&self) -> bool {
+        self.in_sync.iter().filter(|c| Some(*c) != self.local).all(|c| {
+            let sent = self.peers[c].lease;
+            sent.is_some_and(|sent| self.now.since(sent) < self.timing.lease)
+        })
+    }
+
+    // ---- time
+
+    pub(super) fn tick_io(&mut self) {
+        self.retry_full();
+        self.weigh_serving();
+        while self.not_serving_since.is_none() && self.pending.len() < REQUESTS_MAX / 2 {
+            let Some(request) = self.held.pop_front() else { break };
+            self.begin(request);
+        }
+        self.release_done();
+        if self.failing_requests() {
+            self.fail_held();
+        }
+        let due = self.pressure || self.now.since(self.flushed_at) >= self.timing.background_flush;
+        if self.phase == Phase::Serving && self.record.logged() && self.unflushed && due {
+            self.start_flush(Origin::Background);
+        }
+    }
+
+    /// Notes when serving stops and starts (PROTOCOL 7).
+    pub(super) fn weigh_serving(&mut self) {
+        match (self.why_not_serving(), self.not_serving_since) {
+            (None, Some(_)) => {
+                self.not_serving_since = None;
+                let text = format!("serving with {} of {} copies", self.in_sync.len(), self.record.copies.len());
+                self.event("7 serve", text);
+            }
+            (Some(why), None) => {
+                self.not_serving_since = Some(self.now);
+                self.event("7 suspend", why);
+            }
+            _ => {}
+        }
+    }
+
+    /// Why no request is completed now, for the operator.
+    pub fn why_not_serving(&self) -> Option<String> {
+        if self.phase != Phase::Serving {
+            return Some(format!("the attachment is {}", super::name(&self.phase)));
+        }
+        if !self.mode_serves() {
+            return Some(format!(
+                "{} copies are in sync where {} replicas are asked for, which the failure mode {:?} does not allow",
+                self.in_sync.len(),
+                self.record.replicas_wanted,
+                self.record.failure_mode
+            ));
+        }
+        if self.is_full() {
+            return Some("the volume's only copy is on a full disk: make space there".into());
+        }
+        if self.in_sync.and(self.ready).is_empty() {
+            return Some(format!("no copy can be reached: {}", self.peers[self.master].why));
+        }
+        let slow = self.change.as_ref().is_some_and(|c| self.now.since(c.since) >= REGISTRY_PATIENCE);
+        slow.then(|| "a copy was lost and the registry does not answer, so it cannot be put out of the in-sync set".into())
+    }
+
+    fn is_full(&self) -> bool {
+        self.pending.iter().any(|(_, p)| p.failed == Some(Status::NoSpace))
+    }
+
+    fn retry_full(&mut self) {
+        let full: Vec<Seq> =
+            self.pending.iter().filter(|(_, p)| p.failed == Some(Status::NoSpace)).map(|(seq, _)| seq).collect();
+        let over = self.failing_requests();
+        for seq in full {
+            let Some(p) = self.pending.get_mut(seq) else { continue };
+            if over {
+                // The deadline passed: the guest gets its error (the failure stays noted).
+                p.waiting = CopySet::EMPTY;
+                self.settle(seq);
+            } else {
+                p.failed = None;
+                let to = p.waiting.and(self.ready);
+                self.transmit(seq, to);
+            }
+        }
+    }
+
+    /// The suspend deadline passed: everything that waits is answered with an error (PROTOCOL 7).
+    fn fail_held(&mut self) {
+        while let Some(request) = self.held.pop_front() {
+            self.complete(request.id, Outcome::IoError, None);
+        }
+        for request in self.overlaps.drain_waiting() {
+            self.complete(request.id, Outcome::IoError, None);
+        }
+        while let Some(done) = self.done.pop_front() {
+            self.complete(done.id, Outcome::IoError, None);
+        }
+        // What the copies still work on keeps its place (S16) and is answered; only the guest stops waiting.
+        // Not those at the copy of this process: its disk may be using the guest's memory.
+        let local = self.local.map_or(CopySet::EMPTY, CopySet::one);
+        for seq in self.pending.in_order() {
+            let Some(p) = self.pending.get_mut(seq) else { continue };
+            if let Origin::Guest(id) = p.origin
+                && p.waiting.and(local).is_empty()
+            {
+                p.origin = Origin::Abandoned;
+                self.complete(id, Outcome::IoError, None);
+            }
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Taking a volume over (PROTOCOL 5.1–5.3), and leaving it cleanly.
+
+use super::{Attachment, CopySet, Link, Origin, Outcome, Payload, Phase, Purpose, Vote};
+use crate::replication::ids::{Epoch, Nanos};
+use crate::replication::message::{DiskState, Message, Promise, Proof, Refusal};
+use crate::replication::record::{CopyStatus, Record, State};
+
+/// Where a takeover stands.
+#[derive(Debug, Default)]
+pub(super) struct Join {
+    /// The epoch asked for.
+    target: Epoch,
+    /// Only asking whether the old attachment is heard; nobody promises yet.
+    probing: bool,
+    since: Nanos,
+    /// What the copies held when they promised.
+    regions: Vec<crate::replication::ids::Region>,
+    /// All of them were left clean.
+    clean: bool,
+    /// Detaching: the flush is done, the copies were told.
+    leaving_told: bool,
+    leaving_flushing: bool,
+}
+
+impl<D: Payload> Attachment<D> {
+    /// Asks every in-sync copy, from the start.
+    pub(super) fn begin_join(&mut self) {
+        if self.phase != Phase::Joining {
+            self.set_phase(Phase::Joining, "5.1 join");
+        }
+        self.join = Join {
+            target: self.record.epoch.max(self.outbid).next(),
+            // A pre-vote disturbs nobody: without it, an attach in vain would fence a healthy attachment.
+            probing: self.proof == Proof::None && self.record.attachment.is_some(),
+            since: self.now,
+            ..Join::default()
+        };
+        if self.record.attachment.is_none() {
+            self.proof = Proof::Released(self.record.epoch);
+        }
+        self.ask_all();
+    }
+
+    fn ask_all(&mut self) {
+        for copy in self.in_sync.iter() {
+            self.peers[copy].vote = None;
+            if matches!(self.peers[copy].link, Link::Up) {
+                self.ask_promise(copy);
+            }
+        }
+    }
+
+    pub(super) fn ask_promise(&mut self, copy: usize) {
+        if self.phase != Phase::Joining {
+            return;
+        }
+        let message = Message::Promise(Promise {
+            epoch: self.join.target,
+            candidate: self.me.node.clone(),
+            instance: self.me.instance,
+            proof: self.proof,
+            probe: self.join.probing,
+        });
+        self.send(CopySet::one(copy), message, None);
+    }
+
+    pub(super) fn promised(&mut self, copy: usize, disk: DiskState) {
+        if self.phase != Phase::Joining || disk.probe != self.join.probing || disk.promised != self.join.target {
+            return;
+        }
+        let vote = match self.misfit(&disk) {
+            Some(why) => {
+                let node = self.record.copies[copy].node.clone();
+                self.event("5.2 promise", format!("the copy on {node} cannot be used: {why}"));
+                self.peers[copy].why = why;
+                Vote::Out
+            }
+            None if disk.probe => Vote::Probed,
+            None => Vote::Promised(disk),
+        };
+        self.peers[copy].vote = Some(vote);
+        self.tally();
+    }
+
+    /// Why a copy that the record calls in sync cannot be: its disk tells another history.
+    fn misfit(&self, disk: &DiskState) -> Option<String> {
+        let known = self.record.lineage.iter().find(|(epoch, _)| *epoch == disk.epoch);
+        if disk.epoch > self.record.epoch {
+            Some(format!("its disk is in epoch {}, the record in {}: is the registry an old one?", disk.epoch, self.record.epoch))
+        } else if known.is_some_and(|(_, tag)| *tag != disk.tag) {
+            Some(format!("its disk is of another history of epoch {}", disk.epoch))
+        } else {
+            None
+        }
+    }
+
+    pub(super) fn vote_refused(&mut self, copy: usize, refusal: Refusal) {
+        let node = self.record.copies[copy].node.clone();
+        match refusal {
+            Refusal::Stale { promised } => {
+                // Somebody was promised more. Above that, from what the record says by then.
+                self.outbid = self.outbid.max(promised);
+                self.peers[copy].why = refusal.to_string();
+                self.actions.push_back(super::Action::ReadRecord);
+                if self.phase == Phase::Joining {
+                    self.begin_join();
+                }
+            }
+            Refusal::Attached { .. } => self.fence(format!("{refusal} (so says the copy on {node})")),
+            _ => {
+                self.peers[copy].why = refusal.to_string();
+                self.peers[copy].vote = Some(Vote::Out);
+                self.tally();
+            }
+        }
+    }
+
+    pub(super) fn tick_join(&mut self) {
+        self.tally();
+    }
+
+    /// Whether enough is known to go on.
+    fn tally(&mut self) {
+        if self.phase != Phase::Joining {
+            return;
+        }
+        let asked = self.in_sync;
+        let waited = self.now.since(self.join.since) >= self.timing.join;
+        let silent = asked.iter().filter(|c| self.peers[*c].vote.is_none()).count();
+        if silent > 0 && !waited {
+            return;
+        }
+        if self.join.probing {
+            // One that hears the old attachment would have said so.
+            if asked.iter().any(|c| matches!(self.peers[c].vote, Some(Vote::Probed))) {
+                self.join.probing = false;
+                self.join.since = self.now;
+                self.ask_all();
+            }
+            return;
+        }
+        let mut with_gap = CopySet::EMPTY;
+        let mut without = CopySet::EMPTY;
+        for copy in asked.iter() {
+            let Some(Vote::Promised(disk)) = &self.peers[copy].vote else { continue };
+            let known = self.record.copies[copy].boot_id;
+            // Another boot than the one it was taken in under: unflushed completed writes may be gone (PROTOCOL 5).
+            // After a clean detach there were none.
+            let gap = self.record.state != State::Clean && known.is_some_and(|b| b != disk.boot_id);
+            if gap { with_gap.insert(copy) } else { without.insert(copy) }
+        }
+        let members = if without.is_empty() { with_gap } else { without };
+        // With too few to serve nothing is won by giving the others up: wait for them.
+        let serves = self.record.failure_mode.serves(self.record.replicas_wanted, members.len());
+        if members.is_empty() || (silent > 0 && !serves) {
+            return;
+        }
+        self.claim(members);
+    }
+
+    fn claim(&mut self, members: CopySet) {
+        let mut next: Record = self.record.clone();
+        let mut clean = self.record.state == State::Clean;
+        let mut regions = Vec::new();
+        for copy in self.in_sync.iter() {
+            if !members.has(copy) {
+                next.copies[copy].status = CopyStatus::Missing;
+                next.copies[copy].base.last = Some(self.record.epoch);
+                let why = self.peers[copy].why.clone();
+                let node = &self.record.copies[copy].node;
+                let text = format!("the copy on {node} did not promise in time ({why})");
+                self.event("5.3 claim", text);
+                continue;
+            }
+            if let Some(Vote::Promised(disk)) = &self.peers[copy].vote {
+                clean &= disk.clean;
+                regions.extend_from_slice(&disk.regions);
+                next.copies[copy].boot_id = Some(disk.boot_id);
+            }
+        }
+        regions.sort_unstable();
+        regions.dedup();
+        let keep = members.has(self.master) && self.local.is_none_or(|l| !members.has(l));
+        let master = if keep { self.master } else { self.choose_master(members) };
+        next.master = next.copies[master].copy_id;
+        next.attachment = Some(self.me.clone());
+        next.state = if clean || members.len() == 1 { State::Active } else { State::Recovering };
+        let tag = self.tag();
+        next.advance(self.join.target, tag);
+        self.join.regions = regions;
+        self.join.clean = clean;
+        self.set_phase(Phase::Claiming, "5.3 claim");
+        self.propose(Purpose::Claim, next);
+    }
+
+    /// The record is ours: have the copies persist it.
+    pub(super) fn claimed(&mut self) {
+        self.set_phase(Phase::Configuring, "5.3 claim");
+        let now = self.now;
+        for copy in self.in_sync.iter() {
+            let peer = &mut self.peers[copy];
+            peer.heard = now;
+            if peer.link == Link::Up {
+                let message = Message::Attach(self.configuration());
+                self.send(CopySet::one(copy), message, None);
+            }
+        }
+    }
+
+    pub(super) fn advance_configuring(&mut self) {
+        if self.change.is_some() || !self.in_sync.without(self.ready).is_empty() {
+            return;
+        }
+        if self.record.state == State::Recovering {
+            let regions = std::mem::take(&mut self.join.regions);
+            self.set_phase(Phase::Reconciling, "5.4 reconcile");
+            self.begin_reconcile(regions);
+        } else {
+            self.set_phase(Phase::Serving, "5 serve");
+            self.tick_io();
+        }
+    }
+
+    // ---- leaving
+
+    pub(super) fn advance_leaving(&mut self) {
+        if !self.is_idle() && !self.join.leaving_flushing {
+            return;
+        }
+        if self.change.is_some() || !self.in_sync.without(self.ready).is_empty() && !self.join.leaving_told {
+            return;
+        }
+        if !self.join.leaving_flushing {
+            self.join.leaving_flushing = true;
+            self.start_flush(Origin::Leave);
+        } else if self.join.leaving_told
+            && self.in_sync.without(self.failing).iter().all(|c| self.peers[c].detached)
+            && self.failing.is_empty()
+        {
+            self.propose_release();
+        }
+    }
+
+    pub(super) fn left_flushed(&mut self, outcome: Outcome) {
+        if outcome == Outcome::IoError {
+            // The last copy's disk failed. Left as after a crash: nothing is called clean.
+            return self.fence("the last flush failed; detached without a clean mark".into());
+        }
+        self.join.leaving_told = true;
+        let message = Message::Detach { epoch: self.record.epoch };
+        self.send(self.ready, message, None);
+    }
+
+    pub(super) fn propose_release(&mut self) {
+        let mut next = self.record.clone();
+        next.attachment = None;
+        next.state = State::Clean;
+        let tag = self.tag();
+        next.advance(self.record.epoch.max(self.outbid).next(), tag);
+        self.propose(Purpose::Release, next);
+    }
+}

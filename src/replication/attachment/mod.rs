@@ -1,0 +1,636 @@
+//! The attachment: the only writer of a volume. It takes the guest's requests, has every in-sync copy do them, and
+//! completes them when the rules allow (PROTOCOL 2–5, 7).
+//!
+//! Sans-IO. Events in: the `on_*` methods and [`Attachment::submit`]; then carry out every [`Action`] of
+//! [`Attachment::poll`], in order. Nothing here waits: what cannot go on is looked at again at the next event or
+//! [`Attachment::on_tick`] (call it at least every 50 ms).
+//!
+//! - `join`: taking the volume over: pre-vote, promises, the claim in the record, configuring the copies;
+//! - `reconcile`: deciding the regions in which copies may differ;
+//! - `membership`: links to the copies, ejection, promotion of another master, changes of the record;
+//! - `io`: requests, completion, leases, suspension.
+
+mod io;
+mod join;
+mod membership;
+mod reconcile;
+
+use std::collections::VecDeque;
+
+use super::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos, NodeName, Seq, Span, Tag};
+use super::in_flight::{InFlight, Overlaps};
+use super::message::{Configuration, DiskState, Message, Proof, Status};
+use super::record::{self, CopyStatus, Record};
+use super::timing::Timing;
+
+/// A revision of the record in the registry.
+pub type Revision = u64;
+
+/// A guest request, numbered by the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RequestId(pub u64);
+
+/// What a guest asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Read.
+    Read(Span),
+    /// Write; with `fua` durable when completed.
+    Write {
+        /// Where.
+        span: Span,
+        /// Write-through.
+        fua: bool,
+    },
+    /// Make zero.
+    Zero {
+        /// Where.
+        span: Span,
+        /// Give the space back.
+        unmap: bool,
+        /// Write-through.
+        fua: bool,
+    },
+    /// Make completed writes durable.
+    Flush,
+}
+
+/// How a guest request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Done.
+    Ok,
+    /// VIRTIO_BLK_S_IOERR.
+    IoError,
+}
+
+/// The bytes of a request, as the engine (or the simulator) holds them.
+pub trait Payload: Clone {
+    /// Whether both hold the same bytes.
+    fn same(&self, other: &Self) -> bool;
+}
+
+/// A set of copies, by their index in the record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CopySet(pub u16);
+
+impl CopySet {
+    /// None.
+    pub const EMPTY: Self = Self(0);
+
+    /// Just this one.
+    pub fn one(copy: usize) -> Self {
+        Self(1 << copy)
+    }
+
+    /// Whether `copy` is in it.
+    pub fn has(self, copy: usize) -> bool {
+        self.0 & (1 << copy) != 0
+    }
+
+    /// Both sets' members.
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Without `other`'s members.
+    pub fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
+    /// Adds `copy`.
+    pub fn insert(&mut self, copy: usize) {
+        self.0 |= 1 << copy;
+    }
+
+    /// Removes `copy`.
+    pub fn remove(&mut self, copy: usize) {
+        self.0 &= !(1 << copy);
+    }
+
+    /// No member.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Members.
+    pub fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    /// The members, lowest first.
+    pub fn iter(self) -> impl Iterator<Item = usize> {
+        (0..COPIES_MAX).filter(move |c| self.has(*c))
+    }
+}
+
+/// What the engine is to do for an attachment.
+#[derive(Debug)]
+pub enum Action<D> {
+    /// Send to these copies.
+    Send {
+        /// Which.
+        to: CopySet,
+        /// What.
+        message: Message,
+        /// The payload.
+        data: Option<D>,
+    },
+    /// Complete a guest request. A read from a copy elsewhere brings its bytes.
+    Complete {
+        /// Which.
+        id: RequestId,
+        /// How.
+        outcome: Outcome,
+        /// The bytes read, when they are not in the guest's memory already.
+        data: Option<D>,
+    },
+    /// Connect to this copy; report by `on_connected` or `on_disconnected`.
+    Dial {
+        /// Index.
+        copy: usize,
+        /// Identity.
+        copy_id: CopyId,
+        /// Where.
+        node: NodeName,
+    },
+    /// Drop the connection to this copy.
+    Hangup(usize),
+    /// Compare-and-swap the record; report by `on_cas`.
+    Cas {
+        /// The revision it must have.
+        expected: Revision,
+        /// The new value.
+        record: Box<Record>,
+    },
+    /// Read the record; report by `on_record`.
+    ReadRecord,
+    /// A change of state, for log and events.
+    Event {
+        /// The rule that caused it.
+        rule: &'static str,
+        /// One sentence.
+        text: String,
+    },
+    /// The attachment has ended (see [`Attachment::phase`]).
+    Ended,
+}
+
+/// Answer to [`Action::Cas`].
+#[derive(Debug)]
+pub enum CasOutcome {
+    /// Swapped; the new revision.
+    Done(Revision),
+    /// Another value was there (`None`: the record is gone).
+    Conflict(Option<(Record, Revision)>),
+    /// Nobody knows whether it was swapped.
+    Ambiguous,
+    /// Not swapped: the registry did not answer.
+    Unavailable,
+}
+
+/// How far an attachment is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Asking the copies for their promise.
+    Joining,
+    /// Swapping the record.
+    Claiming,
+    /// The record is ours; copies persist the configuration.
+    Configuring,
+    /// Deciding where copies may differ.
+    Reconciling,
+    /// Serving.
+    Serving,
+    /// Detaching: flushing, emptying logs.
+    Leaving,
+    /// Detached cleanly.
+    Left,
+    /// Another attachment took the volume, or this one was refused it: nothing more is completed.
+    Fenced(String),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Link {
+    /// Not connected since; tried last.
+    Down { since: Nanos, tried: Nanos },
+    /// Connecting; not connected since.
+    Dialing { since: Nanos },
+    Up,
+}
+
+/// A copy, as the attachment sees it.
+#[derive(Debug)]
+struct Peer {
+    link: Link,
+    /// When it was last heard.
+    heard: Nanos,
+    /// When it was last sent a heartbeat.
+    beat: Nanos,
+    /// When the newest acknowledged heartbeat was sent.
+    lease: Option<Nanos>,
+    boot_id: Option<BootId>,
+    vote: Option<Vote>,
+    detached: bool,
+    /// Why it was lost last.
+    why: String,
+}
+
+#[derive(Debug)]
+enum Vote {
+    Probed,
+    Promised(DiskState),
+    Out,
+}
+
+#[derive(Debug)]
+enum Origin {
+    Guest(RequestId),
+    /// Of a guest that was told IOERR meanwhile; it keeps its place until the copies have answered (S16).
+    Abandoned,
+    /// A flush of all copies on our own account; its meaning when done.
+    Background,
+    /// Part of a reconciliation round.
+    Reconcile { round: u64, chunk: super::ids::Chunk },
+    /// The flush that ends reconciliation of this round.
+    Reconciled { round: u64 },
+    /// The flush before a clean detach.
+    Leave,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    Zero { unmap: bool },
+    Flush { covers: Seq },
+}
+
+#[derive(Debug)]
+struct Pending<D> {
+    origin: Origin,
+    kind: Kind,
+    span: Span,
+    fua: bool,
+    data: Option<D>,
+    /// Copies whose answer is still needed.
+    waiting: CopySet,
+    /// Reads: copies asked already.
+    tried: CopySet,
+    submitted: Nanos,
+    /// A last copy answered this; nobody can replace it.
+    failed: Option<Status>,
+}
+
+#[derive(Debug)]
+struct Submitted<D> {
+    id: RequestId,
+    op: Op,
+    data: Option<D>,
+}
+
+#[derive(Debug)]
+struct Done<D> {
+    id: RequestId,
+    read: bool,
+    outcome: Outcome,
+    data: Option<D>,
+}
+
+/// What a change of the record is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// Taking the volume over.
+    Claim,
+    /// Ejecting copies.
+    Eject,
+    /// Going above a promise that led to nothing.
+    Raise,
+    /// Reconciliation has ended.
+    Activate,
+    /// Clean detach.
+    Release,
+}
+
+/// A change of the record under way. While its outcome is unknown the proposal stays the same, tag included: of two
+/// attempts at one revision at most one can win, and both mean the same.
+#[derive(Debug)]
+struct Change {
+    purpose: Purpose,
+    proposed: Record,
+    since: Nanos,
+    /// Waiting for the registry's answer.
+    asked: bool,
+    /// The answer was ambiguous: read before anything else.
+    unknown: bool,
+    /// When to ask again.
+    retry: Nanos,
+}
+
+/// The state machine of one attachment.
+#[derive(Debug)]
+pub struct Attachment<D> {
+    me: record::Attachment,
+    record: Record,
+    revision: Revision,
+    timing: Timing,
+    now: Nanos,
+    rng: u64,
+    phase: Phase,
+    proof: Proof,
+    peers: Vec<Peer>,
+    in_sync: CopySet,
+    ready: CopySet,
+    failing: CopySet,
+    master: usize,
+    /// The copy on the attachment's own node.
+    local: Option<usize>,
+    change: Option<Change>,
+    /// The highest promise a copy reported above our epoch.
+    outbid: Epoch,
+    join: join::Join,
+    reconcile: reconcile::Reconcile<D>,
+    pending: InFlight<Pending<D>>,
+    overlaps: Overlaps<Submitted<D>>,
+    /// Guest requests not started: not serving yet, or suspended.
+    held: VecDeque<Submitted<D>>,
+    /// Requests done on the copies that may not complete now (lease, failure mode).
+    done: VecDeque<Done<D>>,
+    not_serving_since: Option<Nanos>,
+    stable: Seq,
+    unflushed: bool,
+    flushed_at: Nanos,
+    pressure: bool,
+    leaving: bool,
+    actions: VecDeque<Action<D>>,
+}
+
+/// A summary for people.
+#[derive(Clone, Debug)]
+pub struct Status_ {
+    /// How far.
+    pub phase: Phase,
+    /// Not serving since, as a span from now.
+    pub suspended_for: Option<Nanos>,
+    /// Guest requests under way.
+    pub in_flight: usize,
+    /// Per copy, in the record's order.
+    pub copies: Vec<CopyView>,
+}
+
+/// One copy for people.
+#[derive(Clone, Debug)]
+pub struct CopyView {
+    /// Identity.
+    pub copy_id: CopyId,
+    /// Where.
+    pub node: NodeName,
+    /// As in the record.
+    pub status: CopyStatus,
+    /// Reads come from it.
+    pub master: bool,
+    /// Takes requests now.
+    pub connected: bool,
+    /// Why it was lost last.
+    pub why: String,
+}
+
+impl<D: Payload> Attachment<D> {
+    /// Begins to take over the volume of `record`. `proof` says why the copies need not wait for the old attachment.
+    /// `seed` feeds epoch tags and the choice among equal replicas.
+    pub fn new(
+        me: record::Attachment,
+        record: Record,
+        revision: Revision,
+        proof: Proof,
+        timing: Timing,
+        seed: u64,
+        now: Nanos,
+    ) -> Self {
+        let mut attachment = Self {
+            local: None,
+            me,
+            revision,
+            timing,
+            now,
+            rng: seed,
+            phase: Phase::Joining,
+            proof,
+            peers: Vec::new(),
+            in_sync: CopySet::EMPTY,
+            ready: CopySet::EMPTY,
+            failing: CopySet::EMPTY,
+            master: 0,
+            change: None,
+            outbid: Epoch(0),
+            join: join::Join::default(),
+            reconcile: reconcile::Reconcile::default(),
+            pending: InFlight::default(),
+            overlaps: Overlaps::default(),
+            held: VecDeque::new(),
+            done: VecDeque::new(),
+            not_serving_since: Some(now),
+            stable: Seq(0),
+            unflushed: false,
+            flushed_at: now,
+            pressure: false,
+            leaving: false,
+            actions: VecDeque::new(),
+            record,
+        };
+        attachment.adopt();
+        attachment.begin_join();
+        attachment
+    }
+
+    // ---- getters
+
+    /// How far it is.
+    pub fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    /// The record in force, as last read or written.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Nothing of the guest is under way.
+    pub fn is_idle(&self) -> bool {
+        self.pending.is_empty() && self.held.is_empty() && self.done.is_empty() && self.overlaps.waiting() == 0
+    }
+
+    /// For people.
+    pub fn status(&self) -> Status_ {
+        let copies = self.record.copies.iter().enumerate().map(|(i, c)| CopyView {
+            copy_id: c.copy_id,
+            node: c.node.clone(),
+            status: c.status,
+            master: i == self.master,
+            connected: self.ready.has(i),
+            why: self.peers[i].why.clone(),
+        });
+        Status_ {
+            phase: self.phase.clone(),
+            suspended_for: self.not_serving_since.map(|since| self.now.since(since)),
+            in_flight: self.pending.len() + self.held.len() + self.done.len() + self.overlaps.waiting(),
+            copies: copies.collect(),
+        }
+    }
+
+    // ---- events that touch everything
+
+    /// Time passed.
+    pub fn on_tick(&mut self, now: Nanos) {
+        self.now = now;
+        if self.ended() {
+            return;
+        }
+        self.tick_links();
+        self.tick_change();
+        match self.phase {
+            Phase::Joining => self.tick_join(),
+            Phase::Serving | Phase::Reconciling | Phase::Configuring | Phase::Leaving => {
+                self.tick_heartbeats();
+                self.tick_failing();
+            }
+            _ => {}
+        }
+        self.tick_io();
+        self.advance();
+    }
+
+    /// A message of the connection to `copy`, in its order.
+    pub fn on_message(&mut self, now: Nanos, copy: usize, message: Message, data: Option<D>) {
+        self.now = now;
+        if self.ended() {
+            return;
+        }
+        self.peers[copy].heard = now;
+        match message {
+            Message::AckVec { acks, log_pressure, .. } => {
+                self.pressure |= log_pressure;
+                for (seq, status) in acks {
+                    self.acked(copy, seq, status);
+                }
+            }
+            Message::ReadReply { seq, status } => self.read_answered(copy, seq, status, data),
+            Message::HeartbeatAck { epoch, sent } if epoch == self.record.epoch => {
+                self.peers[copy].lease = self.peers[copy].lease.max(Some(sent));
+                self.release_done();
+            }
+            Message::HeartbeatAck { .. } | Message::EpochAck { .. } => {}
+            Message::PromiseAck(disk) => self.promised(copy, disk),
+            Message::AttachAck { epoch } => self.attached(copy, epoch),
+            Message::DetachAck { .. } => self.peers[copy].detached = true,
+            Message::Nack(refusal) => self.refused(copy, refusal),
+            other => self.lose(copy, &format!("it sent {other:?}, which only an attachment sends")),
+        }
+        self.advance();
+    }
+
+    /// One acknowledgement of the local copy: as an AckVec of one, without building it.
+    pub fn on_ack(&mut self, now: Nanos, copy: usize, seq: Seq, status: Status) {
+        self.now = now;
+        if self.ended() {
+            return;
+        }
+        self.peers[copy].heard = now;
+        self.acked(copy, seq, status);
+        self.advance();
+    }
+
+    /// What to do next, in order.
+    pub fn poll(&mut self) -> Option<Action<D>> {
+        self.actions.pop_front()
+    }
+
+    /// Leave cleanly: what is under way is finished, then every copy is flushed and its log emptied.
+    pub fn detach(&mut self, now: Nanos) {
+        self.now = now;
+        self.leaving = true;
+        self.advance();
+    }
+
+    // ---- shared by the parts
+
+    fn ended(&self) -> bool {
+        matches!(self.phase, Phase::Left | Phase::Fenced(_))
+    }
+
+    /// Whether the record in force is ours, so that copies may be configured and ejected.
+    fn owns(&self) -> bool {
+        matches!(self.phase, Phase::Configuring | Phase::Reconciling | Phase::Serving | Phase::Leaving)
+    }
+
+    /// Goes on with whatever the last event made possible.
+    fn advance(&mut self) {
+        if self.ended() {
+            return;
+        }
+        self.propose_ejection();
+        match self.phase {
+            Phase::Configuring => self.advance_configuring(),
+            Phase::Reconciling => self.advance_reconcile(),
+            Phase::Serving if self.leaving => self.set_phase(Phase::Leaving, "5 clean detach"),
+            Phase::Joining | Phase::Claiming if self.leaving => self.fence("detached before it was attached".into()),
+            _ => {}
+        }
+        if self.phase == Phase::Leaving {
+            self.advance_leaving();
+        }
+    }
+
+    fn set_phase(&mut self, phase: Phase, rule: &'static str) {
+        let text = format!("{} -> {} in epoch {}", name(&self.phase), name(&phase), self.record.epoch);
+        self.event(rule, text);
+        self.phase = phase;
+    }
+
+    fn fence(&mut self, why: String) {
+        self.set_phase(Phase::Fenced(why.clone()), "4 fence");
+        self.event("4 fence", why);
+        for copy in 0..self.peers.len() {
+            self.actions.push_back(Action::Hangup(copy));
+        }
+        self.actions.push_back(Action::Ended);
+    }
+
+    fn event(&mut self, rule: &'static str, text: String) {
+        self.actions.push_back(Action::Event { rule, text });
+    }
+
+    fn send(&mut self, to: CopySet, message: Message, data: Option<D>) {
+        if !to.is_empty() {
+            self.actions.push_back(Action::Send { to, message, data });
+        }
+    }
+
+    fn random(&mut self) -> u64 {
+        // splitmix64 (Steele, Lea, Flood 2014): enough for tags that only have to differ, and repeatable from a seed.
+        self.rng = self.rng.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.rng;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn tag(&mut self) -> Tag {
+        Tag(self.random())
+    }
+
+    fn configuration(&self) -> Configuration {
+        let missing = self.record.copies.iter().filter(|c| c.status != CopyStatus::InSync);
+        Configuration {
+            epoch: self.record.epoch,
+            tag: self.record.epoch_tag,
+            size: self.record.size,
+            logged: self.record.logged(),
+            missing: missing.map(|c| (c.copy_id, c.base.last.unwrap_or_default())).collect(),
+        }
+    }
+}
+
+fn name(phase: &Phase) -> String {
+    format!("{phase:?}").to_lowercase().split('(').next().unwrap_or_default().to_string()
+}
