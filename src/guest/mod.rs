@@ -34,6 +34,10 @@ mod memory;
 mod plane;
 mod request;
 mod ring;
+mod server;
+mod session;
+mod socket;
+mod table;
 
 pub use chain::{Chain, ChainFault, MAX_DATA_SEGMENTS, Used};
 pub use config::{BlockSize, ConfigError, DeviceConfig, Serial};
@@ -41,6 +45,8 @@ pub use iovec::{IoVec, copy_from_guest, copy_to_guest, total_len};
 pub use plane::{DataPlane, RingStart};
 pub use request::{Kind, Limits, Parsed, Refusal, Refused, Request, SECTOR_SIZE, Status};
 pub use ring::{MAX_RING_SIZE, Ring, RingError};
+pub use server::Server;
+pub use socket::ServeError;
 
 /// Guest memory as the front-end shared it, with the dirty bitmap that live migration needs.
 pub type GuestMem = vm_memory::GuestMemoryMmap<vhost_user_backend::bitmap::BitmapMmapRegion>;
