@@ -1,0 +1,487 @@
+//! One connection: the vhost-user messages of one front-end, and its rings as far as it has described them.
+//!
+//! A [`Session`] is made when a front-end connects and dropped whole when it goes; what outlives it is the
+//! [`Device`]. Any error returned from a handler closes the connection, so errors are for what makes the session
+//! useless; a request that can be refused without harm is logged and ignored.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
+};
+
+use super::config::{Device, F_PROTOCOL_FEATURES};
+use super::plane::{DataPlane, RingStart};
+use super::table::{MAX_MEM_SLOTS, MemTable, SHARE_HINT, TableError};
+
+/// Where the front-end says that a ring is, in its own address space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct UserAddrs {
+    desc: u64,
+    avail: u64,
+    used: u64,
+}
+
+/// A ring as the front-end described it.
+#[derive(Debug, Default)]
+struct Vring {
+    size: u16,
+    addrs: Option<UserAddrs>,
+    base: u16,
+    kick: Option<OwnedFd>,
+    call: Option<OwnedFd>,
+    enabled: bool,
+    /// The engine has it.
+    running: bool,
+}
+
+/// The state of one connection.
+pub(super) struct Session<'a> {
+    device: &'a Device,
+    plane: &'a mut dyn DataPlane,
+    table: MemTable,
+    vrings: Vec<Vring>,
+    acked: u64,
+}
+
+/// An error with a reason for the log, which ends the connection.
+fn refuse(reason: impl Into<String>) -> Error {
+    Error::ReqHandlerError(io::Error::other(reason.into()))
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(device: &'a Device, plane: &'a mut dyn DataPlane) -> Session<'a> {
+        let vrings = (0..device.config.num_queues)
+            .map(|_| Vring::default())
+            .collect();
+        Session {
+            device,
+            plane,
+            table: MemTable::default(),
+            vrings,
+            acked: 0,
+        }
+    }
+
+    fn volume(&self) -> &str {
+        &self.device.config.volume
+    }
+
+    /// Checks a queue number, and returns it in both shapes that are needed.
+    fn queue(&self, index: u32) -> Result<(usize, u16)> {
+        match u16::try_from(index) {
+            Ok(number) if usize::from(number) < self.vrings.len() => {
+                Ok((usize::from(number), number))
+            }
+            _ => Err(refuse(format!(
+                "queue {index} does not exist: the volume is attached with {} queues, numbered from 0",
+                self.vrings.len()
+            ))),
+        }
+    }
+
+    fn send_features(&mut self) {
+        let writeback = self.device.is_writeback(self.acked);
+        self.plane.set_features(self.acked, writeback);
+    }
+
+    fn memory_changed(&mut self, outcome: std::result::Result<(), TableError>) -> Result<()> {
+        outcome.map_err(|e| refuse(e.to_string()))?;
+        self.plane.set_memory(self.table.mem());
+        Ok(())
+    }
+
+    /// Starts the ring if it has a kick descriptor and a place. Asked at KICK, and at ENABLE for a front-end that
+    /// sends the addresses after the kick.
+    fn start_if_complete(&mut self, index: u32) -> Result<()> {
+        let (at, number) = self.queue(index)?;
+        let vring = &self.vrings[at];
+        let (false, Some(_), Some(addrs)) = (vring.running, &vring.kick, vring.addrs) else {
+            return Ok(());
+        };
+        if self.table.is_empty() {
+            return Err(refuse(format!(
+                "queue {index} is started, but no memory was shared; {SHARE_HINT}"
+            )));
+        }
+        if vring.size == 0 {
+            return Err(refuse(format!("queue {index} is started without a size")));
+        }
+        let translate = |what, addr| {
+            self.table.guest_addr(addr).ok_or_else(|| {
+                refuse(format!(
+                    "the {what} of queue {index} at {addr:#x} is in none of the shared regions; {SHARE_HINT}"
+                ))
+            })
+        };
+        let desc = translate("descriptor table", addrs.desc)?;
+        let avail = translate("available ring", addrs.avail)?;
+        let used = translate("used ring", addrs.used)?;
+        let mem = self.table.mem();
+
+        let vring = &mut self.vrings[at];
+        let Some(kick) = vring.kick.take() else {
+            return Ok(());
+        };
+        let start = RingStart {
+            index: number,
+            size: vring.size,
+            desc,
+            avail,
+            used,
+            next_avail: vring.base,
+            features: self.acked,
+            enabled: vring.enabled,
+            kick,
+            call: vring.call.take(),
+            mem,
+        };
+        log::debug!(
+            "volume {}: queue {index} starts with {} entries at {}",
+            self.device.config.volume,
+            start.size,
+            start.next_avail
+        );
+        vring.running = true;
+        self.plane.start_ring(start).map_err(|e| {
+            self.vrings[at].running = false;
+            refuse(format!("queue {index} cannot start: {e}"))
+        })
+    }
+
+    /// Takes a running ring back from the engine and forgets its descriptors.
+    fn stop(&mut self, at: usize, number: u16) {
+        let vring = &mut self.vrings[at];
+        if std::mem::take(&mut vring.running) {
+            vring.base = self.plane.stop_ring(number);
+            log::debug!(
+                "volume {}: queue {number} stopped at {}",
+                self.device.config.volume,
+                vring.base
+            );
+        }
+        vring.kick = None;
+        vring.call = None;
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        // Before the memory table goes.
+        self.plane.disconnected();
+    }
+}
+
+/// Takes a notification descriptor from the front-end. It shares its open file description with the front-end, so
+/// O_NONBLOCK is set for both, and never cleared: a blocked write or read would stop a whole worker.
+fn notifier(file: File) -> Result<OwnedFd> {
+    // Every read or write of a regular file succeeds at once, which would turn a loop over it into a spin, and epoll
+    // does not take one.
+    if file
+        .metadata()
+        .is_ok_and(|meta| meta.is_file() || meta.is_dir())
+    {
+        return Err(refuse(
+            "a notification descriptor is a file, not an eventfd",
+        ));
+    }
+    let fd = file.as_raw_fd();
+    // SAFETY: these commands take no pointers, and the descriptor is open.
+    let done = unsafe {
+        let flags = libc::fcntl(fd, libc::F_GETFL);
+        flags >= 0 && libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) == 0
+    };
+    if !done {
+        let error = io::Error::last_os_error();
+        return Err(refuse(format!(
+            "a notification descriptor is unusable: {error}"
+        )));
+    }
+    Ok(file.into())
+}
+
+impl VhostUserBackendReqHandlerMut for Session<'_> {
+    fn set_owner(&mut self) -> Result<()> {
+        // The connection is the ownership; there is nothing to remember.
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        // Deprecated, and the specification recommends to ignore it: back-ends never agreed on what it resets.
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        log::info!("volume {}: the front-end resets the device", self.volume());
+        for (at, number) in (0..self.vrings.len()).zip(0u16..) {
+            self.stop(at, number);
+            self.vrings[at] = Vring::default();
+        }
+        // Memory and protocol features belong to the connection and stay.
+        self.acked = 0;
+        self.send_features();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.device.features())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.device.features();
+        if unknown != 0 {
+            return Err(refuse(format!(
+                "features {unknown:#x} were acknowledged but never offered"
+            )));
+        }
+        self.acked = features;
+        self.send_features();
+        if features & F_PROTOCOL_FEATURES == 0 {
+            // Such a front-end cannot send ENABLE: its rings are enabled from the start.
+            for (at, number) in (0..self.vrings.len()).zip(0u16..) {
+                if !std::mem::replace(&mut self.vrings[at].enabled, true) && self.vrings[at].running
+                {
+                    self.plane.set_enabled(number, true);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let outcome = self.table.replace(regions, files);
+        self.memory_changed(outcome)?;
+        Ok(None)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_MEM_SLOTS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        let outcome = self.table.add(region, file);
+        self.memory_changed(outcome)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let outcome = self.table.remove(region);
+        self.memory_changed(outcome)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let (at, _) = self.queue(index)?;
+        match u16::try_from(num) {
+            Ok(size) if size.is_power_of_two() && size <= self.device.max_ring_size() => {
+                self.vrings[at].size = size;
+                Ok(())
+            }
+            _ => Err(refuse(format!(
+                "queue {index} cannot have {num} entries: a power of two up to {} is possible",
+                self.device.max_ring_size()
+            ))),
+        }
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let (at, _) = self.queue(index)?;
+        let addrs = UserAddrs {
+            desc: descriptor,
+            avail: available,
+            used,
+        };
+        let vring = &mut self.vrings[at];
+        if vring.running && vring.addrs != Some(addrs) {
+            // QEMU repeats the addresses of a running ring to switch dirty logging; moving one is not allowed.
+            return Err(refuse(format!("queue {index} was moved while it runs")));
+        }
+        // Translated when the ring starts, because the memory table may come later.
+        vring.addrs = Some(addrs);
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let (at, _) = self.queue(index)?;
+        // The upper half is for packed rings.
+        self.vrings[at].base = base as u16;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let (at, number) = self.queue(index)?;
+        self.stop(at, number);
+        Ok(VhostUserVringState::new(
+            index,
+            u32::from(self.vrings[at].base),
+        ))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let (at, number) = self.queue(index.into())?;
+        let Some(file) = fd else {
+            return Err(refuse(format!(
+                "queue {index} has no kick descriptor, and polling is not offered"
+            )));
+        };
+        let kick = notifier(file)?;
+        if self.vrings[at].running {
+            self.plane.set_kick(number, kick);
+            return Ok(());
+        }
+        self.vrings[at].kick = Some(kick);
+        self.start_if_complete(index.into())
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let (at, number) = self.queue(index.into())?;
+        let call = fd.map(notifier).transpose()?;
+        if self.vrings[at].running {
+            self.plane.set_call(number, call);
+        } else {
+            self.vrings[at].call = call;
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, _fd: Option<File>) -> Result<()> {
+        // Front-ends set it and do not listen; a broken ring is reported in the log.
+        self.queue(index.into()).map(|_| ())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(self.device.protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.device.protocol_features().bits();
+        if unknown != 0 {
+            // The message layer acts on these bits, so it must not see any that we did not offer.
+            return Err(refuse(format!(
+                "protocol features {unknown:#x} were acknowledged but never offered"
+            )));
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.vrings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let (at, number) = self.queue(index)?;
+        self.vrings[at].enabled = enable;
+        if self.vrings[at].running {
+            self.plane.set_enabled(number, enable);
+            return Ok(());
+        }
+        if enable {
+            self.start_if_complete(index)?;
+        }
+        Ok(())
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        // An error here is sent as an empty answer and does not close the connection.
+        self.device.read_config(offset, size).ok_or_else(|| {
+            log::warn!(
+                "volume {}: the front-end reads {size} bytes of configuration space at {offset}, which is out of range",
+                self.volume()
+            );
+            Error::InvalidParam
+        })
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _: VhostUserConfigFlags) -> Result<()> {
+        // Success in either case: an error would close the connection, and with it the guest's disk, for what a
+        // guest can ask for by itself.
+        match self.device.write_config(offset, buf) {
+            Ok(()) => {
+                let writeback = self.device.is_writeback(self.acked);
+                log::info!(
+                    "volume {}: the guest switched to {}",
+                    self.volume(),
+                    if writeback {
+                        "writeback"
+                    } else {
+                        "write-through"
+                    }
+                );
+                self.send_features();
+            }
+            Err(e) => log::warn!(
+                "volume {}: a change of configuration space is refused: {e}",
+                self.volume()
+            ),
+        }
+        Ok(())
+    }
+
+    // What follows is never offered. The message layer refuses most of it by itself.
+
+    fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
+        Err(Error::InvalidOperation("this is not a GPU"))
+    }
+
+    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
+        Err(Error::InvalidOperation("no shared objects"))
+    }
+
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(Error::InvalidOperation(
+            "in-flight tracking was not offered",
+        ))
+    }
+
+    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
+        Err(Error::InvalidOperation(
+            "in-flight tracking was not offered",
+        ))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _: VhostTransferStateDirection,
+        _: VhostTransferStatePhase,
+        _: File,
+    ) -> Result<Option<File>> {
+        Err(Error::InvalidOperation("device state was not offered"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Error::InvalidOperation("device state was not offered"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Error::InvalidOperation("no shared memory regions"))
+    }
+
+    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
+        Err(Error::InvalidOperation("dirty logging was not offered"))
+    }
+}
