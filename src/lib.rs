@@ -1,5 +1,4 @@
 //! lockstep: disks for virtual machines that survive the loss of a node.
 
-pub mod engine;
 pub mod guest;
 pub mod replication;

@@ -105,11 +105,15 @@ impl ActivityLog {
     }
 
     fn slot_mut(&mut self, slot: u16) -> &mut Slot {
-        self.slots[usize::from(slot)].as_mut().expect("the index names only slots in use")
+        self.slots[usize::from(slot)]
+            .as_mut()
+            .expect("the index names only slots in use")
     }
 
     fn slot(&self, slot: u16) -> &Slot {
-        self.slots[usize::from(slot)].as_ref().expect("the index names only slots in use")
+        self.slots[usize::from(slot)]
+            .as_ref()
+            .expect("the index names only slots in use")
     }
 
     fn claim(&mut self, region: Region, seq: Seq, now: Nanos) -> Option<u16> {
@@ -119,15 +123,23 @@ impl ActivityLog {
         }
         let slot = self.free.pop()?;
         self.index[region.0 as usize] = slot;
-        self.slots[usize::from(slot)] =
-            Some(Slot { region, state: SlotState::Wanted, last: seq, in_flight: 0, touched: now, again: false });
+        self.slots[usize::from(slot)] = Some(Slot {
+            region,
+            state: SlotState::Wanted,
+            last: seq,
+            in_flight: 0,
+            touched: now,
+            again: false,
+        });
         self.wanted.push(slot);
         Some(slot)
     }
 
     /// A write `seq` into `region` is about to be made; it counts as in flight from now on unless the log is full.
     pub fn touch(&mut self, region: Region, seq: Seq, now: Nanos) -> Touch {
-        let Some(at) = self.claim(region, seq, now) else { return Touch::Full };
+        let Some(at) = self.claim(region, seq, now) else {
+            return Touch::Full;
+        };
         let slot = self.slot_mut(at);
         slot.last = slot.last.max(seq);
         slot.touched = now;
@@ -155,7 +167,10 @@ impl ActivityLog {
     /// flush of all copies.
     pub fn renumber(&mut self) {
         self.stable = Seq(0);
-        self.slots.iter_mut().flatten().for_each(|s| s.last = BEFORE_ANY);
+        self.slots
+            .iter_mut()
+            .flatten()
+            .for_each(|s| s.last = BEFORE_ANY);
     }
 
     /// Whether data may be written into `region`.
@@ -253,7 +268,10 @@ impl ActivityLog {
 
     /// Everything is flushed on all copies and nothing is in flight: the transaction that empties the log, in parts.
     pub fn empty(&mut self) -> Option<Transaction> {
-        assert!(!self.running && self.wanted.is_empty(), "emptied only when idle");
+        assert!(
+            !self.running && self.wanted.is_empty(),
+            "emptied only when idle"
+        );
         let mut retire = Vec::new();
         for slot in self.slots.iter_mut().flatten().take(TRANSACTION_MAX) {
             assert_eq!(slot.in_flight, 0, "emptied only when idle");
@@ -264,7 +282,10 @@ impl ActivityLog {
             return None;
         }
         self.running = true;
-        Some(Transaction { add: Vec::new(), retire })
+        Some(Transaction {
+            add: Vec::new(),
+            retire,
+        })
     }
 
     /// Whether a transaction is being written.
@@ -296,7 +317,10 @@ mod tests {
         assert_eq!(txn.add, [Region(3)]);
         assert!(!l.is_active(Region(3)));
         assert_eq!(l.touch(Region(3), Seq(2), T0), Touch::Waits);
-        assert!(l.transaction(T0, true).is_none(), "one transaction at a time");
+        assert!(
+            l.transaction(T0, true).is_none(),
+            "one transaction at a time"
+        );
         l.committed(&txn);
         assert!(l.is_active(Region(3)));
         assert_eq!(l.touch(Region(3), Seq(3), T0), Touch::Active);
@@ -343,12 +367,18 @@ mod tests {
         let mut l = ActivityLog::new((REGIONS_MAX as u64 + 10) * REGION, &regions, T0);
         assert!(l.pressure());
         assert_eq!(l.touch(Region(REGIONS_MAX as u32), Seq(1), T0), Touch::Full);
-        assert!(l.transaction(T0, true).is_none(), "what was found on disk stays until all copies are flushed");
+        assert!(
+            l.transaction(T0, true).is_none(),
+            "what was found on disk stays until all copies are flushed"
+        );
         l.stable(Seq(1 << 16));
         let txn = l.transaction(T0, true).unwrap();
         assert_eq!(txn.retire.len(), TRANSACTION_MAX);
         l.committed(&txn);
-        assert_eq!(l.touch(Region(REGIONS_MAX as u32), Seq(1), T0), Touch::Waits);
+        assert_eq!(
+            l.touch(Region(REGIONS_MAX as u32), Seq(1), T0),
+            Touch::Waits
+        );
     }
 
     #[test]

@@ -14,7 +14,10 @@ pub struct DirtyMap {
 impl DirtyMap {
     /// No bit set, for a volume of `size` bytes.
     pub fn new(size: u64) -> Self {
-        let mut map = Self { words: Vec::new(), set: 0 };
+        let mut map = Self {
+            words: Vec::new(),
+            set: 0,
+        };
         map.grow(size);
         map
     }
@@ -87,7 +90,10 @@ mod tests {
         let mut map = DirtyMap::new(size);
         map.set_region(Region(1), size);
         assert_eq!(map.count(), 4);
-        map.set_span(Span { offset: CHUNK - 512, len: 1024 });
+        map.set_span(Span {
+            offset: CHUNK - 512,
+            len: 1024,
+        });
         assert_eq!(map.count(), 6);
         assert!(map.is_set(Chunk(0)) && map.is_set(Chunk(1)) && !map.is_set(Chunk(2)));
         assert_eq!(DirtyMap::from_words(size, map.words().to_vec()), map);

@@ -20,7 +20,12 @@ pub struct InFlight<T> {
 
 impl<T> Default for InFlight<T> {
     fn default() -> Self {
-        Self { slots: Vec::new(), free: Vec::new(), count: 0, len: 0 }
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            count: 0,
+            len: 0,
+        }
     }
 }
 
@@ -67,7 +72,10 @@ impl<T> InFlight<T> {
 
     /// All requests, in no order.
     pub fn iter(&self) -> impl Iterator<Item = (Seq, &T)> {
-        self.slots.iter().flatten().map(|(seq, value)| (*seq, value))
+        self.slots
+            .iter()
+            .flatten()
+            .map(|(seq, value)| (*seq, value))
     }
 
     /// All requests, in the order in which they were taken in.
@@ -79,7 +87,11 @@ impl<T> InFlight<T> {
 
     /// The `Seq` below which every request has ended.
     pub fn low_water(&self, matters: impl Fn(&T) -> bool) -> Seq {
-        let oldest = self.iter().filter(|(_, v)| matters(v)).map(|(seq, _)| seq).min();
+        let oldest = self
+            .iter()
+            .filter(|(_, v)| matters(v))
+            .map(|(seq, _)| seq)
+            .min();
         oldest.unwrap_or(Seq((self.count + 1) << SLOT_BITS))
     }
 
@@ -104,13 +116,19 @@ pub struct Overlaps<W> {
 
 impl<W> Default for Overlaps<W> {
     fn default() -> Self {
-        Self { busy: BTreeMap::new(), waiting: VecDeque::new() }
+        Self {
+            busy: BTreeMap::new(),
+            waiting: VecDeque::new(),
+        }
     }
 }
 
 impl<W> Overlaps<W> {
     fn is_busy(&self, span: Span) -> bool {
-        self.busy.range(..span.end()).next_back().is_some_and(|(_, end)| *end > span.offset)
+        self.busy
+            .range(..span.end())
+            .next_back()
+            .is_some_and(|(_, end)| *end > span.offset)
     }
 
     /// Claims `span`. Gives the write back when it may start now; otherwise it waits here until it may.

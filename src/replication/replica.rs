@@ -114,8 +114,15 @@ pub enum DiskResult<D> {
 
 #[derive(Debug)]
 enum Op {
-    Data { session: SessionId, request: Request, logged: bool },
-    Read { session: SessionId, seq: Seq },
+    Data {
+        session: SessionId,
+        request: Request,
+        logged: bool,
+    },
+    Read {
+        session: SessionId,
+        seq: Seq,
+    },
     Sync,
     BitmapsThenLog(Transaction),
     Log(Transaction),
@@ -142,9 +149,19 @@ struct Queued<D> {
 /// What is done one at a time, everything else of the session waiting behind it.
 #[derive(Debug)]
 enum Serial {
-    Promise { session: SessionId, promise: Promise },
-    Configure { session: SessionId, config: Configuration, attach: bool },
-    Detach { session: SessionId, epoch: Epoch },
+    Promise {
+        session: SessionId,
+        promise: Promise,
+    },
+    Configure {
+        session: SessionId,
+        config: Configuration,
+        attach: bool,
+    },
+    Detach {
+        session: SessionId,
+        epoch: Epoch,
+    },
     Failing,
 }
 
@@ -256,19 +273,31 @@ impl<D> Replica<D> {
 
     /// Nothing is under way: no request, disk operation or change of state.
     pub fn is_idle(&self) -> bool {
-        self.serial.is_none() && self.ops.is_empty() && self.queue.is_empty() && self.inbox.is_empty()
+        self.serial.is_none()
+            && self.ops.is_empty()
+            && self.queue.is_empty()
+            && self.inbox.is_empty()
     }
 
     // ---- events
 
     /// A message of a session, in the session's order.
-    pub fn on_message(&mut self, now: Nanos, session: SessionId, message: Message, data: Option<D>) {
+    pub fn on_message(
+        &mut self,
+        now: Nanos,
+        session: SessionId,
+        message: Message,
+        data: Option<D>,
+    ) {
         self.now = now;
         if self.bound == Some(session) {
             self.heard = now;
         }
         if self.ops.len() + self.queue.len() + self.inbox.len() >= REQUESTS_MAX {
-            self.refuse(session, Refusal::Protocol(format!("more than {REQUESTS_MAX} requests at once")));
+            self.refuse(
+                session,
+                Refusal::Protocol(format!("more than {REQUESTS_MAX} requests at once")),
+            );
         } else if self.serial.is_some() {
             self.inbox.push_back((session, message, data));
         } else {
@@ -282,7 +311,11 @@ impl<D> Replica<D> {
         if self.bound == Some(session) {
             self.bound = None;
         }
-        if self.promised_to.as_ref().is_some_and(|(s, _)| *s == session) {
+        if self
+            .promised_to
+            .as_ref()
+            .is_some_and(|(s, _)| *s == session)
+        {
             self.promised_to = None;
         }
         self.inbox.retain(|(s, ..)| *s != session);
@@ -297,14 +330,36 @@ impl<D> Replica<D> {
     /// The operation `ticket` ended.
     pub fn on_disk(&mut self, now: Nanos, ticket: Ticket, result: DiskResult<D>) {
         self.now = now;
-        let Some(op) = self.ops.remove(ticket) else { return };
+        let Some(op) = self.ops.remove(ticket) else {
+            return;
+        };
         match (op, result) {
-            (Op::Data { session, request, logged }, result) => self.data_done(session, request, logged, &result),
+            (
+                Op::Data {
+                    session,
+                    request,
+                    logged,
+                },
+                result,
+            ) => self.data_done(session, request, logged, &result),
             (Op::Read { session, seq }, DiskResult::Done(data)) => {
-                self.reply_with(session, Message::ReadReply { seq, status: Status::Ok }, data);
+                self.reply_with(
+                    session,
+                    Message::ReadReply {
+                        seq,
+                        status: Status::Ok,
+                    },
+                    data,
+                );
             }
             // A failed read does not kill the copy: another one answers it (PROTOCOL 3 speaks of writes and flushes).
-            (Op::Read { session, seq }, _) => self.reply(session, Message::ReadReply { seq, status: Status::Io }),
+            (Op::Read { session, seq }, _) => self.reply(
+                session,
+                Message::ReadReply {
+                    seq,
+                    status: Status::Io,
+                },
+            ),
             (Op::Sync, DiskResult::Done(_)) => self.synced(),
             (Op::BitmapsThenLog(txn), DiskResult::Done(_)) => {
                 let next = DiskOp::Log(txn.clone());
@@ -315,7 +370,9 @@ impl<D> Replica<D> {
             // Begun before the failure, so it does not say Failed yet: end_turn writes the one that does.
             (Op::Superblock(standing), DiskResult::Done(_)) if standing != self.state.standing => {}
             (Op::Superblock(_), DiskResult::Done(_)) => self.superblock_written(),
-            (Op::Superblock(_), _) if matches!(self.serial, Some(Serial::Failing)) => self.superblock_written(),
+            (Op::Superblock(_), _) if matches!(self.serial, Some(Serial::Failing)) => {
+                self.superblock_written()
+            }
             (op, _) => self.fail(match op {
                 Op::Sync => "a flush failed",
                 Op::Grow => "the data file could not grow",
@@ -349,16 +406,34 @@ impl<D> Replica<D> {
             _ => {}
         }
         if self.bound != Some(session) {
-            return self.refuse(session, Refusal::Stale { promised: self.state.promised });
+            return self.refuse(
+                session,
+                Refusal::Stale {
+                    promised: self.state.promised,
+                },
+            );
         }
         match (message, data) {
             (Message::EpochChange(config), None) => self.configure(session, config, false),
-            (Message::Write(request), Some(data)) => self.change(session, request, Change::Write(data)),
-            (Message::WriteZeroes { request, unmap }, None) => self.change(session, request, Change::Zero { unmap }),
-            (Message::Discard(request), None) => self.change(session, request, Change::Zero { unmap: true }),
+            (Message::Write(request), Some(data)) => {
+                self.change(session, request, Change::Write(data))
+            }
+            (Message::WriteZeroes { request, unmap }, None) => {
+                self.change(session, request, Change::Zero { unmap })
+            }
+            (Message::Discard(request), None) => {
+                self.change(session, request, Change::Zero { unmap: true })
+            }
             (Message::Read(request), into) => self.read(session, request, into),
             (Message::Flush { epoch, seq }, None) => self.flush(session, epoch, seq),
-            (Message::Heartbeat { epoch, sent, stable }, None) => {
+            (
+                Message::Heartbeat {
+                    epoch,
+                    sent,
+                    stable,
+                },
+                None,
+            ) => {
                 // A promise above this epoch ends the lease: no answer (PROTOCOL 4).
                 if self.current(epoch) {
                     self.log.stable(stable);
@@ -369,12 +444,24 @@ impl<D> Replica<D> {
                 if self.current(epoch) {
                     self.serial = Some(Serial::Detach { session, epoch });
                 } else {
-                    self.refuse(session, Refusal::Stale { promised: self.state.promised });
+                    self.refuse(
+                        session,
+                        Refusal::Stale {
+                            promised: self.state.promised,
+                        },
+                    );
                 }
             }
             (other, data) => {
-                let with = if data.is_some() { " with a payload" } else { "" };
-                self.refuse(session, Refusal::Protocol(format!("{}{with}", name(&other))));
+                let with = if data.is_some() {
+                    " with a payload"
+                } else {
+                    ""
+                };
+                self.refuse(
+                    session,
+                    Refusal::Protocol(format!("{}{with}", name(&other))),
+                );
             }
         }
     }
@@ -388,9 +475,17 @@ impl<D> Replica<D> {
         if self.state.standing == Standing::Inconsistent {
             return self.refuse(session, Refusal::Inconsistent);
         }
-        let again = self.promised_to.as_ref().is_some_and(|(_, h)| h.instance == promise.instance);
+        let again = self
+            .promised_to
+            .as_ref()
+            .is_some_and(|(_, h)| h.instance == promise.instance);
         if promise.epoch < self.state.promised || (promise.epoch == self.state.promised && !again) {
-            return self.refuse(session, Refusal::Stale { promised: self.state.promised });
+            return self.refuse(
+                session,
+                Refusal::Stale {
+                    promised: self.state.promised,
+                },
+            );
         }
         if let Some(refusal) = self.old_attachment_alive(&promise) {
             return self.refuse(session, refusal);
@@ -403,26 +498,46 @@ impl<D> Replica<D> {
         if let Some(old) = self.bound.take()
             && old != session
         {
-            self.refuse(old, Refusal::Stale { promised: promise.epoch });
+            self.refuse(
+                old,
+                Refusal::Stale {
+                    promised: promise.epoch,
+                },
+            );
         }
         self.drop_queue();
-        self.event("5.2 promise", format!("promising epoch {} to {}", promise.epoch, promise.candidate));
+        self.event(
+            "5.2 promise",
+            format!("promising epoch {} to {}", promise.epoch, promise.candidate),
+        );
         self.serial = Some(Serial::Promise { session, promise });
     }
 
     fn old_attachment_alive(&self, promise: &Promise) -> Option<Refusal> {
-        let same = self.holder.as_ref().is_some_and(|h| h.instance == promise.instance);
+        let same = self
+            .holder
+            .as_ref()
+            .is_some_and(|h| h.instance == promise.instance);
         let proven = match promise.proof {
             Proof::None => false,
             Proof::Released(epoch) => epoch >= self.state.epoch,
-            Proof::PredecessorDead => self.holder.as_ref().is_none_or(|h| h.node == promise.candidate),
+            Proof::PredecessorDead => self
+                .holder
+                .as_ref()
+                .is_none_or(|h| h.node == promise.candidate),
         };
         let silent = self.now.since(self.heard);
         if same || proven || self.released || silent >= self.timing.grace {
             return None;
         }
-        let node = self.holder.as_ref().map_or_else(|| NodeName("an unknown node".into()), |h| h.node.clone());
-        Some(Refusal::Attached { node, heard_ms: silent.as_ms() })
+        let node = self
+            .holder
+            .as_ref()
+            .map_or_else(|| NodeName("an unknown node".into()), |h| h.node.clone());
+        Some(Refusal::Attached {
+            node,
+            heard_ms: silent.as_ms(),
+        })
     }
 
     fn disk_state(&self, promised: Epoch, probe: bool) -> DiskState {
@@ -439,26 +554,45 @@ impl<D> Replica<D> {
 
     fn configure(&mut self, session: SessionId, config: Configuration, attach: bool) {
         let mine = (self.state.epoch, self.state.tag);
-        if config.epoch < self.state.promised.max(mine.0) || (config.epoch == mine.0 && config.tag != mine.1) {
-            return self.refuse(session, Refusal::Stale { promised: self.state.promised.max(mine.0) });
+        if config.epoch < self.state.promised.max(mine.0)
+            || (config.epoch == mine.0 && config.tag != mine.1)
+        {
+            return self.refuse(
+                session,
+                Refusal::Stale {
+                    promised: self.state.promised.max(mine.0),
+                },
+            );
         }
         if self.state.standing == Standing::Inconsistent {
             return self.refuse(session, Refusal::Inconsistent);
         }
         if config.size < self.state.size {
-            let text = format!("size {} is below this copy's {}", config.size, self.state.size);
+            let text = format!(
+                "size {} is below this copy's {}",
+                config.size, self.state.size
+            );
             return self.refuse(session, Refusal::Protocol(text));
         }
         if attach {
             if let Some(old) = self.bound.take()
                 && old != session
             {
-                self.refuse(old, Refusal::Stale { promised: config.epoch });
+                self.refuse(
+                    old,
+                    Refusal::Stale {
+                        promised: config.epoch,
+                    },
+                );
             }
             // Writes of a former connection of the same attachment will be sent again.
             self.drop_queue();
         }
-        self.serial = Some(Serial::Configure { session, config, attach });
+        self.serial = Some(Serial::Configure {
+            session,
+            config,
+            attach,
+        });
     }
 
     fn change(&mut self, session: SessionId, request: Request, change: Change<D>) {
@@ -477,14 +611,23 @@ impl<D> Replica<D> {
         if touched && self.log.covers(request.span) {
             self.issue(session, request, change, true);
         } else {
-            self.queue.push_back(Queued { session, request, change, touched });
+            self.queue.push_back(Queued {
+                session,
+                request,
+                change,
+                touched,
+            });
         }
     }
 
     fn touch(&mut self, request: &Request) -> bool {
         for (n, region) in request.span.regions().enumerate() {
             if self.log.touch(region, request.seq, self.now) == Touch::Full {
-                request.span.regions().take(n).for_each(|r| self.log.done(r));
+                request
+                    .span
+                    .regions()
+                    .take(n)
+                    .for_each(|r| self.log.done(r));
                 return false;
             }
         }
@@ -493,20 +636,45 @@ impl<D> Replica<D> {
 
     fn issue(&mut self, session: SessionId, request: Request, change: Change<D>, logged: bool) {
         // S15: log before data.
-        assert!(!logged || self.log.covers(request.span), "S15: the region is durable in the log before its data");
+        assert!(
+            !logged || self.log.covers(request.span),
+            "S15: the region is durable in the log before its data"
+        );
         let (span, dsync) = (request.span, request.fua);
         let op = match change {
             Change::Write(data) => DiskOp::Write { span, data, dsync },
             Change::Zero { unmap } => DiskOp::Zero { span, unmap, dsync },
         };
         self.data_in_flight += 1;
-        self.start(Op::Data { session, request, logged }, op);
+        self.start(
+            Op::Data {
+                session,
+                request,
+                logged,
+            },
+            op,
+        );
     }
 
     fn read(&mut self, session: SessionId, request: Request, into: Option<D>) {
         match self.invalid(&request) {
-            Some(status) => self.reply(session, Message::ReadReply { seq: request.seq, status }),
-            None => self.start(Op::Read { session, seq: request.seq }, DiskOp::Read { span: request.span, into }),
+            Some(status) => self.reply(
+                session,
+                Message::ReadReply {
+                    seq: request.seq,
+                    status,
+                },
+            ),
+            None => self.start(
+                Op::Read {
+                    session,
+                    seq: request.seq,
+                },
+                DiskOp::Read {
+                    span: request.span,
+                    into,
+                },
+            ),
         }
     }
 
@@ -515,7 +683,9 @@ impl<D> Replica<D> {
         if !self.current(request.epoch) {
             return Some(Status::Stale);
         }
-        let inside = offset.checked_add(u64::from(len)).is_some_and(|end| end <= self.state.size);
+        let inside = offset
+            .checked_add(u64::from(len))
+            .is_some_and(|end| end <= self.state.size);
         let aligned = offset % SECTOR == 0 && u64::from(len) % SECTOR == 0 && len > 0;
         (!inside || !aligned).then_some(Status::Io)
     }
@@ -535,7 +705,13 @@ impl<D> Replica<D> {
 
     // ---- disk results
 
-    fn data_done(&mut self, session: SessionId, request: Request, logged: bool, result: &DiskResult<D>) {
+    fn data_done(
+        &mut self,
+        session: SessionId,
+        request: Request,
+        logged: bool,
+        result: &DiskResult<D>,
+    ) {
         self.data_in_flight -= 1;
         if logged {
             request.span.regions().for_each(|r| self.log.done(r));
@@ -608,7 +784,10 @@ impl<D> Replica<D> {
 
     /// Takes the serial step as far as it goes now.
     fn advance_serial(&mut self) {
-        let superblock_running = self.ops.iter().any(|(_, op)| matches!(op, Op::Superblock(_) | Op::Grow));
+        let superblock_running = self
+            .ops
+            .iter()
+            .any(|(_, op)| matches!(op, Op::Superblock(_) | Op::Grow));
         if superblock_running {
             return;
         }
@@ -623,11 +802,19 @@ impl<D> Replica<D> {
                     self.write_superblock();
                 }
             }
-            Some(Serial::Configure { session, config, attach }) => {
+            Some(Serial::Configure {
+                session,
+                config,
+                attach,
+            }) => {
                 // A write of a former connection that is still in the disk queue will be sent again: were it to land
                 // after the second one and after a later overlapping write, it would undo that one. It ends first.
                 if attach && self.data_in_flight > 0 {
-                    self.serial = Some(Serial::Configure { session, config, attach });
+                    self.serial = Some(Serial::Configure {
+                        session,
+                        config,
+                        attach,
+                    });
                 } else {
                     self.begin_configuration(session, config, attach);
                 }
@@ -638,7 +825,11 @@ impl<D> Replica<D> {
                     // What the log still wants is added first, so that emptying it finds nothing half-way.
                     return self.start_transaction();
                 }
-                match self.log.transaction(self.now, false).or_else(|| self.log.empty()) {
+                match self
+                    .log
+                    .transaction(self.now, false)
+                    .or_else(|| self.log.empty())
+                {
                     Some(txn) => self.write_transaction(txn),
                     None => {
                         self.state.clean = true;
@@ -657,8 +848,12 @@ impl<D> Replica<D> {
     fn begin_configuration(&mut self, session: SessionId, config: Configuration, attach: bool) {
         let grows = config.size > self.state.size;
         let s = &mut self.state;
-        assert!(config.epoch >= s.epoch && config.epoch >= s.promised, "S2: no epoch ever decreases on a disk");
-        (s.epoch, s.tag, s.promised, s.size) = (config.epoch, config.tag, config.epoch, config.size);
+        assert!(
+            config.epoch >= s.epoch && config.epoch >= s.promised,
+            "S2: no epoch ever decreases on a disk"
+        );
+        (s.epoch, s.tag, s.promised, s.size) =
+            (config.epoch, config.tag, config.epoch, config.size);
         s.clean = false;
         self.log.grow(config.size);
         for (slot, map) in s.bitmaps.iter_mut().zip(&mut self.maps) {
@@ -674,18 +869,28 @@ impl<D> Replica<D> {
                 continue;
             }
             let Some(free) = s.bitmaps.iter().position(Option::is_none) else {
-                return self.refuse(session, Refusal::Protocol("more missing copies than bitmaps".into()));
+                return self.refuse(
+                    session,
+                    Refusal::Protocol("more missing copies than bitmaps".into()),
+                );
             };
             // What the missing copy may lack of epochs up to its last is in this log: every write it did not
             // acknowledge made its region active here first (PROTOCOL 2.6, S11).
             let mut map = DirtyMap::new(config.size);
-            self.log.regions().into_iter().for_each(|r| map.set_region(r, config.size));
+            self.log
+                .regions()
+                .into_iter()
+                .for_each(|r| map.set_region(r, config.size));
             s.bitmaps[free] = Some(Bitmap { copy_id, last });
             self.maps[free] = Some(map);
         }
         self.logged = config.logged;
         let size = config.size;
-        self.serial = Some(Serial::Configure { session, config, attach });
+        self.serial = Some(Serial::Configure {
+            session,
+            config,
+            attach,
+        });
         if grows {
             self.start(Op::Grow, DiskOp::Grow { size });
         } else {
@@ -701,8 +906,15 @@ impl<D> Replica<D> {
     fn superblock_written(&mut self) {
         match self.serial.take() {
             Some(Serial::Promise { session, promise }) => {
-                let holder = Holder { node: promise.candidate, instance: promise.instance };
-                if self.holder.as_ref().is_none_or(|h| h.instance != holder.instance) {
+                let holder = Holder {
+                    node: promise.candidate,
+                    instance: promise.instance,
+                };
+                if self
+                    .holder
+                    .as_ref()
+                    .is_none_or(|h| h.instance != holder.instance)
+                {
                     self.log.renumber();
                 }
                 self.holder = Some(holder.clone());
@@ -712,13 +924,27 @@ impl<D> Replica<D> {
                 let answer = self.disk_state(promise.epoch, false);
                 self.reply(session, Message::PromiseAck(answer));
             }
-            Some(Serial::Configure { session, config, attach }) => {
+            Some(Serial::Configure {
+                session,
+                config,
+                attach,
+            }) => {
                 self.bound = Some(session);
                 self.promised_to = None;
                 self.heard = self.now;
                 let epoch = config.epoch;
-                self.event("8 configuration", format!("epoch {epoch}, {} missing", config.missing.len()));
-                self.reply(session, if attach { Message::AttachAck { epoch } } else { Message::EpochAck { epoch } });
+                self.event(
+                    "8 configuration",
+                    format!("epoch {epoch}, {} missing", config.missing.len()),
+                );
+                self.reply(
+                    session,
+                    if attach {
+                        Message::AttachAck { epoch }
+                    } else {
+                        Message::EpochAck { epoch }
+                    },
+                );
             }
             Some(Serial::Detach { session, epoch }) => {
                 self.bound = None;
@@ -729,7 +955,9 @@ impl<D> Replica<D> {
             Some(Serial::Failing) | None => {}
         }
         while self.serial.is_none() {
-            let Some((session, message, data)) = self.inbox.pop_front() else { break };
+            let Some((session, message, data)) = self.inbox.pop_front() else {
+                break;
+            };
             self.dispatch(session, message, data);
         }
     }
@@ -750,8 +978,11 @@ impl<D> Replica<D> {
         for (session, ..) in std::mem::take(&mut self.inbox) {
             self.refuse(session, Refusal::Failed);
         }
-        if let Some(Serial::Promise { session, .. } | Serial::Configure { session, .. } | Serial::Detach { session, .. }) =
-            self.serial.replace(Serial::Failing)
+        if let Some(
+            Serial::Promise { session, .. }
+            | Serial::Configure { session, .. }
+            | Serial::Detach { session, .. },
+        ) = self.serial.replace(Serial::Failing)
         {
             self.refuse(session, Refusal::Failed);
         }
@@ -760,7 +991,10 @@ impl<D> Replica<D> {
     // ---- output
 
     fn start(&mut self, op: Op, disk: DiskOp<D>) {
-        let ticket = self.ops.insert(op).expect("REQUESTS_MAX is below IN_FLIGHT_MAX");
+        let ticket = self
+            .ops
+            .insert(op)
+            .expect("REQUESTS_MAX is below IN_FLIGHT_MAX");
         self.actions.push_back(Action::Disk(ticket, disk));
     }
 
@@ -769,11 +1003,19 @@ impl<D> Replica<D> {
     }
 
     fn reply_with(&mut self, session: SessionId, message: Message, data: Option<D>) {
-        self.actions.push_back(Action::Reply { session, message, data });
+        self.actions.push_back(Action::Reply {
+            session,
+            message,
+            data,
+        });
     }
 
     fn ack(&mut self, session: SessionId, seq: Seq, status: Status) {
-        self.actions.push_back(Action::Ack { session, seq, status });
+        self.actions.push_back(Action::Ack {
+            session,
+            seq,
+            status,
+        });
     }
 
     fn refuse(&mut self, session: SessionId, refusal: Refusal) {
@@ -788,5 +1030,8 @@ impl<D> Replica<D> {
 
 fn name(message: &Message) -> String {
     let text = format!("{message:?}");
-    text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_string()
+    text.split(|c: char| !c.is_alphanumeric())
+        .next()
+        .unwrap_or_default()
+        .to_string()
 }

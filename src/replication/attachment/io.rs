@@ -1,6 +1,9 @@
 //! Requests: from the guest to the copies, and back when the rules allow (PROTOCOL 2, 3, 4, 7).
 
-use super::{Action, Attachment, CopySet, Done, Kind, Op, Origin, Outcome, Payload, Pending, Phase, RequestId, Submitted};
+use super::{
+    Action, Attachment, CopySet, Done, Kind, Op, Origin, Outcome, Payload, Pending, Phase,
+    RequestId, Submitted,
+};
 use crate::replication::ids::{Nanos, Seq, Span};
 use crate::replication::message::{Message, Request, Status};
 use crate::replication::replica::REQUESTS_MAX;
@@ -27,7 +30,9 @@ impl<D: Payload> Attachment<D> {
 
     /// Whether the failure mode allows serving with the copies in sync now (PROTOCOL 7).
     pub fn mode_serves(&self) -> bool {
-        self.record.failure_mode.serves(self.record.replicas_wanted, self.in_sync.len())
+        self.record
+            .failure_mode
+            .serves(self.record.replicas_wanted, self.in_sync.len())
     }
 
     /// Suspended for longer than the volume's deadline: requests are failed until it can serve again (PROTOCOL 7).
@@ -36,7 +41,8 @@ impl<D: Payload> Attachment<D> {
         if self.phase != Phase::Serving {
             deadline = deadline.max(TAKEOVER);
         }
-        self.not_serving_since.is_some_and(|since| self.now.since(since) >= deadline)
+        self.not_serving_since
+            .is_some_and(|since| self.now.since(since) >= deadline)
     }
 
     fn begin(&mut self, request: Submitted<D>) {
@@ -47,7 +53,9 @@ impl<D: Payload> Attachment<D> {
                     self.start_write(request);
                 }
             }
-            Op::Read(span) => self.start_read(Origin::Guest(request.id), span, self.master, request.data),
+            Op::Read(span) => {
+                self.start_read(Origin::Guest(request.id), span, self.master, request.data)
+            }
             Op::Flush => self.start_flush(Origin::Guest(request.id)),
         }
     }
@@ -69,11 +77,20 @@ impl<D: Payload> Attachment<D> {
 
     pub(super) fn start_flush(&mut self, origin: Origin) {
         // Writes before this point have all completed, so every in-sync copy has applied them.
-        let covers = self.pending.low_water(|p| matches!(p.kind, Kind::Write | Kind::Zero { .. }));
+        let covers = self
+            .pending
+            .low_water(|p| matches!(p.kind, Kind::Write | Kind::Zero { .. }));
         self.unflushed = false;
         self.flushed_at = self.now;
         let to = self.in_sync;
-        self.request(origin, Kind::Flush { covers }, Span { offset: 0, len: 0 }, false, None, to);
+        self.request(
+            origin,
+            Kind::Flush { covers },
+            Span { offset: 0, len: 0 },
+            false,
+            None,
+            to,
+        );
     }
 
     pub(super) fn request(
@@ -92,11 +109,18 @@ impl<D: Payload> Attachment<D> {
             fua,
             data,
             waiting,
-            tried: if kind == Kind::Read { waiting } else { CopySet::EMPTY },
+            tried: if kind == Kind::Read {
+                waiting
+            } else {
+                CopySet::EMPTY
+            },
             submitted: self.now,
             failed: None,
         };
-        let seq = self.pending.insert(pending).expect("submit keeps requests below IN_FLIGHT_MAX");
+        let seq = self
+            .pending
+            .insert(pending)
+            .expect("submit keeps requests below IN_FLIGHT_MAX");
         // Copies that are down for a moment get it when they are back (resend), or are ejected.
         self.transmit(seq, waiting.and(self.ready));
     }
@@ -104,8 +128,15 @@ impl<D: Payload> Attachment<D> {
     /// Sends the request `seq` to copies that take requests.
     pub(super) fn transmit(&mut self, seq: Seq, to: CopySet) {
         let epoch = self.record.epoch;
-        let Some(p) = self.pending.get_mut(seq) else { return };
-        let request = Request { epoch, seq, span: p.span, fua: p.fua };
+        let Some(p) = self.pending.get_mut(seq) else {
+            return;
+        };
+        let request = Request {
+            epoch,
+            seq,
+            span: p.span,
+            fua: p.fua,
+        };
         let (message, data) = match p.kind {
             Kind::Read => (Message::Read(request), p.data.clone()),
             Kind::Write => (Message::Write(request), p.data.clone()),
@@ -118,7 +149,11 @@ impl<D: Payload> Attachment<D> {
     /// A copy is back on the same configuration: everything it has not acknowledged goes out again, in order.
     pub(super) fn resend(&mut self, copy: usize) {
         for seq in self.pending.in_order() {
-            if self.pending.get_mut(seq).is_some_and(|p| p.waiting.has(copy)) {
+            if self
+                .pending
+                .get_mut(seq)
+                .is_some_and(|p| p.waiting.has(copy))
+            {
                 self.transmit(seq, CopySet::one(copy));
             }
         }
@@ -127,8 +162,14 @@ impl<D: Payload> Attachment<D> {
     // ---- answers
 
     pub(super) fn acked(&mut self, copy: usize, seq: Seq, status: Status) {
-        let only = self.in_sync.without(self.failing).without(CopySet::one(copy)).is_empty();
-        let Some(p) = self.pending.get_mut(seq) else { return };
+        let only = self
+            .in_sync
+            .without(self.failing)
+            .without(CopySet::one(copy))
+            .is_empty();
+        let Some(p) = self.pending.get_mut(seq) else {
+            return;
+        };
         if !p.waiting.has(copy) || p.kind == Kind::Read {
             return;
         }
@@ -155,19 +196,28 @@ impl<D: Payload> Attachment<D> {
         if let Some(p) = self.pending.get_mut(seq) {
             p.waiting.insert(copy);
         }
-        self.peers[copy].why = format!("the disk of node {} is full", self.record.copies[copy].node);
+        self.peers[copy].why =
+            format!("the disk of node {} is full", self.record.copies[copy].node);
         self.weigh_serving();
     }
 
     /// Ends the request if nobody's answer is missing any more.
     pub(super) fn settle(&mut self, seq: Seq) {
-        let Some(p) = self.pending.get_mut(seq) else { return };
+        let Some(p) = self.pending.get_mut(seq) else {
+            return;
+        };
         // S4: the bit of a copy that is being ejected stays until the record says that it is out.
         if !p.waiting.is_empty() {
             return;
         }
-        let Some(p) = self.pending.remove(seq) else { return };
-        let outcome = if p.failed.is_some() { Outcome::IoError } else { Outcome::Ok };
+        let Some(p) = self.pending.remove(seq) else {
+            return;
+        };
+        let outcome = if p.failed.is_some() {
+            Outcome::IoError
+        } else {
+            Outcome::Ok
+        };
         if let Kind::Flush { covers } = p.kind
             && outcome == Outcome::Ok
         {
@@ -175,13 +225,20 @@ impl<D: Payload> Attachment<D> {
             self.stable = self.stable.max(Seq(covers.0 - 1));
             self.pressure = false;
         }
-        if matches!(p.kind, Kind::Write | Kind::Zero { .. }) && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned) {
+        if matches!(p.kind, Kind::Write | Kind::Zero { .. })
+            && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned)
+        {
             for next in self.overlaps.release(p.span) {
                 self.start_write(next);
             }
         }
         match p.origin {
-            Origin::Guest(id) => self.finish(Done { id, read: false, outcome, data: None }),
+            Origin::Guest(id) => self.finish(Done {
+                id,
+                read: false,
+                outcome,
+                data: None,
+            }),
             Origin::Background | Origin::Abandoned => {}
             Origin::Reconcile { round, chunk } => self.chunk_written(round, chunk, outcome),
             Origin::Reconciled { round } => self.reconciled(round, outcome),
@@ -190,17 +247,40 @@ impl<D: Payload> Attachment<D> {
     }
 
     pub(super) fn read_answered(&mut self, copy: usize, seq: Seq, status: Status, data: Option<D>) {
-        let Some(p) = self.pending.get_mut(seq) else { return };
+        let Some(p) = self.pending.get_mut(seq) else {
+            return;
+        };
         if !p.waiting.has(copy) || p.kind != Kind::Read {
             return;
         }
+        let whole = match &data {
+            Some(data) => data.count() == p.span.len as usize,
+            // Straight into the reader's memory: only the copy of this process can do that.
+            None => Some(copy) == self.local && p.data.is_some(),
+        };
+        if status == Status::Ok && !whole {
+            return self.lose(
+                copy,
+                "it answered a read with other bytes than were asked for",
+            );
+        }
         match status {
             Status::Ok => {
-                let Some(p) = self.pending.remove(seq) else { return };
+                let Some(p) = self.pending.remove(seq) else {
+                    return;
+                };
                 match p.origin {
-                    Origin::Guest(id) => self.finish(Done { id, read: true, outcome: Outcome::Ok, data }),
+                    Origin::Guest(id) => self.finish(Done {
+                        id,
+                        read: true,
+                        outcome: Outcome::Ok,
+                        data,
+                    }),
                     Origin::Reconcile { round, chunk } => self.chunk_read(round, chunk, copy, data),
-                    Origin::Background | Origin::Abandoned | Origin::Reconciled { .. } | Origin::Leave => {}
+                    Origin::Background
+                    | Origin::Abandoned
+                    | Origin::Reconciled { .. }
+                    | Origin::Leave => {}
                 }
             }
             Status::Stale => self.outbid_by(copy),
@@ -211,7 +291,9 @@ impl<D: Payload> Attachment<D> {
     /// The copy asked cannot answer: ask another in-sync one; the last one's error is the guest's.
     fn read_elsewhere(&mut self, seq: Seq) {
         let candidates = self.in_sync.and(self.ready).without(self.failing);
-        let Some(p) = self.pending.get_mut(seq) else { return };
+        let Some(p) = self.pending.get_mut(seq) else {
+            return;
+        };
         if let Origin::Reconcile { .. } = p.origin {
             // Reconciliation reads name their copy: one that cannot be read there cannot be in sync.
             let copy = p.waiting.iter().next().unwrap_or_default();
@@ -224,9 +306,16 @@ impl<D: Payload> Attachment<D> {
                 self.transmit(seq, CopySet::one(next));
             }
             None => {
-                let Some(p) = self.pending.remove(seq) else { return };
+                let Some(p) = self.pending.remove(seq) else {
+                    return;
+                };
                 if let Origin::Guest(id) = p.origin {
-                    self.finish(Done { id, read: true, outcome: Outcome::IoError, data: None });
+                    self.finish(Done {
+                        id,
+                        read: true,
+                        outcome: Outcome::IoError,
+                        data: None,
+                    });
                 }
             }
         }
@@ -235,7 +324,9 @@ impl<D: Payload> Attachment<D> {
     /// Copies left: reads that were theirs are asked again, nobody waits for their answers any more (PROTOCOL 5).
     pub(super) fn forget_copies(&mut self, out: CopySet) {
         for seq in self.pending.in_order() {
-            let Some(p) = self.pending.get_mut(seq) else { continue };
+            let Some(p) = self.pending.get_mut(seq) else {
+                continue;
+            };
             if p.waiting.and(out).is_empty() {
                 continue;
             }
@@ -272,7 +363,9 @@ impl<D: Payload> Attachment<D> {
 
     pub(super) fn release_done(&mut self) {
         for _ in 0..self.done.len() {
-            let Some(done) = self.done.pop_front() else { break };
+            let Some(done) = self.done.pop_front() else {
+                break;
+            };
             if self.may_complete(&done) {
                 self.complete(done.id, done.outcome, done.data);
             } else {
@@ -282,15 +375,19 @@ impl<D: Payload> Attachment<D> {
     }
 
     fn complete(&mut self, id: RequestId, outcome: Outcome, data: Option<D>) {
-        self.actions.push_back(Action::Complete { id, outcome, data });
+        self.actions
+            .push_back(Action::Complete { id, outcome, data });
     }
 
     /// Every in-sync copy but the one in this process acknowledged a heartbeat sent less than `lease` ago.
     fn lease_holds(&self) -> bool {
-        self.in_sync.iter().filter(|c| Some(*c) != self.local).all(|c| {
-            let sent = self.peers[c].lease;
-            sent.is_some_and(|sent| self.now.since(sent) < self.timing.lease)
-        })
+        self.in_sync
+            .iter()
+            .filter(|c| Some(*c) != self.local)
+            .all(|c| {
+                let sent = self.peers[c].lease;
+                sent.is_some_and(|sent| self.now.since(sent) < self.timing.lease)
+            })
     }
 
     // ---- time
@@ -299,7 +396,9 @@ impl<D: Payload> Attachment<D> {
         self.retry_full();
         self.weigh_serving();
         while self.not_serving_since.is_none() && self.pending.len() < REQUESTS_MAX / 2 {
-            let Some(request) = self.held.pop_front() else { break };
+            let Some(request) = self.held.pop_front() else {
+                break;
+            };
             self.begin(request);
         }
         self.release_done();
@@ -317,7 +416,11 @@ impl<D: Payload> Attachment<D> {
         match (self.why_not_serving(), self.not_serving_since) {
             (None, Some(_)) => {
                 self.not_serving_since = None;
-                let text = format!("serving with {} of {} copies", self.in_sync.len(), self.record.copies.len());
+                let text = format!(
+                    "serving with {} of {} copies",
+                    self.in_sync.len(),
+                    self.record.copies.len()
+                );
                 self.event("7 serve", text);
             }
             (Some(why), None) => {
@@ -345,22 +448,36 @@ impl<D: Payload> Attachment<D> {
             return Some("the volume's only copy is on a full disk: make space there".into());
         }
         if self.in_sync.and(self.ready).is_empty() {
-            return Some(format!("no copy can be reached: {}", self.peers[self.master].why));
+            return Some(format!(
+                "no copy can be reached: {}",
+                self.peers[self.master].why
+            ));
         }
-        let slow = self.change.as_ref().is_some_and(|c| self.now.since(c.since) >= REGISTRY_PATIENCE);
+        let slow = self
+            .change
+            .as_ref()
+            .is_some_and(|c| self.now.since(c.since) >= REGISTRY_PATIENCE);
         slow.then(|| "a copy was lost and the registry does not answer, so it cannot be put out of the in-sync set".into())
     }
 
     fn is_full(&self) -> bool {
-        self.pending.iter().any(|(_, p)| p.failed == Some(Status::NoSpace))
+        self.pending
+            .iter()
+            .any(|(_, p)| p.failed == Some(Status::NoSpace))
     }
 
     fn retry_full(&mut self) {
-        let full: Vec<Seq> =
-            self.pending.iter().filter(|(_, p)| p.failed == Some(Status::NoSpace)).map(|(seq, _)| seq).collect();
+        let full: Vec<Seq> = self
+            .pending
+            .iter()
+            .filter(|(_, p)| p.failed == Some(Status::NoSpace))
+            .map(|(seq, _)| seq)
+            .collect();
         let over = self.failing_requests();
         for seq in full {
-            let Some(p) = self.pending.get_mut(seq) else { continue };
+            let Some(p) = self.pending.get_mut(seq) else {
+                continue;
+            };
             if over {
                 // The deadline passed: the guest gets its error (the failure stays noted).
                 p.waiting = CopySet::EMPTY;
@@ -388,7 +505,9 @@ impl<D: Payload> Attachment<D> {
         // Not those at the copy of this process: its disk may be using the guest's memory.
         let local = self.local.map_or(CopySet::EMPTY, CopySet::one);
         for seq in self.pending.in_order() {
-            let Some(p) = self.pending.get_mut(seq) else { continue };
+            let Some(p) = self.pending.get_mut(seq) else {
+                continue;
+            };
             if let Origin::Guest(id) = p.origin
                 && p.waiting.and(local).is_empty()
             {

@@ -65,13 +65,19 @@ impl<D: Payload> Attachment<D> {
     }
 
     pub(super) fn promised(&mut self, copy: usize, disk: DiskState) {
-        if self.phase != Phase::Joining || disk.probe != self.join.probing || disk.promised != self.join.target {
+        if self.phase != Phase::Joining
+            || disk.probe != self.join.probing
+            || disk.promised != self.join.target
+        {
             return;
         }
         let vote = match self.misfit(&disk) {
             Some(why) => {
                 let node = self.record.copies[copy].node.clone();
-                self.event("5.2 promise", format!("the copy on {node} cannot be used: {why}"));
+                self.event(
+                    "5.2 promise",
+                    format!("the copy on {node} cannot be used: {why}"),
+                );
                 self.peers[copy].why = why;
                 Vote::Out
             }
@@ -84,11 +90,21 @@ impl<D: Payload> Attachment<D> {
 
     /// Why a copy that the record calls in sync cannot be: its disk tells another history.
     fn misfit(&self, disk: &DiskState) -> Option<String> {
-        let known = self.record.lineage.iter().find(|(epoch, _)| *epoch == disk.epoch);
+        let known = self
+            .record
+            .lineage
+            .iter()
+            .find(|(epoch, _)| *epoch == disk.epoch);
         if disk.epoch > self.record.epoch {
-            Some(format!("its disk is in epoch {}, the record in {}: is the registry an old one?", disk.epoch, self.record.epoch))
+            Some(format!(
+                "its disk is in epoch {}, the record in {}: is the registry an old one?",
+                disk.epoch, self.record.epoch
+            ))
         } else if known.is_some_and(|(_, tag)| *tag != disk.tag) {
-            Some(format!("its disk is of another history of epoch {}", disk.epoch))
+            Some(format!(
+                "its disk is of another history of epoch {}",
+                disk.epoch
+            ))
         } else {
             None
         }
@@ -106,7 +122,9 @@ impl<D: Payload> Attachment<D> {
                     self.begin_join();
                 }
             }
-            Refusal::Attached { .. } => self.fence(format!("{refusal} (so says the copy on {node})")),
+            Refusal::Attached { .. } => {
+                self.fence(format!("{refusal} (so says the copy on {node})"))
+            }
             _ => {
                 self.peers[copy].why = refusal.to_string();
                 self.peers[copy].vote = Some(Vote::Out);
@@ -126,13 +144,19 @@ impl<D: Payload> Attachment<D> {
         }
         let asked = self.in_sync;
         let waited = self.now.since(self.join.since) >= self.timing.join;
-        let silent = asked.iter().filter(|c| self.peers[*c].vote.is_none()).count();
+        let silent = asked
+            .iter()
+            .filter(|c| self.peers[*c].vote.is_none())
+            .count();
         if silent > 0 && !waited {
             return;
         }
         if self.join.probing {
             // One that hears the old attachment would have said so.
-            if asked.iter().any(|c| matches!(self.peers[c].vote, Some(Vote::Probed))) {
+            if asked
+                .iter()
+                .any(|c| matches!(self.peers[c].vote, Some(Vote::Probed)))
+            {
                 self.join.probing = false;
                 self.join.since = self.now;
                 self.ask_all();
@@ -142,16 +166,29 @@ impl<D: Payload> Attachment<D> {
         let mut with_gap = CopySet::EMPTY;
         let mut without = CopySet::EMPTY;
         for copy in asked.iter() {
-            let Some(Vote::Promised(disk)) = &self.peers[copy].vote else { continue };
+            let Some(Vote::Promised(disk)) = &self.peers[copy].vote else {
+                continue;
+            };
             let known = self.record.copies[copy].boot_id;
             // Another boot than the one it was taken in under: unflushed completed writes may be gone (PROTOCOL 5).
             // After a clean detach there were none.
             let gap = self.record.state != State::Clean && known.is_some_and(|b| b != disk.boot_id);
-            if gap { with_gap.insert(copy) } else { without.insert(copy) }
+            if gap {
+                with_gap.insert(copy)
+            } else {
+                without.insert(copy)
+            }
         }
-        let members = if without.is_empty() { with_gap } else { without };
+        let members = if without.is_empty() {
+            with_gap
+        } else {
+            without
+        };
         // With too few to serve nothing is won by giving the others up: wait for them.
-        let serves = self.record.failure_mode.serves(self.record.replicas_wanted, members.len());
+        let serves = self
+            .record
+            .failure_mode
+            .serves(self.record.replicas_wanted, members.len());
         if members.is_empty() || (silent > 0 && !serves) {
             return;
         }
@@ -181,10 +218,18 @@ impl<D: Payload> Attachment<D> {
         regions.sort_unstable();
         regions.dedup();
         let keep = members.has(self.master) && self.local.is_none_or(|l| !members.has(l));
-        let master = if keep { self.master } else { self.choose_master(members) };
+        let master = if keep {
+            self.master
+        } else {
+            self.choose_master(members)
+        };
         next.master = next.copies[master].copy_id;
         next.attachment = Some(self.me.clone());
-        next.state = if clean || members.len() == 1 { State::Active } else { State::Recovering };
+        next.state = if clean || members.len() == 1 {
+            State::Active
+        } else {
+            State::Recovering
+        };
         let tag = self.tag();
         next.advance(self.join.target, tag);
         self.join.regions = regions;
@@ -227,14 +272,20 @@ impl<D: Payload> Attachment<D> {
         if !self.is_idle() && !self.join.leaving_flushing {
             return;
         }
-        if self.change.is_some() || !self.in_sync.without(self.ready).is_empty() && !self.join.leaving_told {
+        if self.change.is_some()
+            || !self.in_sync.without(self.ready).is_empty() && !self.join.leaving_told
+        {
             return;
         }
         if !self.join.leaving_flushing {
             self.join.leaving_flushing = true;
             self.start_flush(Origin::Leave);
         } else if self.join.leaving_told
-            && self.in_sync.without(self.failing).iter().all(|c| self.peers[c].detached)
+            && self
+                .in_sync
+                .without(self.failing)
+                .iter()
+                .all(|c| self.peers[c].detached)
             && self.failing.is_empty()
         {
             self.propose_release();
@@ -247,7 +298,9 @@ impl<D: Payload> Attachment<D> {
             return self.fence("the last flush failed; detached without a clean mark".into());
         }
         self.join.leaving_told = true;
-        let message = Message::Detach { epoch: self.record.epoch };
+        let message = Message::Detach {
+            epoch: self.record.epoch,
+        };
         self.send(self.ready, message, None);
     }
 

@@ -1,7 +1,9 @@
 //! Links to the copies, and who of them counts: ejection before completion (PROTOCOL 2.6), promotion of another
 //! master (5), every change of the record.
 
-use super::{Action, Attachment, CasOutcome, Change, CopySet, Link, Payload, Peer, Phase, Purpose, Revision};
+use super::{
+    Action, Attachment, CasOutcome, Change, CopySet, Link, Payload, Peer, Phase, Purpose, Revision,
+};
 use crate::replication::ids::{BootId, Epoch, Nanos};
 use crate::replication::message::{Message, Refusal};
 use crate::replication::record::{CopyStatus, Record};
@@ -9,7 +11,10 @@ use crate::replication::record::{CopyStatus, Record};
 impl Peer {
     fn new(now: Nanos) -> Self {
         Self {
-            link: Link::Down { since: now, tried: Nanos(0) },
+            link: Link::Down {
+                since: now,
+                tried: Nanos(0),
+            },
             heard: now,
             beat: Nanos(0),
             lease: None,
@@ -98,14 +103,20 @@ impl<D: Payload> Attachment<D> {
 
     pub(super) fn tick_links(&mut self) {
         for copy in self.in_sync.iter() {
-            let Link::Down { since, tried } = self.peers[copy].link else { continue };
+            let Link::Down { since, tried } = self.peers[copy].link else {
+                continue;
+            };
             if self.now.since(tried) < self.timing.redial && tried != Nanos(0) {
                 continue;
             }
             self.peers[copy].link = Link::Dialing { since };
             let entry = &self.record.copies[copy];
             let (copy_id, node) = (entry.copy_id, entry.node.clone());
-            self.actions.push_back(Action::Dial { copy, copy_id, node });
+            self.actions.push_back(Action::Dial {
+                copy,
+                copy_id,
+                node,
+            });
         }
     }
 
@@ -117,14 +128,23 @@ impl<D: Payload> Attachment<D> {
                 due.insert(copy);
             }
         }
-        let beat = Message::Heartbeat { epoch: self.record.epoch, sent: self.now, stable: self.stable };
+        let beat = Message::Heartbeat {
+            epoch: self.record.epoch,
+            sent: self.now,
+            stable: self.stable,
+        };
         self.send(due, beat, None);
     }
 
     /// Who is gone for too long, silent, or late.
     pub(super) fn tick_failing(&mut self) {
         let oldest = |copy: usize| {
-            let waits = self.pending.iter().filter(|(_, p)| p.waiting.has(copy)).map(|(_, p)| p.submitted).min();
+            let waits = self
+                .pending
+                .iter()
+                .filter(|(_, p)| p.waiting.has(copy))
+                .map(|(_, p)| p.submitted)
+                .min();
             waits.map_or(Nanos(0), |submitted| self.now.since(submitted))
         };
         let mut lost: Vec<(usize, String)> = Vec::new();
@@ -134,7 +154,10 @@ impl<D: Payload> Attachment<D> {
                 Link::Down { since, .. } | Link::Dialing { since } => {
                     let gone = self.now.since(since);
                     if gone >= self.timing.hold {
-                        lost.push((copy, format!("not reachable for {} ms: {}", gone.as_ms(), peer.why)));
+                        lost.push((
+                            copy,
+                            format!("not reachable for {} ms: {}", gone.as_ms(), peer.why),
+                        ));
                     }
                 }
                 Link::Up => {
@@ -142,7 +165,10 @@ impl<D: Payload> Attachment<D> {
                     if silent >= self.timing.silence {
                         lost.push((copy, format!("silent for {} ms", silent.as_ms())));
                     } else if self.ready.has(copy) && oldest(copy) >= self.timing.late {
-                        lost.push((copy, format!("a request unanswered for {} ms", oldest(copy).as_ms())));
+                        lost.push((
+                            copy,
+                            format!("a request unanswered for {} ms", oldest(copy).as_ms()),
+                        ));
                     }
                 }
             }
@@ -173,7 +199,10 @@ impl<D: Payload> Attachment<D> {
             return self.send(CopySet::one(copy), message, None);
         }
         self.ready.insert(copy);
-        let ejecting = self.change.as_ref().is_some_and(|c| c.purpose == Purpose::Eject);
+        let ejecting = self
+            .change
+            .as_ref()
+            .is_some_and(|c| c.purpose == Purpose::Eject);
         if !ejecting {
             // Back in time: nothing was decided against it yet.
             self.failing.remove(copy);
@@ -212,7 +241,11 @@ impl<D: Payload> Attachment<D> {
         let out = self.failing;
         let left = self.in_sync.without(out);
         // Not in favour of a copy that is not there either: then nobody knows yet who stays.
-        if !self.owns() || self.change.is_some() || out.is_empty() || left.and(self.ready).is_empty() {
+        if !self.owns()
+            || self.change.is_some()
+            || out.is_empty()
+            || left.and(self.ready).is_empty()
+        {
             return;
         }
         let mut next = self.record.clone();
@@ -242,12 +275,24 @@ impl<D: Payload> Attachment<D> {
 
     pub(super) fn propose(&mut self, purpose: Purpose, proposed: Record) {
         let since = self.now;
-        self.actions.push_back(Action::Cas { expected: self.revision, record: Box::new(proposed.clone()) });
-        self.change = Some(Change { purpose, proposed, since, asked: true, unknown: false, retry: since });
+        self.actions.push_back(Action::Cas {
+            expected: self.revision,
+            record: Box::new(proposed.clone()),
+        });
+        self.change = Some(Change {
+            purpose,
+            proposed,
+            since,
+            asked: true,
+            unknown: false,
+            retry: since,
+        });
     }
 
     pub(super) fn tick_change(&mut self) {
-        let Some(change) = &mut self.change else { return };
+        let Some(change) = &mut self.change else {
+            return;
+        };
         if change.asked || self.now < change.retry {
             return;
         }
@@ -255,7 +300,10 @@ impl<D: Payload> Attachment<D> {
         let again = if change.unknown {
             Action::ReadRecord
         } else {
-            Action::Cas { expected: self.revision, record: Box::new(change.proposed.clone()) }
+            Action::Cas {
+                expected: self.revision,
+                record: Box::new(change.proposed.clone()),
+            }
         };
         self.actions.push_back(again);
     }
@@ -263,7 +311,9 @@ impl<D: Payload> Attachment<D> {
     /// The registry answered a CAS.
     pub fn on_cas(&mut self, now: Nanos, outcome: CasOutcome) {
         self.now = now;
-        let Some(change) = &mut self.change else { return };
+        let Some(change) = &mut self.change else {
+            return;
+        };
         change.asked = false;
         change.retry = now.after(self.timing.registry_retry);
         match outcome {
@@ -312,9 +362,14 @@ impl<D: Payload> Attachment<D> {
             return self.fence("the volume was removed".into());
         };
         let same = |a: &Record, b: &Record| {
-            (a.epoch, a.epoch_tag, a.state, &a.attachment) == (b.epoch, b.epoch_tag, b.state, &b.attachment)
+            (a.epoch, a.epoch_tag, a.state, &a.attachment)
+                == (b.epoch, b.epoch_tag, b.state, &b.attachment)
         };
-        if self.change.as_ref().is_some_and(|c| same(&found, &c.proposed)) {
+        if self
+            .change
+            .as_ref()
+            .is_some_and(|c| same(&found, &c.proposed))
+        {
             // Ours, although nobody had told us.
             self.event("2.6 ambiguous CAS", "read back: it had been swapped".into());
             self.take_policy(&found);
@@ -371,7 +426,10 @@ impl<D: Payload> Attachment<D> {
     fn superseded(&mut self, found: Record, revision: Revision) {
         match &found.attachment {
             Some(other) if *other != self.me => {
-                self.fence(format!("the volume is attached on {} in epoch {}", other.node, found.epoch));
+                self.fence(format!(
+                    "the volume is attached on {} in epoch {}",
+                    other.node, found.epoch
+                ));
             }
             _ if self.owns() => {
                 let (held, is) = (self.record.epoch, found.epoch);
@@ -390,7 +448,12 @@ impl<D: Payload> Attachment<D> {
 
     /// The proposal is the record now.
     fn commit(&mut self, revision: Revision) {
-        let Some(Change { purpose, proposed, .. }) = self.change.take() else { return };
+        let Some(Change {
+            purpose, proposed, ..
+        }) = self.change.take()
+        else {
+            return;
+        };
         self.revision = revision;
         let (before, old_master, old_epoch) = (self.in_sync, self.master, self.record.epoch);
         self.record = proposed;
@@ -403,18 +466,30 @@ impl<D: Payload> Attachment<D> {
                 self.unlink(copy, &why);
             }
             if purpose == Purpose::Eject {
-                let text = format!("copy on {}: {}", self.record.copies[copy].node, self.peers[copy].why);
+                let text = format!(
+                    "copy on {}: {}",
+                    self.record.copies[copy].node, self.peers[copy].why
+                );
                 self.event("2.6 eject", format!("{text}; epoch {}", self.record.epoch));
             }
         }
         if purpose != Purpose::Claim && self.master != old_master {
             let node = self.record.copies[self.master].node.clone();
-            self.event("5 promote", format!("the copy on {node} is the master; epoch {}", self.record.epoch));
+            self.event(
+                "5 promote",
+                format!(
+                    "the copy on {node} is the master; epoch {}",
+                    self.record.epoch
+                ),
+            );
         }
         match purpose {
             Purpose::Claim => self.claimed(),
             Purpose::Eject | Purpose::Raise => {
-                assert!(self.record.epoch > old_epoch, "S1: a change of membership has its own epoch");
+                assert!(
+                    self.record.epoch > old_epoch,
+                    "S1: a change of membership has its own epoch"
+                );
                 let message = Message::EpochChange(self.configuration());
                 self.send(self.ready, message, None);
                 // S4: the ejection is in the record; only now may its writes complete without it.

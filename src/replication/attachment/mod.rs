@@ -19,7 +19,7 @@ use std::collections::VecDeque;
 
 use super::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos, NodeName, Seq, Span, Tag};
 use super::in_flight::{InFlight, Overlaps};
-use super::message::{Configuration, DiskState, Message, Proof, Status};
+use super::message::{Configuration, DiskState, Message, Proof, Refusal, Status};
 use super::record::{self, CopyStatus, Record};
 use super::timing::Timing;
 
@@ -68,6 +68,9 @@ pub enum Outcome {
 pub trait Payload: Clone {
     /// Whether both hold the same bytes.
     fn same(&self, other: &Self) -> bool;
+
+    /// How many.
+    fn count(&self) -> usize;
 }
 
 /// A set of copies, by their index in the record.
@@ -213,9 +216,14 @@ pub enum Phase {
 #[derive(Debug, PartialEq, Eq)]
 enum Link {
     /// Not connected since; tried last.
-    Down { since: Nanos, tried: Nanos },
+    Down {
+        since: Nanos,
+        tried: Nanos,
+    },
     /// Connecting; not connected since.
-    Dialing { since: Nanos },
+    Dialing {
+        since: Nanos,
+    },
     Up,
 }
 
@@ -251,9 +259,14 @@ enum Origin {
     /// A flush of all copies on our own account; its meaning when done.
     Background,
     /// Part of a reconciliation round.
-    Reconcile { round: u64, chunk: super::ids::Chunk },
+    Reconcile {
+        round: u64,
+        chunk: super::ids::Chunk,
+    },
     /// The flush that ends reconciliation of this round.
-    Reconciled { round: u64 },
+    Reconciled {
+        round: u64,
+    },
     /// The flush before a clean detach.
     Leave,
 }
@@ -457,23 +470,34 @@ impl<D: Payload> Attachment<D> {
 
     /// Nothing of the guest is under way.
     pub fn is_idle(&self) -> bool {
-        self.pending.is_empty() && self.held.is_empty() && self.done.is_empty() && self.overlaps.waiting() == 0
+        self.pending.is_empty()
+            && self.held.is_empty()
+            && self.done.is_empty()
+            && self.overlaps.waiting() == 0
     }
 
     /// For people.
     pub fn status(&self) -> Status_ {
-        let copies = self.record.copies.iter().enumerate().map(|(i, c)| CopyView {
-            copy_id: c.copy_id,
-            node: c.node.clone(),
-            status: c.status,
-            master: i == self.master,
-            connected: self.ready.has(i),
-            why: self.peers[i].why.clone(),
-        });
+        let copies = self
+            .record
+            .copies
+            .iter()
+            .enumerate()
+            .map(|(i, c)| CopyView {
+                copy_id: c.copy_id,
+                node: c.node.clone(),
+                status: c.status,
+                master: i == self.master,
+                connected: self.ready.has(i),
+                why: self.peers[i].why.clone(),
+            });
         Status_ {
             phase: self.phase.clone(),
             suspended_for: self.not_serving_since.map(|since| self.now.since(since)),
-            in_flight: self.pending.len() + self.held.len() + self.done.len() + self.overlaps.waiting(),
+            in_flight: self.pending.len()
+                + self.held.len()
+                + self.done.len()
+                + self.overlaps.waiting(),
             copies: copies.collect(),
         }
     }
@@ -503,12 +527,15 @@ impl<D: Payload> Attachment<D> {
     /// A message of the connection to `copy`, in its order.
     pub fn on_message(&mut self, now: Nanos, copy: usize, message: Message, data: Option<D>) {
         self.now = now;
-        if self.ended() {
+        // After a loss the connection may bring what was on its way: it is ended already.
+        if self.ended() || self.peers[copy].link != Link::Up {
             return;
         }
         self.peers[copy].heard = now;
         match message {
-            Message::AckVec { acks, log_pressure, .. } => {
+            Message::AckVec {
+                acks, log_pressure, ..
+            } => {
                 self.pressure |= log_pressure;
                 for (seq, status) in acks {
                     self.acked(copy, seq, status);
@@ -524,7 +551,10 @@ impl<D: Payload> Attachment<D> {
             Message::AttachAck { epoch } => self.attached(copy, epoch),
             Message::DetachAck { .. } => self.peers[copy].detached = true,
             Message::Nack(refusal) => self.refused(copy, refusal),
-            other => self.lose(copy, &format!("it sent {other:?}, which only an attachment sends")),
+            other => self.lose(
+                copy,
+                &format!("it sent {other:?}, which only an attachment sends"),
+            ),
         }
         self.advance();
     }
@@ -532,12 +562,21 @@ impl<D: Payload> Attachment<D> {
     /// One acknowledgement of the local copy: as an AckVec of one, without building it.
     pub fn on_ack(&mut self, now: Nanos, copy: usize, seq: Seq, status: Status) {
         self.now = now;
-        if self.ended() {
+        if self.ended() || self.peers[copy].link != Link::Up {
             return;
         }
         self.peers[copy].heard = now;
         self.acked(copy, seq, status);
         self.advance();
+    }
+
+    /// The node of `copy` has no such copy, or it takes nothing from us; there is no connection.
+    pub fn on_refused(&mut self, now: Nanos, copy: usize, refusal: Refusal) {
+        self.now = now;
+        if !self.ended() {
+            self.refused(copy, refusal);
+            self.advance();
+        }
     }
 
     /// What to do next, in order.
@@ -560,7 +599,10 @@ impl<D: Payload> Attachment<D> {
 
     /// Whether the record in force is ours, so that copies may be configured and ejected.
     fn owns(&self) -> bool {
-        matches!(self.phase, Phase::Configuring | Phase::Reconciling | Phase::Serving | Phase::Leaving)
+        matches!(
+            self.phase,
+            Phase::Configuring | Phase::Reconciling | Phase::Serving | Phase::Leaving
+        )
     }
 
     /// Goes on with whatever the last event made possible.
@@ -573,7 +615,9 @@ impl<D: Payload> Attachment<D> {
             Phase::Configuring => self.advance_configuring(),
             Phase::Reconciling => self.advance_reconcile(),
             Phase::Serving if self.leaving => self.set_phase(Phase::Leaving, "5 clean detach"),
-            Phase::Joining | Phase::Claiming if self.leaving => self.fence("detached before it was attached".into()),
+            Phase::Joining | Phase::Claiming if self.leaving => {
+                self.fence("detached before it was attached".into())
+            }
             _ => {}
         }
         if self.phase == Phase::Leaving {
@@ -582,7 +626,12 @@ impl<D: Payload> Attachment<D> {
     }
 
     fn set_phase(&mut self, phase: Phase, rule: &'static str) {
-        let text = format!("{} -> {} in epoch {}", name(&self.phase), name(&phase), self.record.epoch);
+        let text = format!(
+            "{} -> {} in epoch {}",
+            name(&self.phase),
+            name(&phase),
+            self.record.epoch
+        );
         self.event(rule, text);
         self.phase = phase;
     }
@@ -620,17 +669,28 @@ impl<D: Payload> Attachment<D> {
     }
 
     fn configuration(&self) -> Configuration {
-        let missing = self.record.copies.iter().filter(|c| c.status != CopyStatus::InSync);
+        let missing = self
+            .record
+            .copies
+            .iter()
+            .filter(|c| c.status != CopyStatus::InSync);
         Configuration {
             epoch: self.record.epoch,
             tag: self.record.epoch_tag,
             size: self.record.size,
             logged: self.record.logged(),
-            missing: missing.map(|c| (c.copy_id, c.base.last.unwrap_or_default())).collect(),
+            missing: missing
+                .map(|c| (c.copy_id, c.base.last.unwrap_or_default()))
+                .collect(),
         }
     }
 }
 
 fn name(phase: &Phase) -> String {
-    format!("{phase:?}").to_lowercase().split('(').next().unwrap_or_default().to_string()
+    format!("{phase:?}")
+        .to_lowercase()
+        .split('(')
+        .next()
+        .unwrap_or_default()
+        .to_string()
 }

@@ -43,7 +43,11 @@ struct Comparison<D> {
 
 impl<D: Payload> Attachment<D> {
     pub(super) fn begin_reconcile(&mut self, regions: Vec<Region>) {
-        let text = format!("{} regions in which {} copies may differ", regions.len(), self.in_sync.len());
+        let text = format!(
+            "{} regions in which {} copies may differ",
+            regions.len(),
+            self.in_sync.len()
+        );
         self.event("5.4 reconcile", text);
         self.reconcile.regions = regions;
         self.start_round();
@@ -56,7 +60,12 @@ impl<D: Payload> Attachment<D> {
         r.round += 1;
         r.flushing = false;
         r.comparing.clear();
-        r.todo = r.regions.iter().flat_map(|region| region.0 * per_region..(region.0 + 1) * per_region).map(Chunk).collect();
+        r.todo = r
+            .regions
+            .iter()
+            .flat_map(|region| region.0 * per_region..(region.0 + 1) * per_region)
+            .map(Chunk)
+            .collect();
         r.todo.retain(|c| c.0 < chunks);
     }
 
@@ -71,12 +80,24 @@ impl<D: Payload> Attachment<D> {
             return;
         }
         while self.reconcile.comparing.len() < WINDOW {
-            let Some(chunk) = self.reconcile.todo.pop_front() else { break };
+            let Some(chunk) = self.reconcile.todo.pop_front() else {
+                break;
+            };
             let (span, round) = (self.chunk_span(chunk), self.reconcile.round);
-            let comparison = Comparison { missing: self.in_sync, read: Vec::new() };
+            let comparison = Comparison {
+                missing: self.in_sync,
+                read: Vec::new(),
+            };
             self.reconcile.comparing.insert(chunk, comparison);
             for copy in self.in_sync.iter() {
-                self.request(Origin::Reconcile { round, chunk }, Kind::Read, span, false, None, CopySet::one(copy));
+                self.request(
+                    Origin::Reconcile { round, chunk },
+                    Kind::Read,
+                    span,
+                    false,
+                    None,
+                    CopySet::one(copy),
+                );
             }
         }
         let r = &mut self.reconcile;
@@ -89,30 +110,46 @@ impl<D: Payload> Attachment<D> {
 
     fn chunk_span(&self, chunk: Chunk) -> Span {
         let offset = u64::from(chunk.0) * CHUNK;
-        Span { offset, len: CHUNK.min(self.record.size - offset) as u32 }
+        Span {
+            offset,
+            len: CHUNK.min(self.record.size - offset) as u32,
+        }
     }
 
     pub(super) fn chunk_read(&mut self, round: u64, chunk: Chunk, copy: usize, data: Option<D>) {
         if round != self.reconcile.round {
             return;
         }
-        let (Some(c), Some(data)) = (self.reconcile.comparing.get_mut(&chunk), data) else { return };
+        let (Some(c), Some(data)) = (self.reconcile.comparing.get_mut(&chunk), data) else {
+            return;
+        };
         c.missing.remove(copy);
         c.read.push((copy, data));
         if !c.missing.is_empty() {
             return;
         }
         let read = std::mem::take(&mut c.read);
-        let Some((_, wins)) = read.iter().find(|(copy, _)| *copy == self.master).cloned() else { return };
+        let Some((_, wins)) = read.iter().find(|(copy, _)| *copy == self.master).cloned() else {
+            return;
+        };
         let mut differ = CopySet::EMPTY;
-        read.iter().filter(|(_, d)| !d.same(&wins)).for_each(|(copy, _)| differ.insert(*copy));
+        read.iter()
+            .filter(|(_, d)| !d.same(&wins))
+            .for_each(|(copy, _)| differ.insert(*copy));
         if differ.is_empty() {
             self.reconcile.comparing.remove(&chunk);
         } else {
             self.reconcile.differing += 1;
             let span = self.chunk_span(chunk);
             // Log before data there too: it is a write like any other.
-            self.request(Origin::Reconcile { round, chunk }, Kind::Write, span, false, Some(wins), differ);
+            self.request(
+                Origin::Reconcile { round, chunk },
+                Kind::Write,
+                span,
+                false,
+                Some(wins),
+                differ,
+            );
         }
     }
 

@@ -1,0 +1,227 @@
+//! What the rest of the node asks of a worker, and how it reaches it.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
+
+use crate::cluster::metrics::VolumeMetrics;
+use crate::copy::{Metadata, Store};
+use crate::guest::{GuestMem, RingStart};
+use crate::replication::attachment::{CasOutcome, CopyView, Phase, Revision};
+use crate::replication::copy_state::{BITMAPS_MAX, CopyState};
+use crate::replication::dirty_map::DirtyMap;
+use crate::replication::ids::{Epoch, Nanos, NodeName, Region, VolumeId};
+use crate::replication::message::Proof;
+use crate::replication::record::{self, Record};
+use crate::wire::hello::Hello;
+
+/// A copy as read from disk, ready to be served.
+pub struct OpenCopy {
+    /// Its files.
+    pub store: Store,
+    /// Its metadata in memory.
+    pub metadata: Metadata,
+    /// Its superblock.
+    pub state: CopyState,
+    /// Its activity log.
+    pub regions: Vec<Region>,
+    /// Its bitmaps.
+    pub maps: [Option<DirtyMap>; BITMAPS_MAX],
+}
+
+/// A volume to be served from here.
+pub struct AttachVolume {
+    /// Which.
+    pub volume: VolumeId,
+    /// `namespace/name`.
+    pub name: String,
+    /// The record and its revision.
+    pub record: Record,
+    /// See `record`.
+    pub revision: Revision,
+    /// Who we are in the record.
+    pub me: record::Attachment,
+    /// Why copies need not wait for the former attachment.
+    pub proof: Proof,
+    /// Writes are refused.
+    pub read_only: bool,
+}
+
+/// What a vhost-user control thread asks for; each is answered before the front-end is.
+pub enum GuestCommand {
+    /// See [`crate::guest::DataPlane`].
+    Start(RingStart),
+    /// See [`crate::guest::DataPlane`].
+    Kick(u16, OwnedFd),
+    /// See [`crate::guest::DataPlane`].
+    Call(u16, Option<OwnedFd>),
+    /// See [`crate::guest::DataPlane`].
+    Stop(u16),
+    /// See [`crate::guest::DataPlane`].
+    Enabled(u16, bool),
+    /// See [`crate::guest::DataPlane`].
+    Memory(Arc<GuestMem>),
+    /// Writes complete when they are durable, unless `writeback`.
+    Features {
+        /// The guest can flush and left the write cache on.
+        writeback: bool,
+    },
+    /// The connection is gone.
+    Disconnected,
+}
+
+/// Answer to a [`GuestCommand`].
+pub type GuestAnswer = Result<u16, String>;
+
+/// One attached volume, for people.
+#[derive(Clone, Debug)]
+pub struct VolumeStatus {
+    /// Which.
+    pub volume: VolumeId,
+    /// How far it is.
+    pub phase: Phase,
+    /// Why no request completes now.
+    pub why: Option<String>,
+    /// The record's epoch.
+    pub epoch: Epoch,
+    /// The record, as the attachment holds it.
+    pub record: Record,
+    /// The copies.
+    pub copies: Vec<CopyView>,
+    /// Guest requests under way.
+    pub in_flight: usize,
+}
+
+/// One local copy, for people.
+#[derive(Clone, Debug)]
+pub struct CopyStatus {
+    /// Of which volume.
+    pub volume: VolumeId,
+    /// What its superblock says.
+    pub state: CopyState,
+    /// Bytes it takes on disk.
+    pub allocated: u64,
+    /// Regions in its activity log.
+    pub active_regions: usize,
+}
+
+/// A worker's counters.
+#[derive(Clone, Debug, Default)]
+pub struct WorkerMetrics {
+    /// Attached volumes.
+    pub volumes: Vec<VolumeMetrics>,
+    /// Payload bytes before and after compression.
+    pub wire_raw: u64,
+    /// See `wire_raw`.
+    pub wire_sent: u64,
+    /// Masters switched under a running attachment.
+    pub promotions: u64,
+    /// Copies ejected, by reason.
+    pub ejections: Vec<(String, u64)>,
+}
+
+/// A change of state, as it is reported to the node.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// Of which volume.
+    pub volume: VolumeId,
+    /// The rule of the protocol that caused it.
+    pub rule: &'static str,
+    /// The epoch in which.
+    pub epoch: Epoch,
+    /// One sentence.
+    pub text: String,
+}
+
+/// One request to a worker.
+pub enum Command {
+    /// The mailboxes of all workers.
+    Siblings(Vec<Mailbox>),
+    /// Take connections of peers here.
+    Listen(TcpListener),
+    /// Serve this copy.
+    Open(Box<OpenCopy>, SyncSender<()>),
+    /// Give the copy up; its files are closed when this is answered. An error says why not.
+    Close(VolumeId, SyncSender<Result<(), String>>),
+    /// Attach.
+    Attach(Box<AttachVolume>, SyncSender<Result<(), String>>),
+    /// Finish what is under way, then detach cleanly; answered when that ended, with the reason if not cleanly.
+    Detach(VolumeId, SyncSender<Result<(), String>>),
+    /// From a vhost-user control thread.
+    Guest(VolumeId, GuestCommand, SyncSender<GuestAnswer>),
+    /// The record of an attached volume, as read or watched (`None`: removed).
+    Record(VolumeId, Option<(Record, Revision)>),
+    /// It could not be read.
+    RecordUnavailable(VolumeId),
+    /// The answer to a compare-and-swap.
+    Cas(VolumeId, CasOutcome),
+    /// Where nodes are reached.
+    Peers(Vec<(NodeName, SocketAddr)>),
+    /// A connection that greeted and belongs to this worker; with what came behind the greeting.
+    Adopt(TcpStream, Box<Hello>, Vec<u8>),
+    /// Report the attached volumes and the copies.
+    Status(SyncSender<(Vec<VolumeStatus>, Vec<CopyStatus>)>),
+    /// Report the counters.
+    Metrics(SyncSender<WorkerMetrics>),
+    /// End.
+    Stop,
+}
+
+/// What a worker asks of the registry, and does not wait for.
+pub enum RegistryRequest {
+    /// Compare and swap.
+    Cas(VolumeId, Revision, Box<Record>),
+    /// Read.
+    Read(VolumeId),
+}
+
+/// The records, as the engine needs them: blocking, on a thread of their own.
+pub trait Records: Send {
+    /// Swaps the record if it is at `expected`.
+    fn cas(&self, volume: VolumeId, expected: Revision, record: &Record) -> CasOutcome;
+
+    /// Reads it. `Err` when the registry does not answer.
+    fn read(&self, volume: VolumeId) -> Result<Option<(Record, Revision)>, String>;
+}
+
+/// Reaches one worker: a queue, and something that wakes it.
+#[derive(Clone)]
+pub struct Mailbox {
+    sender: Sender<Command>,
+    waker: Arc<mio::Waker>,
+}
+
+impl Mailbox {
+    /// A queue that `waker` announces.
+    pub fn new(waker: mio::Waker) -> (Self, Receiver<Command>) {
+        let (sender, receiver) = channel();
+        (
+            Self {
+                sender,
+                waker: Arc::new(waker),
+            },
+            receiver,
+        )
+    }
+
+    /// Sends; `false` when the worker has ended.
+    pub fn send(&self, command: Command) -> bool {
+        self.sender.send(command).is_ok() && self.waker.wake().is_ok()
+    }
+
+    /// Sends a command with a place for its answer, and waits at most `patience` for that.
+    pub fn ask<T>(
+        &self,
+        patience: Nanos,
+        command: impl FnOnce(SyncSender<T>) -> Command,
+    ) -> Option<T> {
+        let (reply, answer) = std::sync::mpsc::sync_channel(1);
+        if !self.send(command(reply)) {
+            return None;
+        }
+        answer
+            .recv_timeout(std::time::Duration::from_nanos(patience.0))
+            .ok()
+    }
+}

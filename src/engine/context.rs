@@ -1,0 +1,448 @@
+//! What all volumes of one worker share: the disk queue, the connections, the clock of the turn, the way out.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::rc::Rc;
+use std::sync::mpsc::Sender;
+
+use mio::net::TcpStream;
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+
+use super::buffer::{Buffer, Bytes};
+use super::command::{Event, RegistryRequest};
+use super::conn::{Conn, OUT_MAX, Piece};
+use super::disk::Disk;
+use crate::replication::attachment::CopySet;
+use crate::replication::ids::{
+    BootId, ClusterId, CopyId, Epoch, Instance, Nanos, NodeName, Seq, VolumeId,
+};
+use crate::replication::message::{Message, Status};
+use crate::replication::replica::SessionId;
+use crate::wire::frame::{self, Payload};
+use crate::wire::hello::{Hello, Purpose, Versions};
+use crate::wire::lz4::{self, Compressor};
+
+/// Versions of the wire protocol that this program speaks.
+pub const VERSIONS: Versions = Versions { min: 1, max: 1 };
+/// Answers in one AckVec; `wire` takes no more.
+const ACKS: usize = 512;
+/// A connection that was made and does not greet, or whose greeting is not answered, is closed after this.
+const GREETING: Nanos = Nanos::from_ms(2_000);
+
+/// Who this node is.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// Its name.
+    pub node: NodeName,
+    /// Its kernel boot.
+    pub boot_id: BootId,
+    /// This run of its process.
+    pub instance: Instance,
+}
+
+/// What a connection is.
+#[derive(Debug)]
+pub enum Role {
+    /// Accepted; the greeting has not come.
+    Stranger,
+    /// To a copy; the greeting is sent when the socket is connected.
+    Dialing {
+        volume: usize,
+        copy: usize,
+        hello: Box<Hello>,
+    },
+    /// To a copy; the answer to the greeting has not come.
+    Greeting { volume: usize, copy: usize },
+    /// To a copy.
+    Copy { volume: usize, copy: usize },
+    /// From an attachment, with the answers of this turn.
+    Attachment {
+        volume: usize,
+        session: SessionId,
+        acks: Vec<(Seq, Status)>,
+    },
+    /// Sends what is queued, then ends.
+    Closing,
+}
+
+/// A connection in its role.
+#[derive(Debug)]
+pub struct Peer {
+    /// The socket.
+    pub conn: Conn,
+    /// What it is for.
+    pub role: Role,
+    /// When it was made.
+    pub since: Nanos,
+}
+
+/// The worker's common part.
+pub struct Context {
+    /// Who we are.
+    pub me: Identity,
+    /// The turn's time.
+    pub now: Nanos,
+    /// Disk operations.
+    pub disk: Disk,
+    /// Connections by token.
+    pub peers: HashMap<usize, Peer>,
+    /// Sessions of attachments elsewhere, and their connections.
+    pub sessions: HashMap<SessionId, usize>,
+    /// Where nodes are reached.
+    pub addresses: HashMap<NodeName, SocketAddr>,
+    /// Connections with something to send.
+    pub unsent: HashSet<usize>,
+    /// Rings by token: volume and queue.
+    pub kicks: HashMap<usize, (usize, u16)>,
+    /// To the registry's thread.
+    pub registry: Sender<RegistryRequest>,
+    /// To the node's log of events.
+    pub events: Sender<Event>,
+    /// Payload bytes before compression, and as sent.
+    pub wire_raw: u64,
+    /// See `wire_raw`.
+    pub wire_sent: u64,
+    /// Masters switched.
+    pub promotions: u64,
+    /// Copies ejected, by reason.
+    pub ejections: HashMap<String, u64>,
+    /// Distinguishes what restarts: tokens and sessions are never reused.
+    next: usize,
+    poll: Registry,
+    compressor: Compressor,
+    scratch: Vec<u8>,
+}
+
+impl Context {
+    /// For a worker whose poll is `poll`; tokens below `first` are the worker's own.
+    pub fn new(
+        me: Identity,
+        disk: Disk,
+        poll: Registry,
+        first: usize,
+        registry: Sender<RegistryRequest>,
+        events: Sender<Event>,
+    ) -> Self {
+        Self {
+            me,
+            now: super::now(),
+            disk,
+            peers: HashMap::new(),
+            sessions: HashMap::new(),
+            addresses: HashMap::new(),
+            unsent: HashSet::new(),
+            kicks: HashMap::new(),
+            registry,
+            events,
+            wire_raw: 0,
+            wire_sent: 0,
+            promotions: 0,
+            ejections: HashMap::new(),
+            next: first,
+            poll,
+            compressor: Compressor::default(),
+            scratch: Vec::new(),
+        }
+    }
+
+    fn number(&mut self) -> usize {
+        self.next += 1;
+        self.next
+    }
+
+    /// A session's number.
+    pub fn session(&mut self) -> SessionId {
+        SessionId(self.number() as u64)
+    }
+
+    // ---- kicks
+
+    /// Watches a ring's kick descriptor.
+    pub fn watch(
+        &mut self,
+        kick: BorrowedFd<'_>,
+        volume: usize,
+        index: u16,
+    ) -> Result<usize, String> {
+        let token = self.number();
+        let fd = kick.as_raw_fd();
+        self.poll
+            .register(&mut SourceFd(&fd), Token(token), Interest::READABLE)
+            .map_err(|e| format!("cannot watch the kick of queue {index}: {e}"))?;
+        self.kicks.insert(token, (volume, index));
+        Ok(token)
+    }
+
+    /// Stops watching, while the descriptor is still open: the front-end holds the same open file description, so
+    /// closing ours would leave it in epoll.
+    pub fn unwatch(&mut self, kick: BorrowedFd<'_>, token: usize) {
+        self.kicks.remove(&token);
+        let fd = kick.as_raw_fd();
+        if let Err(e) = self.poll.deregister(&mut SourceFd(&fd)) {
+            log::debug!("a kick descriptor was not being watched: {e}");
+        }
+    }
+
+    // ---- connections
+
+    /// Takes a connection in.
+    pub fn add(&mut self, mut stream: TcpStream, role: Role) -> std::io::Result<usize> {
+        let token = self.number();
+        self.poll.register(
+            &mut stream,
+            Token(token),
+            Interest::READABLE | Interest::WRITABLE,
+        )?;
+        self.peers.insert(
+            token,
+            Peer {
+                conn: Conn::new(stream),
+                role,
+                since: self.now,
+            },
+        );
+        Ok(token)
+    }
+
+    /// Ends a connection at once and gives back what it was.
+    pub fn remove(&mut self, token: usize) -> Option<Peer> {
+        let mut peer = self.peers.remove(&token)?;
+        self.unsent.remove(&token);
+        if let Role::Attachment { session, .. } = &peer.role {
+            self.sessions.remove(session);
+        }
+        // Fails only for a socket that is not registered, and then there is nothing to undo.
+        let _ = self.poll.deregister(&mut peer.conn.stream);
+        Some(peer)
+    }
+
+    /// Connects to the copy of `volume_id` on `node`; the token, or why not.
+    pub fn dial(
+        &mut self,
+        node: &NodeName,
+        volume_id: VolumeId,
+        copy_id: CopyId,
+        volume: usize,
+        copy: usize,
+    ) -> Result<usize, String> {
+        let Some(address) = self.addresses.get(node).copied() else {
+            return Err(format!(
+                "the address of node {node} is not known (has it ever joined this cluster?)"
+            ));
+        };
+        let hello = Hello {
+            versions: VERSIONS,
+            features: 0,
+            cluster: self.me.cluster,
+            node: self.me.node.clone(),
+            boot_id: self.me.boot_id,
+            instance: self.me.instance,
+            volume: volume_id,
+            copy: copy_id,
+            purpose: Purpose::Foreground,
+        };
+        let stream =
+            TcpStream::connect(address).map_err(|e| format!("cannot connect to {address}: {e}"))?;
+        self.add(
+            stream,
+            Role::Dialing {
+                volume,
+                copy,
+                hello: Box::new(hello),
+            },
+        )
+        .map_err(|e| format!("cannot watch the connection to {address}: {e}"))
+    }
+
+    /// Queues bytes on a connection.
+    pub fn push(&mut self, token: usize, bytes: Vec<u8>) {
+        if let Some(peer) = self.peers.get_mut(&token) {
+            peer.conn.push(Piece::Head(Rc::new(bytes)));
+            self.unsent.insert(token);
+        }
+    }
+
+    /// Sends a message to one connection.
+    pub fn send(&mut self, token: usize, message: &Message, data: Option<&Bytes>, compress: bool) {
+        self.send_all(std::iter::once(token), message, data, compress);
+    }
+
+    /// Sends a message to the connections of a set of copies: encoded and compressed once.
+    pub fn send_set(
+        &mut self,
+        to: CopySet,
+        links: &[Option<usize>],
+        message: &Message,
+        data: Option<&Bytes>,
+        compress: bool,
+    ) {
+        let tokens = to.iter().filter_map(|c| links.get(c).copied().flatten());
+        self.send_all(tokens, message, data, compress);
+    }
+
+    fn send_all(
+        &mut self,
+        tokens: impl Iterator<Item = usize>,
+        message: &Message,
+        data: Option<&Bytes>,
+        compress: bool,
+    ) {
+        let mut tokens = tokens.peekable();
+        if tokens.peek().is_none() {
+            return;
+        }
+        let mut head = Vec::with_capacity(frame::HEADER + 64);
+        let mut raw = None;
+        match data {
+            Some(Bytes::Buffer(buffer)) => {
+                let raw_len = buffer.len() as u32;
+                let packed = if compress {
+                    self.compressor.compress(buffer, &mut self.scratch)
+                } else {
+                    None
+                };
+                let payload = Payload {
+                    raw_len,
+                    bytes: packed.unwrap_or(buffer),
+                    lz4: packed.is_some(),
+                };
+                frame::encode(message, 0, Some(payload), &mut head);
+                self.wire_raw += u64::from(raw_len);
+                self.wire_sent += payload.bytes.len() as u64;
+                match packed {
+                    Some(packed) => head.extend_from_slice(packed),
+                    None => raw = Some(Piece::Raw(Rc::clone(buffer))),
+                }
+            }
+            // Guest memory travels nowhere: writes of volumes with remote copies are snapshots, and a read's
+            // destination is only meant for the copy of this process.
+            Some(Bytes::Guest(_)) | None => frame::encode(message, 0, None, &mut head),
+        }
+        let head = Piece::Head(Rc::new(head));
+        for token in tokens {
+            if let Some(peer) = self.peers.get_mut(&token) {
+                peer.conn.push(head.clone());
+                if let Some(raw) = &raw {
+                    peer.conn.push(raw.clone());
+                }
+                self.unsent.insert(token);
+            }
+        }
+    }
+
+    /// Adds an answer to the session's next AckVec.
+    pub fn ack(&mut self, session: SessionId, seq: Seq, status: Status) {
+        let Some(token) = self.sessions.get(&session) else {
+            return;
+        };
+        if let Some(Peer {
+            role: Role::Attachment { acks, .. },
+            ..
+        }) = self.peers.get_mut(token)
+        {
+            acks.push((seq, status));
+            self.unsent.insert(*token);
+        }
+    }
+
+    /// Ends a session once its last message is sent. Answers of this turn are dropped: they come after a refusal.
+    pub fn close_session(&mut self, session: SessionId) {
+        if let Some(token) = self.sessions.remove(&session)
+            && let Some(peer) = self.peers.get_mut(&token)
+        {
+            peer.role = Role::Closing;
+            self.unsent.insert(token);
+        }
+    }
+
+    /// The AckVecs of one connection's turn. `state` tells the copy's epoch and whether its log is nearly full.
+    pub fn pack_acks(&mut self, token: usize, state: impl Fn(usize) -> (Epoch, bool)) {
+        let Some(peer) = self.peers.get_mut(&token) else {
+            return;
+        };
+        let Role::Attachment { volume, acks, .. } = &mut peer.role else {
+            return;
+        };
+        let (epoch, log_pressure) = state(*volume);
+        let mut all = std::mem::take(acks);
+        while !all.is_empty() {
+            let rest = all.split_off(all.len().min(ACKS));
+            let mut bytes = Vec::with_capacity(frame::HEADER + 16 * all.len());
+            frame::encode(
+                &Message::AckVec {
+                    epoch,
+                    acks: all,
+                    log_pressure,
+                },
+                0,
+                None,
+                &mut bytes,
+            );
+            peer.conn.push(Piece::Head(Rc::new(bytes)));
+            all = rest;
+        }
+    }
+
+    /// Sends what is queued on a connection; why it is to be ended, if so.
+    pub fn flush(&mut self, token: usize) -> Result<(), String> {
+        let Some(peer) = self.peers.get_mut(&token) else {
+            return Ok(());
+        };
+        if matches!(peer.role, Role::Dialing { .. }) {
+            return Ok(());
+        }
+        peer.conn
+            .flush()
+            .map_err(|e| format!("sending failed: {e}"))?;
+        if peer.conn.queued() > OUT_MAX {
+            return Err(format!("the peer leaves more than {OUT_MAX} bytes unread"));
+        }
+        let done = peer.conn.queued() == 0;
+        if done && matches!(peer.role, Role::Closing) {
+            self.remove(token);
+        }
+        Ok(())
+    }
+
+    /// Connections that should have greeted, or connected, by now.
+    pub fn overdue(&self) -> Vec<usize> {
+        let early = |role: &Role| !matches!(role, Role::Copy { .. } | Role::Attachment { .. });
+        self.peers
+            .iter()
+            .filter(|(_, p)| early(&p.role) && self.now.since(p.since) >= GREETING)
+            .map(|(token, _)| *token)
+            .collect()
+    }
+}
+
+/// The first whole frame of `input`, its payload in a buffer of ours, and the bytes it took.
+///
+/// # Errors
+///
+/// Why the connection cannot go on.
+pub fn next_frame(input: &[u8]) -> Result<Option<(Message, Option<Bytes>, usize)>, String> {
+    let Some((frame, taken)) = frame::decode(input).map_err(|e| e.to_string())? else {
+        return Ok(None);
+    };
+    let data = match frame.payload {
+        None => None,
+        Some(payload) => {
+            let mut buffer = Buffer::new(payload.raw_len as usize);
+            lz4::expand(payload, &mut buffer).map_err(|e| e.to_string())?;
+            Some(Bytes::from_buffer(buffer))
+        }
+    };
+    if let (Message::Write(request), Some(data)) = (&frame.message, &data)
+        && request.span.len as usize != crate::replication::attachment::Payload::count(data)
+    {
+        return Err(format!(
+            "a write of {} bytes that brings others",
+            request.span.len
+        ));
+    }
+    Ok(Some((frame.message, data, taken)))
+}

@@ -1,0 +1,204 @@
+//! How it is done. A few worker threads, each going round one loop (`worker`) that owns the rings, the connections and
+//! the disk queue of its volumes: between a guest's kick and its completion there is no lock and no other thread.
+//! `volume` carries out what `replication` decides; `plane` brings the vhost-user control threads' calls to the worker.
+
+pub mod buffer;
+pub mod command;
+mod conn;
+mod context;
+mod disk;
+mod plane;
+mod rings;
+mod volume;
+mod worker;
+
+use std::net::SocketAddr;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use crate::replication::attachment::Revision;
+use crate::replication::ids::{Nanos, NodeName, VolumeId};
+use crate::replication::record::Record;
+
+pub use command::{
+    AttachVolume, Command, CopyStatus, Event, OpenCopy, Records, RegistryRequest, VolumeStatus,
+    WorkerMetrics,
+};
+pub use context::Identity;
+pub use plane::Plane;
+pub use worker::bind;
+
+/// How long a worker may take to answer a question: it never blocks, so this is a worker in trouble.
+const ANSWER: Nanos = Nanos::from_ms(5_000);
+/// How long a clean detach may take: draining the guest, then flushing every copy.
+const DETACH: Nanos = Nanos::from_ms(40_000);
+
+/// CLOCK_BOOTTIME.
+pub fn now() -> Nanos {
+    let mut ts = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `ts` is a valid place for the answer; the clock exists on every Linux since 2.6.39.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut ts) };
+    Nanos(ts.tv_sec as u64 * 1_000_000_000 + ts.tv_nsec as u64)
+}
+
+/// The engine of one node.
+pub struct Engine {
+    workers: Vec<worker::Worker>,
+    registry: Sender<RegistryRequest>,
+}
+
+impl Engine {
+    /// Starts `workers` threads and the one that talks to the registry. Gives the events of all volumes.
+    pub fn start(
+        me: &Identity,
+        workers: usize,
+        records: Box<dyn Records>,
+    ) -> std::io::Result<(Self, Receiver<Event>)> {
+        let (registry, requests) = channel();
+        let (events, received) = channel();
+        let mut all = Vec::new();
+        for index in 0..workers {
+            let (registry, events) = (registry.clone(), events.clone());
+            all.push(worker::Worker::spawn(worker::Setup {
+                index,
+                workers,
+                me: me.clone(),
+                registry,
+                events,
+            })?);
+        }
+        let engine = Self {
+            workers: all,
+            registry,
+        };
+        let mailboxes: Vec<_> = engine.workers.iter().map(|w| w.mailbox.clone()).collect();
+        for mailbox in &mailboxes {
+            mailbox.send(Command::Siblings(mailboxes.clone()));
+        }
+        std::thread::Builder::new()
+            .name("registry".into())
+            .spawn(move || serve_registry(&requests, &*records, &mailboxes))?;
+        Ok((engine, received))
+    }
+
+    fn owner(&self, volume: VolumeId) -> &command::Mailbox {
+        &self.workers[worker::owner(volume, self.workers.len())].mailbox
+    }
+
+    /// Takes connections of peers. Call it when all copies are open: a copy that is asked for before is "unknown".
+    pub fn listen(&self, listener: std::net::TcpListener) {
+        self.workers[0].mailbox.send(Command::Listen(listener));
+    }
+
+    /// Serves a copy.
+    pub fn open(&self, copy: OpenCopy) {
+        let volume = copy.state.volume_id;
+        self.owner(volume)
+            .ask(ANSWER, |reply| Command::Open(Box::new(copy), reply));
+    }
+
+    /// Gives a copy up, so that its files can be removed.
+    pub fn close(&self, volume: VolumeId) -> Result<(), String> {
+        self.owner(volume)
+            .ask(ANSWER, |reply| Command::Close(volume, reply))
+            .unwrap_or_else(|| Err(silent()))
+    }
+
+    /// Attaches a volume.
+    pub fn attach(&self, attach: AttachVolume) -> Result<(), String> {
+        let owner = self.owner(attach.volume).clone();
+        owner
+            .ask(ANSWER, |reply| Command::Attach(Box::new(attach), reply))
+            .unwrap_or_else(|| Err(silent()))
+    }
+
+    /// Detaches a volume cleanly. An error says why it was not clean; it is detached all the same.
+    pub fn detach(&self, volume: VolumeId) -> Result<(), String> {
+        self.owner(volume)
+            .ask(DETACH, |reply| Command::Detach(volume, reply))
+            .unwrap_or_else(|| Err(silent()))
+    }
+
+    /// The data plane for a vhost-user socket of this volume.
+    pub fn plane(&self, volume: VolumeId) -> Plane {
+        Plane {
+            mailbox: self.owner(volume).clone(),
+            volume,
+        }
+    }
+
+    /// The record of a volume changed.
+    pub fn record(&self, volume: VolumeId, found: Option<(Record, Revision)>) {
+        self.owner(volume).send(Command::Record(volume, found));
+    }
+
+    /// Where nodes are reached.
+    pub fn peers(&self, peers: &[(NodeName, SocketAddr)]) {
+        for w in &self.workers {
+            w.mailbox.send(Command::Peers(peers.to_vec()));
+        }
+    }
+
+    /// Attached volumes and copies.
+    pub fn status(&self) -> (Vec<VolumeStatus>, Vec<CopyStatus>) {
+        let mut all = (Vec::new(), Vec::new());
+        for (attached, copies) in self
+            .workers
+            .iter()
+            .filter_map(|w| w.mailbox.ask(ANSWER, Command::Status))
+        {
+            all.0.extend(attached);
+            all.1.extend(copies);
+        }
+        all
+    }
+
+    /// Counters, a set for each worker.
+    pub fn metrics(&self) -> Vec<WorkerMetrics> {
+        self.workers
+            .iter()
+            .filter_map(|w| w.mailbox.ask(ANSWER, Command::Metrics))
+            .collect()
+    }
+
+    /// Ends all threads.
+    pub fn stop(&mut self) {
+        self.workers.iter_mut().for_each(worker::Worker::stop);
+        // The registry's thread ends with the last sender of its queue.
+        self.registry = channel().0;
+    }
+}
+
+fn silent() -> String {
+    "the volume's worker does not answer".into()
+}
+
+fn serve_registry(
+    requests: &Receiver<RegistryRequest>,
+    records: &dyn Records,
+    workers: &[command::Mailbox],
+) {
+    while let Ok(request) = requests.recv() {
+        let (volume, answer) = match request {
+            RegistryRequest::Cas(volume, expected, record) => (
+                volume,
+                Command::Cas(volume, records.cas(volume, expected, &record)),
+            ),
+            RegistryRequest::Read(volume) => {
+                let answer = match records.read(volume) {
+                    Ok(found) => Command::Record(volume, found),
+                    Err(why) => {
+                        log::warn!("volume {volume}: the record cannot be read: {why}");
+                        // Asked again at once otherwise: the registry is in trouble already.
+                        std::thread::sleep(std::time::Duration::from_millis(100));
+                        Command::RecordUnavailable(volume)
+                    }
+                };
+                (volume, answer)
+            }
+        };
+        workers[worker::owner(volume, workers.len())].send(answer);
+    }
+}

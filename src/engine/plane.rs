@@ -1,0 +1,75 @@
+//! The engine's end of a vhost-user control thread: every call becomes a message to the worker that owns the rings.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::command::{Command, GuestAnswer, GuestCommand, Mailbox};
+use crate::guest::{DataPlane, GuestMem, RingStart};
+use crate::replication::ids::{Nanos, VolumeId};
+
+/// Longest wait for a worker's answer. Above the time a ring may take to drain ([`super::rings::DRAIN`]); QEMU holds
+/// its virtual machine still meanwhile.
+const PATIENCE: Nanos = Nanos::from_ms(10_000);
+
+/// One volume's control thread's way to its worker.
+pub struct Plane {
+    /// The worker.
+    pub mailbox: Mailbox,
+    /// The volume.
+    pub volume: VolumeId,
+}
+
+impl Plane {
+    fn ask(&self, command: GuestCommand) -> GuestAnswer {
+        let answer = self.mailbox.ask(PATIENCE, |reply| {
+            Command::Guest(self.volume, command, reply)
+        });
+        answer.unwrap_or_else(|| Err("the volume's worker does not answer".into()))
+    }
+
+    fn tell(&self, command: GuestCommand) {
+        if let Err(why) = self.ask(command) {
+            log::warn!("volume {}: {why}", self.volume);
+        }
+    }
+}
+
+impl DataPlane for Plane {
+    fn start_ring(&mut self, start: RingStart) -> Result<(), String> {
+        self.ask(GuestCommand::Start(start)).map(|_| ())
+    }
+
+    fn set_kick(&mut self, index: u16, kick: OwnedFd) {
+        self.tell(GuestCommand::Kick(index, kick));
+    }
+
+    fn set_call(&mut self, index: u16, call: Option<OwnedFd>) {
+        self.tell(GuestCommand::Call(index, call));
+    }
+
+    fn stop_ring(&mut self, index: u16) -> u16 {
+        self.ask(GuestCommand::Stop(index)).unwrap_or_else(|why| {
+            log::warn!(
+                "volume {}, queue {index}: stopped without its index: {why}",
+                self.volume
+            );
+            0
+        })
+    }
+
+    fn set_enabled(&mut self, index: u16, enabled: bool) {
+        self.tell(GuestCommand::Enabled(index, enabled));
+    }
+
+    fn set_memory(&mut self, mem: Arc<GuestMem>) {
+        self.tell(GuestCommand::Memory(mem));
+    }
+
+    fn set_features(&mut self, _acked: u64, writeback: bool) {
+        self.tell(GuestCommand::Features { writeback });
+    }
+
+    fn disconnected(&mut self) {
+        self.tell(GuestCommand::Disconnected);
+    }
+}
