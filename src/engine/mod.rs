@@ -13,7 +13,7 @@ mod volume;
 mod worker;
 
 use std::net::SocketAddr;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
 
 use crate::replication::attachment::Revision;
 use crate::replication::ids::{Nanos, NodeName, VolumeId};
@@ -43,14 +43,25 @@ pub fn now() -> Nanos {
     Nanos(ts.tv_sec as u64 * 1_000_000_000 + ts.tv_nsec as u64)
 }
 
-/// The engine of one node.
+/// The engine of one node: its threads.
 pub struct Engine {
     workers: Vec<worker::Worker>,
-    registry: Sender<RegistryRequest>,
+    handle: Handle,
+}
+
+/// Reaches the engine from any thread.
+#[derive(Clone)]
+pub struct Handle {
+    workers: Vec<command::Mailbox>,
 }
 
 impl Engine {
-    /// Starts `workers` threads and the one that talks to the registry. Gives the events of all volumes.
+    /// Starts `workers` threads and the one that talks to the registry. Gives the events of all
+    /// volumes.
+    ///
+    /// # Errors
+    ///
+    /// The system refuses a thread or a poll.
     pub fn start(
         me: &Identity,
         workers: usize,
@@ -61,35 +72,40 @@ impl Engine {
         let mut all = Vec::new();
         for index in 0..workers {
             let (registry, events) = (registry.clone(), events.clone());
-            all.push(worker::Worker::spawn(worker::Setup {
-                index,
-                workers,
-                me: me.clone(),
-                registry,
-                events,
-            })?);
+            let me = me.clone();
+            all.push(worker::Worker::spawn(worker::Setup { index, workers, me, registry, events })?);
         }
-        let engine = Self {
-            workers: all,
-            registry,
-        };
-        let mailboxes: Vec<_> = engine.workers.iter().map(|w| w.mailbox.clone()).collect();
-        for mailbox in &mailboxes {
-            mailbox.send(Command::Siblings(mailboxes.clone()));
+        let handle = Handle { workers: all.iter().map(|w| w.mailbox.clone()).collect() };
+        for mailbox in &handle.workers {
+            mailbox.send(Command::Siblings(handle.workers.clone()));
         }
+        // It ends with the last worker, whose queue it reads.
+        let mailboxes = handle.workers.clone();
         std::thread::Builder::new()
             .name("registry".into())
             .spawn(move || serve_registry(&requests, &*records, &mailboxes))?;
-        Ok((engine, received))
+        Ok((Self { workers: all, handle }, received))
     }
 
+    /// The way to it.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Ends all threads.
+    pub fn stop(&mut self) {
+        self.workers.iter_mut().for_each(worker::Worker::stop);
+    }
+}
+
+impl Handle {
     fn owner(&self, volume: VolumeId) -> &command::Mailbox {
-        &self.workers[worker::owner(volume, self.workers.len())].mailbox
+        &self.workers[worker::owner(volume, self.workers.len())]
     }
 
     /// Takes connections of peers. Call it when all copies are open: a copy that is asked for before is "unknown".
     pub fn listen(&self, listener: std::net::TcpListener) {
-        self.workers[0].mailbox.send(Command::Listen(listener));
+        self.workers[0].send(Command::Listen(listener));
     }
 
     /// Serves a copy.
@@ -137,7 +153,7 @@ impl Engine {
     /// Where nodes are reached.
     pub fn peers(&self, peers: &[(NodeName, SocketAddr)]) {
         for w in &self.workers {
-            w.mailbox.send(Command::Peers(peers.to_vec()));
+            w.send(Command::Peers(peers.to_vec()));
         }
     }
 
@@ -147,7 +163,7 @@ impl Engine {
         for (attached, copies) in self
             .workers
             .iter()
-            .filter_map(|w| w.mailbox.ask(ANSWER, Command::Status))
+            .filter_map(|w| w.ask(ANSWER, Command::Status))
         {
             all.0.extend(attached);
             all.1.extend(copies);
@@ -159,15 +175,8 @@ impl Engine {
     pub fn metrics(&self) -> Vec<WorkerMetrics> {
         self.workers
             .iter()
-            .filter_map(|w| w.mailbox.ask(ANSWER, Command::Metrics))
+            .filter_map(|w| w.ask(ANSWER, Command::Metrics))
             .collect()
-    }
-
-    /// Ends all threads.
-    pub fn stop(&mut self) {
-        self.workers.iter_mut().for_each(worker::Worker::stop);
-        // The registry's thread ends with the last sender of its queue.
-        self.registry = channel().0;
     }
 }
 
