@@ -10,6 +10,7 @@ pub mod layout;
 mod log;
 mod metadata;
 mod node_dir;
+mod os;
 mod sector;
 mod store;
 mod superblock;
