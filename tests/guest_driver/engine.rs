@@ -1,0 +1,245 @@
+//! A small engine for the tests: one thread, one disk in memory, the real [`Ring`]. What the control side asked of it
+//! is written down.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use lockstep::guest::{
+    DataPlane, GuestMem, Kind, Limits, Parsed, Request, Ring, RingStart, Serial, Status,
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// The disk, and the list of what happened to the engine.
+#[derive(Default)]
+pub struct World {
+    pub disk: Mutex<Vec<u8>>,
+    pub events: Mutex<Vec<String>>,
+}
+
+impl World {
+    pub fn new(size: usize) -> Arc<World> {
+        Arc::new(World {
+            disk: Mutex::new(vec![0; size]),
+            events: Mutex::default(),
+        })
+    }
+
+    pub fn events(&self) -> Vec<String> {
+        self.events.lock().unwrap().clone()
+    }
+
+    pub fn count(&self, event: &str) -> usize {
+        self.events().iter().filter(|e| *e == event).count()
+    }
+
+    fn note(&self, event: String) {
+        self.events.lock().unwrap().push(event);
+    }
+}
+
+enum Command {
+    Start(RingStart),
+    Kick(u16, OwnedFd),
+    Call(u16, Option<OwnedFd>),
+    Stop(u16),
+    Enable(u16, bool),
+    Memory(Arc<GuestMem>),
+    Disconnected,
+}
+
+type Answer = Result<u16, String>;
+
+pub struct Engine {
+    world: Arc<World>,
+    commands: Option<Sender<(Command, Sender<Answer>)>>,
+    wake: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Engine {
+    pub fn new(world: &Arc<World>) -> Engine {
+        let (commands, inbox) = channel();
+        let wake = EventFd::new(EFD_NONBLOCK).unwrap();
+        let worker_wake = wake.try_clone().unwrap();
+        let worker_world = Arc::clone(world);
+        let thread = std::thread::spawn(move || work(&worker_world, &inbox, &worker_wake));
+        Engine {
+            world: Arc::clone(world),
+            commands: Some(commands),
+            wake,
+            thread: Some(thread),
+        }
+    }
+
+    fn ask(&self, command: Command) -> Answer {
+        let (sender, answer) = channel();
+        let commands = self.commands.as_ref().expect("the engine runs");
+        commands.send((command, sender)).unwrap();
+        self.wake.write(1).unwrap();
+        answer.recv().unwrap()
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.commands = None;
+        self.wake.write(1).unwrap();
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+impl DataPlane for Engine {
+    fn start_ring(&mut self, start: RingStart) -> Result<(), String> {
+        self.world.note(format!(
+            "start {} at {}{}",
+            start.index,
+            start.next_avail,
+            if start.enabled { "" } else { ", paused" }
+        ));
+        self.ask(Command::Start(start)).map(|_| ())
+    }
+
+    fn set_kick(&mut self, index: u16, kick: OwnedFd) {
+        self.world.note(format!("kick {index}"));
+        self.ask(Command::Kick(index, kick)).unwrap();
+    }
+
+    fn set_call(&mut self, index: u16, call: Option<OwnedFd>) {
+        self.world.note(format!("call {index} {}", call.is_some()));
+        self.ask(Command::Call(index, call)).unwrap();
+    }
+
+    fn stop_ring(&mut self, index: u16) -> u16 {
+        let next = self.ask(Command::Stop(index)).unwrap();
+        self.world.note(format!("stop {index} at {next}"));
+        next
+    }
+
+    fn set_enabled(&mut self, index: u16, enabled: bool) {
+        self.world.note(format!("enable {index} {enabled}"));
+        self.ask(Command::Enable(index, enabled)).unwrap();
+    }
+
+    fn set_memory(&mut self, mem: Arc<GuestMem>) {
+        self.world.note("memory".into());
+        self.ask(Command::Memory(mem)).unwrap();
+    }
+
+    fn set_features(&mut self, acked: u64, writeback: bool) {
+        self.world
+            .note(format!("features {acked:#x} writeback {writeback}"));
+    }
+
+    fn disconnected(&mut self) {
+        self.ask(Command::Disconnected).unwrap();
+        self.world.note("disconnected".into());
+    }
+}
+
+struct Running {
+    ring: Ring,
+    enabled: bool,
+}
+
+fn work(world: &World, inbox: &Receiver<(Command, Sender<Answer>)>, wake: &EventFd) {
+    let mut rings: BTreeMap<u16, Running> = BTreeMap::new();
+    loop {
+        let mut fds: Vec<_> = std::iter::once(wake.as_raw_fd())
+            .chain(rings.values().map(|r| r.ring.kick_fd().as_raw_fd()))
+            .map(|fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            })
+            .collect();
+        // SAFETY: the array is valid for its length.
+        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        let _ = wake.read();
+        loop {
+            match inbox.try_recv() {
+                Ok((command, answer)) => {
+                    let outcome = obey(&mut rings, command);
+                    serve_all(world, &mut rings);
+                    answer.send(outcome).unwrap();
+                }
+                Err(std::sync::mpsc::TryRecvError::Empty) => break,
+                Err(std::sync::mpsc::TryRecvError::Disconnected) => return,
+            }
+        }
+        for running in rings.values() {
+            running.ring.drain_kick();
+        }
+        serve_all(world, &mut rings);
+    }
+}
+
+fn obey(rings: &mut BTreeMap<u16, Running>, command: Command) -> Answer {
+    match command {
+        Command::Start(start) => {
+            let (index, enabled) = (start.index, start.enabled);
+            let ring = Ring::new(start).map_err(|e| e.to_string())?;
+            rings.insert(index, Running { ring, enabled });
+        }
+        Command::Kick(index, kick) => drop(rings.get_mut(&index).unwrap().ring.set_kick(kick)),
+        Command::Call(index, call) => rings.get_mut(&index).unwrap().ring.set_call(call),
+        Command::Stop(index) => return Ok(rings.remove(&index).unwrap().ring.next_avail()),
+        Command::Enable(index, enabled) => rings.get_mut(&index).unwrap().enabled = enabled,
+        Command::Memory(mem) => {
+            for running in rings.values_mut() {
+                running
+                    .ring
+                    .set_memory(Arc::clone(&mem))
+                    .map_err(|e| e.to_string())?;
+            }
+        }
+        Command::Disconnected => rings.clear(),
+    }
+    Ok(0)
+}
+
+fn serve_all(world: &World, rings: &mut BTreeMap<u16, Running>) {
+    for running in rings.values_mut().filter(|r| r.enabled) {
+        let limits = Limits {
+            capacity_sectors: world.disk.lock().unwrap().len() as u64 / 512,
+            read_only: false,
+        };
+        let ring = &mut running.ring;
+        loop {
+            ring.disable_kicks();
+            loop {
+                match ring.next_request(&limits) {
+                    Ok(Some(Parsed::Request(request))) => ring.push_used(serve(world, request)),
+                    Ok(Some(Parsed::Refused(refused))) => {
+                        world.note(format!("refused: {}", refused.reason));
+                        ring.push_used(refused.used);
+                    }
+                    Ok(None) => break,
+                    Err(e) => {
+                        world.note(format!("broken: {e}"));
+                        break;
+                    }
+                }
+            }
+            ring.publish_and_notify();
+            if !ring.enable_kicks() {
+                break;
+            }
+        }
+    }
+}
+
+fn serve(world: &World, request: Request) -> lockstep::guest::Used {
+    let mut disk = world.disk.lock().unwrap();
+    let from = request.offset() as usize;
+    let range = from..from + request.data_len() as usize;
+    match request.kind() {
+        Kind::In => drop(request.write_data(&disk[range])),
+        Kind::Out => drop(request.read_data(&mut disk[range])),
+        Kind::Flush => {}
+        Kind::GetId => request.write_id(&Serial::new("0123456789abcdef")),
+    }
+    request.finish(Status::Ok)
+}
