@@ -62,7 +62,7 @@ need_toolchain() {
 
 STARTED=()      # pids this script started and has not stopped yet
 LEFTOVERS=()    # files and directories to remove at the end
-KEEP=no         # set to the reason to keep LEFTOVERS (a failure whose logs are worth reading)
+KEEP_ON_FAILURE=no  # yes: a failed run leaves LEFTOVERS in place and says where they are
 
 # start LOG COMMAND...: runs it in the background with output in LOG, remembers it; the pid is in $PID.
 start() {
@@ -108,7 +108,14 @@ stop() {
     return "$status"
 }
 
-# cleanup: the EXIT trap. Call `trap cleanup EXIT` once.
+# on_exit: a script calls this once, before it starts anything.
+on_exit() {
+    trap cleanup EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+}
+
+# cleanup: the EXIT trap that on_exit sets.
 cleanup() {
     local status=$? index
     trap - EXIT INT TERM
@@ -118,8 +125,8 @@ cleanup() {
     for ((index = ${#STARTED[@]} - 1; index >= 0; index--)); do
         stop "${STARTED[index]}" 5 2>/dev/null || true
     done
-    if [ "$KEEP" != no ]; then
-        warn "$KEEP: ${LEFTOVERS[*]}"
+    if [ "$status" -ne 0 ] && [ "$KEEP_ON_FAILURE" = yes ] && [ ${#LEFTOVERS[@]} -gt 0 ]; then
+        warn "logs and data are left in ${LEFTOVERS[*]}"
     elif [ ${#LEFTOVERS[@]} -gt 0 ]; then
         rm -rf "${LEFTOVERS[@]}"
     fi
@@ -171,9 +178,6 @@ need_free_port() {
         die "$1:$2 is in use, and $3 needs it. Find the process with 'ss -ltnp sport = :$2', stop it and run this again."
     fi
 }
-
-# tcp_answers ADDRESS PORT
-tcp_answers() { port_taken "$1" "$2"; }
 
 # --- a cluster on this machine ------------------------------------------------------------------------------------
 #
