@@ -19,7 +19,7 @@ use tempfile::TempDir;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const MIB: u64 = 1 << 20;
@@ -536,10 +536,33 @@ fn configuration_space_has_exactly_the_size_asked_for() {
     }
     let (_, part) = vm.frontend.get_config(34, 2, CONFIG, &[0; 2]).unwrap();
     assert_eq!(part, 2u16.to_le_bytes());
-    assert!(vm.frontend.get_config(250, 7, CONFIG, &[0; 7]).is_err());
-    assert!(vm.frontend.get_config(0, 4000, CONFIG, &[0; 4000]).is_err());
-    // Refused, and the connection lives.
-    assert!(vm.frontend.get_config(0, 256, CONFIG, &[0; 256]).is_ok());
+    drop(vm);
+
+    // Out of range: an empty answer, and the connection lives. By hand, because the client above waits for more.
+    let mut raw = UnixStream::connect(served.path()).unwrap();
+    raw.write_all(&message(
+        16,
+        &VhostUserProtocolFeatures::CONFIG.bits().to_ne_bytes(),
+    ))
+    .unwrap();
+    for (offset, size, expected) in [
+        (250u32, 7u32, 0u32),
+        (0, 4000, 0),
+        (249, 7, 7),
+        (0, 256, 256),
+    ] {
+        let fields = [offset, size, 0].map(u32::to_ne_bytes).concat();
+        raw.write_all(&message(24, &[fields, vec![0; size as usize]].concat()))
+            .unwrap();
+        let mut reply = vec![0; 24 + expected as usize];
+        raw.read_exact(&mut reply).unwrap();
+        assert_eq!(
+            reply[8..12],
+            (12 + expected).to_ne_bytes(),
+            "size of the body"
+        );
+        assert_eq!(reply[16..20], expected.to_ne_bytes());
+    }
     served.was_logged(&["reads 4000 bytes", "out of range"]);
 }
 
@@ -801,7 +824,8 @@ fn memory_that_is_not_shared_is_explained() {
     served.was_logged(&["SET_VRING_KICK", "not an eventfd"]);
 
     let mut vm = served.vm();
-    vm.driver.desc += 8;
+    // The used ring begins in memory and ends outside.
+    vm.driver = Driver::new(Arc::clone(&vm.driver.mem), 4 * MIB - 0xb00, 128);
     vm.negotiate();
     vm.frontend.set_features(LINUX).unwrap();
     vm.frontend.set_mem_table(&regions(&vm.driver.mem)).unwrap();
@@ -809,7 +833,7 @@ fn memory_that_is_not_shared_is_explained() {
     vm.frontend.set_vring_addr(0, &vm.vring()).unwrap();
     vm.frontend.set_vring_kick(0, &vm.driver.kick).unwrap();
     assert!(vm.frontend.get_features().is_err());
-    served.was_logged(&["queue 0 cannot start", "not aligned"]);
+    served.was_logged(&["queue 0 cannot start", "used ring", "not within one region"]);
 }
 
 #[test]
@@ -843,4 +867,51 @@ fn a_guest_that_breaks_its_ring_keeps_its_connection() {
             .count(),
         1
     );
+}
+
+#[test]
+fn a_client_that_knows_nothing_of_us_reads_and_writes() {
+    let served = Served::new("blkio");
+    let mut client = blkio::Blkio::new("virtio-blk-vhost-user").unwrap();
+    client
+        .set_str("path", served.path().to_str().unwrap())
+        .unwrap();
+    client.connect().unwrap();
+    assert_eq!(client.get_u64("capacity").unwrap(), DISK as u64);
+    assert_eq!(client.get_i32("max-segments").unwrap(), 126);
+    client.set_i32("num-queues", 2).unwrap();
+    let mut queues = client.start().unwrap().queues;
+    let region = client.alloc_mem_region(2 * 4096).unwrap();
+    client.map_mem_region(&region).unwrap();
+    let (ours, theirs) = (region.addr as *mut u8, (region.addr + 4096) as *mut u8);
+
+    for (i, queue) in queues.iter_mut().enumerate() {
+        let offset = 64 * 1024 * i as u64;
+        // SAFETY: the region has two pages, and no request is in flight on them.
+        unsafe { ours.write_bytes(0xa0 + i as u8, 4096) };
+        let mut results = Vec::new();
+        for request in 0..4 {
+            let none = blkio::ReqFlags::empty();
+            match request {
+                0 => queue.write(offset, ours, 4096, request, none),
+                1 => queue.flush(request, none),
+                2 => queue.read(offset, theirs, 4096, request, none),
+                _ => queue.read(DISK as u64, theirs, 4096, request, none),
+            }
+            let mut completions = [const { std::mem::MaybeUninit::uninit() }; 1];
+            assert_eq!(queue.do_io(&mut completions, 1, None, None).unwrap(), 1);
+            // SAFETY: one completion was filled in.
+            let done = unsafe { completions[0].assume_init_ref() };
+            results.push((done.user_data, done.ret));
+        }
+        assert_eq!(results[..3], [(0, 0), (1, 0), (2, 0)]);
+        assert!(results[3].1 < 0, "beyond the end");
+        // SAFETY: as above.
+        let read = unsafe { std::slice::from_raw_parts(theirs, 4096) };
+        assert!(read.iter().all(|b| *b == 0xa0 + i as u8));
+        let at = offset as usize;
+        assert_eq!(served.world.disk.lock().unwrap()[at..at + 4096], *read);
+    }
+    drop((queues, client));
+    served.disconnects(1);
 }
