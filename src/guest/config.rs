@@ -131,7 +131,7 @@ pub(super) struct Device {
 impl Device {
     pub(super) fn new(config: DeviceConfig) -> Result<Device, ConfigError> {
         let block = config.block_size.bytes();
-        if config.size == 0 || config.size % u64::from(block) != 0 {
+        if config.size == 0 || !config.size.is_multiple_of(u64::from(block)) {
             return Err(ConfigError::Size(config.size, block));
         }
         if config.num_queues == 0 || config.num_queues > MAX_QUEUES {
