@@ -276,7 +276,8 @@ impl Walk<'_> {
             return Err(RingError::IndirectNotNegotiated { head });
         }
         let entries = desc.len / DESC_SIZE;
-        if entries == 0 || desc.len % DESC_SIZE != 0 || entries > MAX_INDIRECT_DESCRIPTORS {
+        if entries == 0 || !desc.len.is_multiple_of(DESC_SIZE) || entries > MAX_INDIRECT_DESCRIPTORS
+        {
             return Err(RingError::IndirectLength {
                 head,
                 len: desc.len,

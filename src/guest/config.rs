@@ -104,13 +104,19 @@ pub struct DeviceConfig {
     pub block_size: BlockSize,
     /// Number of virtqueues, from 1.
     pub num_queues: u16,
-    /// Data segments that a driver may use in one request, from 1 to 1024. With indirect descriptors this does not
-    /// depend on the size of the ring.
+    /// Data segments that a driver may use in one request, from 1 to 1024. The specification wants a chain to be no
+    /// longer than the ring, also through an indirect table: [`DEFAULT_SEG_MAX`](Self::DEFAULT_SEG_MAX) unless the
+    /// size of the rings is known.
     pub seg_max: u32,
     /// Whether the guest is told that it cannot write.
     pub read_only: bool,
     /// Whether the write cache is on when the first guest looks (the usual state).
     pub writeback: bool,
+}
+
+impl DeviceConfig {
+    /// What fits the ring of 128 entries that front-ends make by default, less a header and a status.
+    pub const DEFAULT_SEG_MAX: u32 = 126;
 }
 
 /// The device while it is served. What can change under a running guest is atomic: the control thread reads it for
@@ -125,7 +131,7 @@ pub(super) struct Device {
 impl Device {
     pub(super) fn new(config: DeviceConfig) -> Result<Device, ConfigError> {
         let block = config.block_size.bytes();
-        if config.size == 0 || config.size % u64::from(block) != 0 {
+        if config.size == 0 || !config.size.is_multiple_of(u64::from(block)) {
             return Err(ConfigError::Size(config.size, block));
         }
         if config.num_queues == 0 || config.num_queues > MAX_QUEUES {
@@ -227,5 +233,112 @@ impl Device {
         );
         put(34, &self.config.num_queues.to_le_bytes());
         space
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> DeviceConfig {
+        DeviceConfig {
+            volume: "default/v".into(),
+            size: 1 << 30,
+            block_size: BlockSize::B4096,
+            num_queues: 4,
+            seg_max: 254,
+            read_only: false,
+            writeback: true,
+        }
+    }
+
+    #[test]
+    fn configuration_space_follows_the_block_size() {
+        for (block_size, exponent, min_io, opt_io) in
+            [(BlockSize::B512, 3, 8, 128), (BlockSize::B4096, 0, 1, 16)]
+        {
+            let device = Device::new(DeviceConfig {
+                block_size,
+                ..config()
+            })
+            .unwrap();
+            let space = device.read_config(0, 60).unwrap();
+            assert_eq!(
+                space[..8],
+                (1u64 << 21).to_le_bytes(),
+                "capacity is in sectors of 512 bytes"
+            );
+            assert_eq!(space[12..16], 254u32.to_le_bytes());
+            assert_eq!(space[20..24], block_size.bytes().to_le_bytes());
+            assert_eq!((space[24], space[25]), (exponent, 0));
+            assert_eq!(space[26..28], u16::to_le_bytes(min_io));
+            assert_eq!(space[28..32], u32::to_le_bytes(opt_io));
+            assert_eq!(space[34..36], 4u16.to_le_bytes());
+        }
+    }
+
+    #[test]
+    fn reads_of_configuration_space_are_exact_or_refused() {
+        let device = Device::new(config()).unwrap();
+        for (offset, len) in [(0, 0), (0, 256), (255, 1), (256, 0)] {
+            assert_eq!(
+                device.read_config(offset, len).map(|b| b.len()),
+                Some(len as usize)
+            );
+        }
+        for (offset, len) in [(0, 257), (256, 1), (u32::MAX, u32::MAX), (257, 0)] {
+            assert_eq!(device.read_config(offset, len), None);
+        }
+    }
+
+    #[test]
+    fn write_back_needs_a_guest_that_can_flush_and_the_switch_on() {
+        let device = Device::new(config()).unwrap();
+        assert!(device.is_writeback(BLK_F_FLUSH));
+        assert!(!device.is_writeback(!BLK_F_FLUSH));
+        device.write_config(WRITEBACK, &[0]).unwrap();
+        assert!(!device.is_writeback(BLK_F_FLUSH));
+        assert!(device.write_config(WRITEBACK, &[7]).is_err());
+        assert!(device.write_config(0, &[1]).is_err());
+        assert!(device.write_config(WRITEBACK, &[]).is_err());
+        device.write_config(WRITEBACK, &[1]).unwrap();
+        assert!(device.is_writeback(BLK_F_FLUSH));
+    }
+
+    #[test]
+    fn a_read_only_volume_says_so() {
+        let offered = |read_only| {
+            let config = DeviceConfig {
+                read_only,
+                ..config()
+            };
+            Device::new(config).unwrap().features()
+        };
+        assert_eq!(offered(true), offered(false) | BLK_F_RO);
+        assert_eq!(offered(false) & BLK_F_RO, 0);
+    }
+
+    #[test]
+    fn a_device_that_makes_no_sense_is_refused() {
+        let with = |change: fn(&mut DeviceConfig)| {
+            let mut config = config();
+            change(&mut config);
+            Device::new(config).map(|_| ()).unwrap_err()
+        };
+        assert_eq!(with(|c| c.size = 0), ConfigError::Size(0, 4096));
+        assert_eq!(with(|c| c.size = 4096 + 512), ConfigError::Size(4608, 4096));
+        assert_eq!(with(|c| c.num_queues = 0), ConfigError::Queues(0));
+        assert_eq!(with(|c| c.num_queues = 257), ConfigError::Queues(257));
+        assert_eq!(with(|c| c.seg_max = 0), ConfigError::Segments(0));
+        assert_eq!(with(|c| c.seg_max = 1025), ConfigError::Segments(1025));
+    }
+
+    #[test]
+    fn a_serial_is_twenty_bytes() {
+        assert_eq!(Serial::new("abc").as_bytes()[..4], *b"abc\0");
+        assert_eq!(
+            *Serial::new("0123456789012345678901").as_bytes(),
+            *b"01234567890123456789"
+        );
     }
 }

@@ -338,7 +338,7 @@ impl Plan {
             if kind == Kind::Out && limits.read_only {
                 return Err(Refusal::ReadOnly);
             }
-            if len % SECTOR_SIZE != 0 {
+            if !len.is_multiple_of(SECTOR_SIZE) {
                 return Err(Refusal::PartSector(len));
             }
             let sectors = len / SECTOR_SIZE;
@@ -384,3 +384,6 @@ fn cut_last_byte(iovecs: &mut [IoVec]) -> usize {
         _ => iovecs.len().saturating_sub(1),
     }
 }
+
+#[cfg(test)]
+mod tests;

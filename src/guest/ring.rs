@@ -177,7 +177,7 @@ impl Layout {
         let mem = Rc::new(MemMap::new(mem));
         let size = u64::from(self.size);
         let part = |part, addr: GuestAddress, align: u64, len: u64| {
-            if addr.0 % align != 0 {
+            if !addr.0.is_multiple_of(align) {
                 return Err(RingError::Alignment {
                     part,
                     addr: addr.0,
@@ -190,7 +190,7 @@ impl Layout {
                 len,
             })?;
             // A region of guest memory starts on a page of the host, but it need not start on one of the guest.
-            if host.addr() as u64 % align != 0 {
+            if !(host.addr() as u64).is_multiple_of(align) {
                 return Err(RingError::Alignment {
                     part,
                     addr: addr.0,

@@ -7,7 +7,7 @@
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -64,8 +64,9 @@ impl ServeError {
 #[derive(Debug)]
 pub(super) struct Claim {
     path: PathBuf,
-    /// Device and inode number of our socket.
-    identity: (u64, u64),
+    /// The socket's inode, opened as a mere path. While it is open its number is not given to another file, so that
+    /// a successor's socket at the same path is told from ours.
+    inode: File,
 }
 
 impl Claim {
@@ -83,10 +84,14 @@ impl Claim {
         // is served before the listener is accepted from.
         fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE))
             .map_err(ServeError::io("set the mode of socket", path))?;
-        let identity = identity(path).map_err(ServeError::io("inspect socket", path))?;
+        let inode = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+            .open(path)
+            .map_err(ServeError::io("inspect socket", path))?;
         let claim = Claim {
             path: path.to_owned(),
-            identity,
+            inode,
         };
         Ok((listener, claim))
     }
@@ -97,17 +102,15 @@ impl Claim {
 
     /// Removes the path if it is still the socket that was bound.
     pub(super) fn release(&self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity)
+        let (Ok(ours), Ok(now)) = (self.inode.metadata(), fs::symlink_metadata(&self.path)) else {
+            return;
+        };
+        if (ours.dev(), ours.ino()) == (now.dev(), now.ino())
             && let Err(e) = fs::remove_file(&self.path)
         {
             log::warn!("cannot remove socket {}: {e}", self.path.display());
         }
     }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let meta = fs::symlink_metadata(path)?;
-    Ok((meta.dev(), meta.ino()))
 }
 
 fn remove_leftover(path: &Path) -> Result<(), ServeError> {

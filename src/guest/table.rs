@@ -147,7 +147,20 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Slot, TableError> {
         size: region.memory_size,
         reason,
     };
-    // This refuses a region that reaches beyond the end of its file, which would fault at the first access.
+    // A page beyond the end of its file faults at the first access, and the mapping layer does not look. Devices that
+    // can be mapped have no length.
+    if let Ok(meta) = file.metadata()
+        && meta.is_file()
+        && region
+            .mmap_offset
+            .checked_add(region.memory_size)
+            .is_none_or(|end| end > meta.len())
+    {
+        return Err(cannot(format!(
+            "it reaches beyond the end of its file ({} bytes)",
+            meta.len()
+        )));
+    }
     let mapping = region
         .mmap_region(file)
         .map_err(|e| cannot(e.to_string()))?;
@@ -221,6 +234,17 @@ mod tests {
                 .add(&region(0, 0x2000_0000, PAGE, 0), file(PAGE))
                 .is_err(),
             "overlap"
+        );
+        assert!(
+            table
+                .add(&region(4 * PAGE, 0, PAGE, u64::MAX - PAGE), file(PAGE))
+                .is_err()
+        );
+        assert!(
+            table
+                .add(&region(4 * PAGE, 0, PAGE, 1), file(2 * PAGE))
+                .is_err(),
+            "not on a page"
         );
         let wrapping = table.add(&region(u64::MAX - PAGE + 2, 0, PAGE, 0), file(PAGE));
         assert!(wrapping.is_err());

@@ -2,12 +2,19 @@
 //! right or wrong, and reads what the device answers.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod engine;
+pub mod vm;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use lockstep::guest::{GuestMem, RingStart};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+pub const MIB: u64 = 1 << 20;
+/// Where the tests of rings put their data, clear of the ring.
+pub const DATA: u64 = 0x8_0000;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -20,6 +27,19 @@ pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
 pub const T_FLUSH: u32 = 4;
 pub const T_GET_ID: u32 = 8;
+
+/// Two adjacent regions of 1 MiB, a hole, and one more.
+pub fn memory() -> Arc<GuestMem> {
+    let mib = MIB as usize;
+    Arc::new(
+        GuestMem::from_ranges(&[
+            (GuestAddress(0), mib),
+            (GuestAddress(MIB), mib),
+            (GuestAddress(4 * MIB), mib),
+        ])
+        .unwrap(),
+    )
+}
 
 /// One descriptor, as it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
