@@ -1,3 +1,5 @@
 //! lockstep: disks for virtual machines that survive the loss of a node.
 
+pub mod cluster;
+pub mod registry;
 pub mod replication;
