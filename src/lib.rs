@@ -1,5 +1,6 @@
 //! lockstep: disks for virtual machines that survive the loss of a node.
 
+pub mod api;
 pub mod cluster;
 pub mod registry;
 pub mod replication;

@@ -59,14 +59,24 @@ impl Snapshot {
         snapshot
     }
 
-    /// Takes in one change. Changes come in order; one that the snapshot holds already does no harm.
-    pub fn apply(&mut self, event: Event) {
+    /// Takes in one batch of changes of a watch. Changes come in order; those that a newer listing holds already are
+    /// passed over, or they would bring back what came before it.
+    pub fn apply(&mut self, batch: Vec<Event>) {
+        let known = self.revision;
+        for event in batch {
+            if event.revision > known {
+                self.apply_one(event);
+            }
+        }
+    }
+
+    fn apply_one(&mut self, event: Event) {
         let entry = event.value.map(|value| Entry {
             value,
             revision: event.revision,
         });
         self.set(&event.key, entry.as_ref());
-        self.revision = self.revision.max(event.revision);
+        self.revision = event.revision;
     }
 
     /// The volume of that name with both its keys.

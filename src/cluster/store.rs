@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::fault::Fault;
 use super::metrics::Histogram;
 use super::model::{ClusterRecord, NodeRecord, Ready, Tombstone, VolumeName, VolumeSpec};
 use super::snapshot::Snapshot;
@@ -374,6 +375,47 @@ pub trait MaybeRace {
 impl MaybeRace for CasError {
     fn is_race(&self) -> bool {
         matches!(self, Self::Conflict { .. } | Self::Ambiguous { .. })
+    }
+}
+
+/// A failure in which losing a race is told apart.
+pub enum Race {
+    /// From the registry's compare-and-swap.
+    Cas(CasError),
+    /// Anything else: final.
+    Fault(Fault),
+}
+
+impl From<CasError> for Race {
+    fn from(error: CasError) -> Self {
+        Self::Cas(error)
+    }
+}
+
+impl From<RegistryError> for Race {
+    fn from(error: RegistryError) -> Self {
+        Self::Fault(error.into())
+    }
+}
+
+impl From<Fault> for Race {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+impl From<Race> for Fault {
+    fn from(race: Race) -> Self {
+        match race {
+            Race::Cas(e) => e.into(),
+            Race::Fault(fault) => fault,
+        }
+    }
+}
+
+impl MaybeRace for Race {
+    fn is_race(&self) -> bool {
+        matches!(self, Self::Cas(e) if e.is_race())
     }
 }
 

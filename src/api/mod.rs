@@ -1,0 +1,3 @@
+//! HTTP: the management API on the node's socket, and what may be read on its TCP port.
+
+pub mod client;
