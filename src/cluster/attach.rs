@@ -225,6 +225,7 @@ fn await_serving(
     let deadline = Instant::now() + PATIENCE;
     let mut last = String::from("it has not begun");
     while Instant::now() < deadline {
+        plane.still_running()?;
         let live = gather(plane, [node].into_iter());
         match live.node(&node.name) {
             None => last = live.why_not(&node.name),
@@ -397,6 +398,7 @@ fn await_release(
     let deadline = Instant::now() + PATIENCE;
     let mut last = String::from("it has not begun");
     while Instant::now() < deadline {
+        plane.still_running()?;
         let Some((spec, _)) = plane.store.spec(id)? else {
             return Ok(()); // removed meanwhile
         };

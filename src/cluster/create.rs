@@ -287,6 +287,7 @@ fn await_copies(
     let deadline = Instant::now() + PATIENCE;
     let mut watch = plane.store.watch_volume(record.volume_id, revision)?;
     loop {
+        plane.still_running()?;
         let snapshot = plane.store.snapshot()?;
         let answers: BTreeMap<CopyId, Ready> = snapshot
             .volumes

@@ -104,8 +104,12 @@ impl Live {
 /// Asks `nodes` at once, this one without a detour.
 pub fn gather<'a>(plane: &Plane, nodes: impl Iterator<Item = &'a NodeRecord>) -> Live {
     let (mine, others): (Vec<_>, Vec<_>) = nodes.partition(|n| n.name == plane.node);
-    let addresses = others.iter().map(|n| (n.name.clone(), n.http.clone()));
-    let mut live: BTreeMap<_, _> = fan_out::<LocalStatus>(addresses, STATUS_PATH)
+    let questions = others.iter().map(|n| Question {
+        node: n.name.clone(),
+        address: n.http.clone(),
+        path: STATUS_PATH.into(),
+    });
+    let mut live: BTreeMap<_, _> = fan_out::<LocalStatus>(questions.collect())
         .into_iter()
         .map(|(name, answer)| {
             let answer = answer.and_then(|status| check(plane, &name, status));
@@ -128,43 +132,56 @@ fn check(plane: &Plane, name: &NodeName, status: LocalStatus) -> Result<LocalSta
     Ok(status)
 }
 
-/// Asks every address for the same and reads the answers.
+/// One question to one node.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// Whom.
+    pub node: NodeName,
+    /// Its `HOST:PORT`.
+    pub address: String,
+    /// What: path and query.
+    pub path: String,
+}
+
+/// Asks all questions at once and reads the answers; at most as long as one takes.
 pub fn fan_out<T: DeserializeOwned>(
-    addresses: impl Iterator<Item = (NodeName, String)>,
-    path: &str,
+    questions: Vec<Question>,
 ) -> Vec<(NodeName, Result<T, String>)> {
-    let addresses: Vec<_> = addresses.collect();
-    if addresses.is_empty() {
+    if questions.is_empty() {
         return Vec::new();
     }
     let runtime = match runtime() {
         Ok(runtime) => runtime,
         Err(e) => {
             let why = format!("nobody could be asked: {e}");
-            return addresses
+            return questions
                 .into_iter()
-                .map(|(name, _)| (name, Err(why.clone())))
+                .map(|q| (q.node, Err(why.clone())))
                 .collect();
         }
     };
     runtime.block_on(async {
         let mut asked = JoinSet::new();
-        for (name, address) in addresses {
-            let path = path.to_string();
+        for question in questions {
             asked.spawn(async move {
+                let Question {
+                    node,
+                    address,
+                    path,
+                } = question;
                 let target = Target::Tcp(address.clone());
                 let answer = ask(&target, Method::GET, &path, None, Some(PATIENCE)).await;
-                (name, answer.map_err(|e| format!("{address}: {e}")))
+                (node, answer.map_err(|e| format!("{address}: {e}")))
             });
         }
         let mut answers = Vec::new();
         while let Some(done) = asked.join_next().await {
-            let Ok((name, answer)) = done else { continue };
+            let Ok((node, answer)) = done else { continue };
             let read = answer.and_then(|a| {
                 serde_json::from_slice(&a.body)
                     .map_err(|e| format!("its answer ({}) is not understood: {e}", a.status))
             });
-            answers.push((name, read));
+            answers.push((node, read));
         }
         answers
     })

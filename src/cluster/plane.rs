@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -52,6 +53,7 @@ pub struct Plane {
     pub host: Arc<dyn Host>,
     /// The node's events.
     pub events: Arc<EventLog>,
+    stop: Arc<AtomicBool>,
     creating: Mutex<BTreeSet<VolumeId>>,
     reports: Mutex<BTreeMap<VolumeId, Report>>,
     fatal: Mutex<Option<String>>,
@@ -82,6 +84,7 @@ impl Plane {
             store: joined.store.clone(),
             host,
             events: joined.events.clone(),
+            stop: Arc::default(),
             creating: Mutex::default(),
             reports: Mutex::default(),
             fatal: Mutex::default(),
@@ -137,6 +140,19 @@ impl Plane {
     /// The failures that stand.
     pub fn reports(&self) -> Vec<Report> {
         lock(&self.reports).values().cloned().collect()
+    }
+
+    /// Set when the node stops.
+    pub(super) fn stop_flag(&self) -> Arc<AtomicBool> {
+        self.stop.clone()
+    }
+
+    /// Ends whatever waits for something to happen in the cluster when the node stops.
+    pub(super) fn still_running(&self) -> Result<(), Fault> {
+        if self.stop.load(Ordering::Acquire) {
+            return Err(Fault::try_again(format!("node {} is stopping", self.node)));
+        }
+        Ok(())
     }
 
     /// Why this process must end, if it must.
