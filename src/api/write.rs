@@ -1,0 +1,104 @@
+//! What changes something: on the socket alone.
+
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::extract::{Path, Query, State};
+use axum::routing::post;
+use axum::{Json, Router};
+use serde::{Deserialize, Serialize};
+
+use super::reply::{Failure, Reply, body, json, name};
+use crate::cluster::attach::{AttachOptions, Attached, attach, detach};
+use crate::cluster::create::{CreateRequest, Created, create};
+use crate::cluster::plane::Plane;
+use crate::cluster::update::{UpdateRequest, remove, update};
+
+pub(super) fn router() -> Router<Arc<Plane>> {
+    Router::new()
+        .route("/api/v1/volumes", post(create_volume))
+        .route(
+            "/api/v1/volumes/{namespace}/{name}",
+            axum::routing::patch(update_volume).delete(remove_volume),
+        )
+        .route(
+            "/api/v1/volumes/{namespace}/{name}/attach",
+            post(attach_volume),
+        )
+        .route(
+            "/api/v1/volumes/{namespace}/{name}/detach",
+            post(detach_volume),
+        )
+}
+
+/// The name of what was changed.
+#[derive(Serialize)]
+struct Done {
+    volume: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Force {
+    force: bool,
+    no_wait: bool,
+}
+
+async fn create_volume(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<Created> {
+    let request: CreateRequest = body(&bytes)?;
+    json(plane, move |plane| create(plane, request)).await
+}
+
+async fn update_volume(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+    bytes: Bytes,
+) -> Reply<Done> {
+    let (name, request): (_, UpdateRequest) = (name(&path)?, body(&bytes)?);
+    json(plane, move |plane| {
+        update(plane, &name, &request)?;
+        Ok(Done {
+            volume: name.to_string(),
+        })
+    })
+    .await
+}
+
+async fn remove_volume(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+    Query(options): Query<Force>,
+) -> Result<Json<Done>, Failure> {
+    let name = name(&path)?;
+    json(plane, move |plane| {
+        remove(plane, &name, options.force)?;
+        Ok(Done {
+            volume: name.to_string(),
+        })
+    })
+    .await
+}
+
+async fn attach_volume(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+    bytes: Bytes,
+) -> Reply<Attached> {
+    let (name, options): (_, AttachOptions) = (name(&path)?, body(&bytes)?);
+    json(plane, move |plane| attach(plane, &name, options)).await
+}
+
+async fn detach_volume(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+    bytes: Bytes,
+) -> Reply<Done> {
+    let (name, options): (_, Force) = (name(&path)?, body(&bytes)?);
+    json(plane, move |plane| {
+        detach(plane, &name, options.force, options.no_wait)?;
+        Ok(Done {
+            volume: name.to_string(),
+        })
+    })
+    .await
+}

@@ -1,0 +1,209 @@
+//! What a node is told when it starts.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::fault::Fault;
+use super::labels::{Of, check};
+use super::model::{Labels, VolumeName, check_name};
+use super::settings::{check_num_queues, check_size, parse_failure_mode};
+use super::units::parse_size;
+use crate::registry::Location;
+use crate::replication::ids::NodeName;
+
+/// Default of `--data-dir`.
+pub const DATA_DIR: &str = "/var/lib/lockstep";
+/// Default of `--run-dir`.
+pub const RUN_DIR: &str = "/run/lockstep";
+/// Default of `--listen`.
+pub const LISTEN: &str = "127.0.0.1:5703";
+/// Default of `--http`.
+pub const HTTP: &str = "127.0.0.1:5705";
+/// The API's socket in the run directory.
+pub const API_SOCKET: &str = "api.sock";
+
+/// A node's configuration, complete and checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeConfig {
+    /// Its name in the cluster.
+    pub name: NodeName,
+    /// Where copies, events and the embedded registry live.
+    pub data_dir: PathBuf,
+    /// Where sockets live.
+    pub run_dir: PathBuf,
+    /// Where it takes replication connections.
+    pub listen: SocketAddr,
+    /// `HOST:PORT` that other nodes use instead of `listen`.
+    pub advertise: Option<String>,
+    /// Where it serves HTTP.
+    pub http: SocketAddr,
+    /// The cluster's registry.
+    pub registry: Location,
+    /// Its labels.
+    pub labels: Labels,
+    /// Volumes to create when absent and to serve from here.
+    pub serve: Vec<Serve>,
+}
+
+impl NodeConfig {
+    /// Checks what no single flag shows.
+    pub fn check(mut self) -> Result<Self, Fault> {
+        check_name(&self.name.0)?;
+        self.labels = check(self.labels, Of::Node)?;
+        if self.registry.is_of_one_machine() && !self.listen.ip().is_loopback() {
+            return Err(Fault::input(format!(
+                "--listen {} can be reached from other machines, and the registry {} serves the nodes of this one only",
+                self.listen, self.registry
+            ))
+            .hint("listen on a loopback address (127.0.0.1, 127.0.0.2, …)"));
+        }
+        if let Some(advertise) = &self.advertise {
+            let port = advertise
+                .rsplit_once(':')
+                .map(|(_, port)| port.parse::<u16>());
+            if !matches!(port, Some(Ok(1..))) {
+                return Err(Fault::input(format!(
+                    "--advertise {advertise} is not HOST:PORT"
+                )));
+            }
+        }
+        for (i, serve) in self.serve.iter().enumerate() {
+            if self.serve[..i].iter().any(|s| s.name == serve.name) {
+                return Err(Fault::input(format!(
+                    "--vhost-user-blk names {} twice",
+                    serve.name
+                )));
+            }
+        }
+        Ok(self)
+    }
+
+    /// Where the management API listens.
+    pub fn api_socket(&self) -> PathBuf {
+        self.run_dir.join(API_SOCKET)
+    }
+}
+
+/// A value of `--vhost-user-blk`: `VOLUME[,socket=PATH][,num-queues=N][,size=10GiB][,replicas=2][,failure-mode=soft]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Serve {
+    /// The volume.
+    pub name: VolumeName,
+    /// Where to listen instead of the default.
+    pub socket: Option<PathBuf>,
+    /// Virtqueues.
+    pub num_queues: Option<u16>,
+    /// Its size, in bytes; needed when it does not exist yet.
+    pub size: Option<u64>,
+    /// R.
+    pub replicas: Option<u8>,
+    /// As text, so that a difference is reported in the user's words.
+    pub failure_mode: Option<String>,
+}
+
+impl FromStr for Serve {
+    type Err = Fault;
+
+    fn from_str(text: &str) -> Result<Self, Fault> {
+        let (name, options) = text.split_once(',').unwrap_or((text, ""));
+        let mut serve = Self {
+            name: name.parse()?,
+            socket: None,
+            num_queues: None,
+            size: None,
+            replicas: None,
+            failure_mode: None,
+        };
+        let number = |key: &str, value: &str| -> Result<u16, Fault> {
+            value
+                .parse()
+                .map_err(|_| Fault::input(format!("{key}={value}: not a number")))
+        };
+        for option in options.split(',').filter(|o| !o.is_empty()) {
+            match option.split_once('=') {
+                Some(("socket", path)) if !path.is_empty() => serve.socket = Some(path.into()),
+                Some(("num-queues", n)) => {
+                    serve.num_queues = Some(check_num_queues(number("num-queues", n)?)?);
+                }
+                Some(("size", size)) => serve.size = Some(check_size(parse_size(size)?)?),
+                Some(("replicas", n)) => {
+                    let n = number("replicas", n)?;
+                    serve.replicas = Some(u8::try_from(n).unwrap_or(u8::MAX));
+                }
+                Some(("failure-mode", mode)) => {
+                    parse_failure_mode(mode)?;
+                    serve.failure_mode = Some(mode.into());
+                }
+                _ => {
+                    return Err(Fault::input(format!(
+                        "'{option}' is not an option of --vhost-user-blk: \
+                         use socket=, num-queues=, size=, replicas= or failure-mode="
+                    )));
+                }
+            }
+        }
+        super::settings::Wishes {
+            replicas: serve.replicas,
+            ..Default::default()
+        }
+        .replicas()?;
+        Ok(serve)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_served_volume_is_named_with_its_options() {
+        let serve: Serve =
+            "prod/vm1,size=10GiB,replicas=2,failure-mode=hard,num-queues=4,socket=/s"
+                .parse()
+                .unwrap();
+        assert_eq!(serve.name.to_string(), "prod/vm1");
+        assert_eq!(serve.size, Some(10 << 30));
+        assert_eq!(serve.replicas, Some(2));
+        assert_eq!(serve.num_queues, Some(4));
+        assert_eq!(serve.socket, Some("/s".into()));
+        assert_eq!("vm1".parse::<Serve>().unwrap().size, None);
+        for bad in [
+            "",
+            "vm1,size",
+            "vm1,size=0",
+            "vm1,replicas=6",
+            "vm1,replicas=x",
+            "vm1,num-queues=0",
+            "vm1,failure-mode=perhaps",
+            "vm1,color=red",
+            "../vm1",
+        ] {
+            assert!(bad.parse::<Serve>().is_err(), "{bad}");
+        }
+    }
+
+    fn config(listen: &str) -> NodeConfig {
+        NodeConfig {
+            name: NodeName("n1".into()),
+            data_dir: "/d".into(),
+            run_dir: "/r".into(),
+            listen: listen.parse().unwrap(),
+            advertise: None,
+            http: HTTP.parse().unwrap(),
+            registry: Location::embedded("/d".as_ref()),
+            labels: Labels::new(),
+            serve: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_registry_of_one_machine_forbids_listening_to_others() {
+        assert!(config("127.0.0.2:5703").check().is_ok());
+        assert!(config("[::1]:5703").check().is_ok());
+        for public in ["0.0.0.0:5703", "10.0.0.1:5703", "[::]:5703"] {
+            let fault = config(public).check().unwrap_err();
+            assert!(fault.message.contains("--listen"), "{fault}");
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Volumes named on the node's command line: created when absent, served from here.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::attach::{AttachOptions, attach};
+use super::config::Serve;
+use super::create::{CreateRequest, create};
+use super::fault::{Code, Fault};
+use super::model::Labels;
+use super::plane::{Found, Plane};
+use super::settings::{Wishes, parse_failure_mode, show_failure_mode};
+use super::units::show_size;
+
+/// Pause before a volume that could not be served is tried again: other nodes may still be starting.
+const PAUSE: Duration = Duration::from_secs(2);
+/// How late a stop is seen.
+const NAP: Duration = Duration::from_millis(100);
+
+/// Sees to every declared volume until all are served or `stop` is set. A reason for waiting is logged when it
+/// changes.
+pub(super) fn run(plane: &Arc<Plane>, mut serve: Vec<Serve>, stop: &AtomicBool) {
+    let mut said: BTreeMap<String, String> = BTreeMap::new();
+    while !serve.is_empty() && !stop.load(Ordering::Acquire) {
+        serve.retain(|wanted| {
+            let name = wanted.name.to_string();
+            match ensure(plane, wanted) {
+                Ok(()) => false,
+                Err(fault) => {
+                    let hint = fault.hint.map_or(String::new(), |h| format!(" ({h})"));
+                    let text = format!("--vhost-user-blk {name}: {}{hint}", fault.message);
+                    if said.get(&name) != Some(&text) {
+                        log::warn!("{text}");
+                        said.insert(name, text);
+                    }
+                    // What was given will not make more sense later.
+                    fault.code != Code::InvalidInput
+                }
+            }
+        });
+        let until = Instant::now() + PAUSE;
+        while !serve.is_empty() && Instant::now() < until && !stop.load(Ordering::Acquire) {
+            thread::sleep(NAP);
+        }
+    }
+}
+
+fn ensure(plane: &Arc<Plane>, wanted: &Serve) -> Result<(), Fault> {
+    match plane.find(&wanted.name) {
+        Ok(found) => {
+            for difference in differences(wanted, &found) {
+                log::warn!("volume {} is served as it is: {difference}", wanted.name);
+            }
+        }
+        Err(fault) if fault.code == Code::NotFound => {
+            let size = wanted.size.ok_or_else(|| {
+                Fault::input(format!("volume {} does not exist", wanted.name)).hint(format!(
+                    "add a size to have it created: --vhost-user-blk {},size=10GiB",
+                    wanted.name
+                ))
+            })?;
+            let request = CreateRequest {
+                namespace: wanted.name.namespace.clone(),
+                name: wanted.name.name.clone(),
+                size,
+                labels: Labels::new(),
+                wishes: Wishes {
+                    replicas: wanted.replicas,
+                    failure_mode: wanted.failure_mode.clone(),
+                    ..Wishes::default()
+                },
+                no_wait: false,
+            };
+            match create(plane, request) {
+                Ok(_) => {}
+                // Another node declares it as well and was faster: it is there now.
+                Err(fault) if fault.code == Code::Exists => {}
+                Err(fault) => return Err(fault),
+            }
+        }
+        Err(fault) => return Err(fault),
+    }
+    let attached = attach(
+        plane,
+        &wanted.name,
+        AttachOptions {
+            node: Some(plane.node.clone()),
+            socket: wanted.socket.clone(),
+            num_queues: wanted.num_queues,
+            ..AttachOptions::default()
+        },
+    )?;
+    log::info!(
+        "volume {} is served at {}",
+        attached.volume,
+        attached.socket.display()
+    );
+    Ok(())
+}
+
+/// How the volume is not as the command line says, one clause each.
+fn differences(wanted: &Serve, found: &Found) -> Vec<String> {
+    let record = &found.record.0;
+    let mut differences = Vec::new();
+    if let Some(size) = wanted.size.filter(|s| *s != record.size) {
+        differences.push(format!(
+            "its size is {}, not {}",
+            show_size(record.size),
+            show_size(size)
+        ));
+    }
+    if let Some(replicas) = wanted.replicas.filter(|r| *r != record.replicas_wanted) {
+        differences.push(format!(
+            "it has {} replicas, not {replicas}",
+            record.replicas_wanted
+        ));
+    }
+    if let Some(text) = &wanted.failure_mode
+        && let Ok(mode) = parse_failure_mode(text)
+        && mode != record.failure_mode
+    {
+        differences.push(format!(
+            "its failure mode is {}, not {}",
+            show_failure_mode(record.failure_mode),
+            show_failure_mode(mode)
+        ));
+    }
+    differences
+}

@@ -1,0 +1,184 @@
+//! What a node's engine offers the control loop and the API. `node` implements it; everything blocks for a bounded
+//! time and may be called from any thread.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::metrics::Metrics;
+use crate::registry::Revision;
+use crate::replication::ids::{CopyId, Epoch, NodeName, Tag, VolumeId};
+use crate::replication::record::Record;
+
+/// Why the host did not do it. Each text is one sentence that names the thing and says what to do.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum HostError {
+    /// A virtual machine is connected to the volume, and force was not given.
+    #[error("a virtual machine is connected to the volume")]
+    Connected,
+    /// It cannot work as asked until something else changes (another copy under that id, no copy here, …).
+    #[error("{0}")]
+    Refused(String),
+    /// The disk has no room.
+    #[error("{0}")]
+    NoSpace(String),
+    /// It may work a moment later (a peer does not answer, the old attachment still lives, …).
+    #[error("{0}")]
+    Busy(String),
+    /// The operating system said no.
+    #[error("{0}")]
+    Io(String),
+}
+
+/// A copy on this node's disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalCopy {
+    /// Of which volume.
+    pub volume: VolumeId,
+    /// Its identity.
+    pub copy: CopyId,
+    /// The epoch in its superblock.
+    pub epoch: Epoch,
+    /// Its standing, in words a person reads (`in sync`, `inconsistent`, `unreadable: …`).
+    pub standing: String,
+    /// Bytes it takes on the disk.
+    pub allocated: u64,
+}
+
+/// A volume to serve.
+#[derive(Clone, Debug)]
+pub struct AttachRequest {
+    /// Which.
+    pub volume: VolumeId,
+    /// `namespace/name`, for messages.
+    pub name: String,
+    /// Its record as last seen. May be out of date: the attachment changes it by compare-and-swap.
+    pub record: Record,
+    /// The revision of `record`.
+    pub revision: Revision,
+    /// Where to listen for the virtual machine. The directory exists.
+    pub socket: PathBuf,
+    /// Virtqueues to offer, at least 1.
+    pub num_queues: u16,
+    /// Offer the disk read-only.
+    pub read_only: bool,
+    /// Where each node of the cluster takes replication connections.
+    pub peers: Vec<(NodeName, SocketAddr)>,
+}
+
+/// How far an attachment is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Taking the volume over: promises, lock, record.
+    Acquiring,
+    /// Serving, while it decides the regions in which copies may differ (PROTOCOL 5.4).
+    Recovering,
+    /// Serving.
+    Serving,
+    /// The failure mode forbids serving: requests wait, or fail after the deadline (PROTOCOL 7).
+    Suspended,
+    /// Someone else took the volume over; this attachment completes nothing any more.
+    Fenced,
+}
+
+/// One attached volume as it is now.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttachmentStatus {
+    /// Which volume.
+    pub volume: VolumeId,
+    /// How far it is.
+    pub phase: Phase,
+    /// Why it is not (fully) serving, one sentence; empty when all is well.
+    pub why: String,
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// Whether a virtual machine is connected.
+    pub connected: bool,
+    /// The epoch it works under.
+    pub epoch: Epoch,
+    /// Its view of every copy, in the record's order.
+    pub copies: Vec<CopyState>,
+    /// Guest requests taken and not completed.
+    pub inflight: u32,
+}
+
+/// One copy as the attachment sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CopyState {
+    /// Which.
+    pub copy: CopyId,
+    /// Where.
+    pub node: NodeName,
+    /// `master` or `replica`.
+    pub role: String,
+    /// `in_sync`, `syncing`, `missing`.
+    pub state: String,
+    /// What it lags behind or waits for, one sentence; empty when nothing.
+    pub lag: String,
+    /// Progress while it is being brought up to date.
+    pub sync: Option<SyncProgress>,
+}
+
+/// How far a resync is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SyncProgress {
+    /// Bytes still to compare or copy.
+    pub remaining_bytes: u64,
+    /// Bytes there were at its start.
+    pub total_bytes: u64,
+    /// Bytes a second, recently.
+    pub bytes_per_second: u64,
+}
+
+/// The data directory's file system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capacity {
+    /// Bytes in all.
+    pub total: u64,
+    /// Bytes free for us.
+    pub free: u64,
+}
+
+/// One node's engine.
+pub trait Host: Send + Sync {
+    /// Makes an empty copy. Repeating it with the same ids is `Ok`; another copy id for the volume is
+    /// [`HostError::Refused`].
+    fn create_copy(
+        &self,
+        volume: VolumeId,
+        copy: CopyId,
+        size: u64,
+        epoch: Epoch,
+        tag: Tag,
+    ) -> Result<(), HostError>;
+
+    /// Destroys the volume's copy and its data. `Ok` when there is none.
+    fn remove_copy(&self, volume: VolumeId) -> Result<(), HostError>;
+
+    /// Every copy on the disk, readable or not.
+    fn local_copies(&self) -> Vec<LocalCopy>;
+
+    /// Starts to serve. On return the listening socket exists; the rest shows in [`Host::attachments`].
+    fn attach(&self, request: AttachRequest) -> Result<(), HostError>;
+
+    /// Stops serving: flushed, released and the record clean on return. [`HostError::Connected`] while a virtual
+    /// machine is connected and `force` is false. `Ok` when it is not attached.
+    fn detach(&self, volume: VolumeId, force: bool) -> Result<(), HostError>;
+
+    /// The record of an attached volume is now this.
+    fn record_changed(&self, volume: VolumeId, record: &Record, revision: Revision);
+
+    /// The nodes of the cluster (this one included) and where they take replication connections.
+    fn peers_changed(&self, peers: &[(NodeName, SocketAddr)]);
+
+    /// Every attached volume.
+    fn attachments(&self) -> Vec<AttachmentStatus>;
+
+    /// The data directory's file system.
+    fn capacity(&self) -> Capacity;
+
+    /// What `/metrics` shows of the engine.
+    fn metrics(&self) -> Metrics;
+}

@@ -1,0 +1,277 @@
+//! A process becomes a node: its ports are its own, its name is its own, and it knows the cluster.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fs, process};
+
+use super::config::NodeConfig;
+use super::events::EventLog;
+use super::fault::{Code, Fault};
+use super::host::Capacity;
+use super::model::{ClusterRecord, NodeRecord};
+use super::store::{Race, Store};
+use super::units::wall_ms;
+use crate::api::client::{ClientError, Target, ask, runtime};
+use crate::registry::Registry;
+use crate::replication::ids::{BootId, ClusterId, Instance, NodeName};
+
+/// How long a running process of the same name has to answer. A node answers in milliseconds; a stopped or hung one
+/// still accepts connections and is taken for alive.
+const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+/// Mode of the API's socket: its owner and group manage the node.
+const API_SOCKET_MODE: u32 = 0o660;
+/// The kernel's name of this boot.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// A node that has its place in the cluster and does not work yet.
+pub struct Membership {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// This node.
+    pub node: NodeName,
+    /// This run of its process.
+    pub instance: Instance,
+    /// This boot of its kernel.
+    pub boot_id: BootId,
+    /// When the process started, milliseconds since 1970.
+    pub started: u64,
+    /// The typed registry; the engine's [`super::store::Registrar`].
+    pub store: Arc<Store>,
+    /// Where every change of state is noted.
+    pub events: Arc<EventLog>,
+    /// What it was told.
+    pub config: NodeConfig,
+    /// `--listen`, bound, for replication.
+    pub replication: TcpListener,
+    pub(super) http: TcpListener,
+    pub(super) api: UnixListener,
+}
+
+/// Random bytes from the kernel.
+pub(super) fn random<const N: usize>() -> Result<[u8; N], Fault> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes)
+        .map_err(|e| Fault::internal(format!("the kernel gives no random bytes: {e}")))?;
+    Ok(bytes)
+}
+
+/// Takes ports and name. Refuses when another process has them.
+pub fn join(config: NodeConfig, registry: Arc<dyn Registry>) -> Result<Membership, Fault> {
+    let mut config = config.check()?;
+    // Sockets are handed to other processes, whose working directory is another.
+    config.run_dir = absolute(&config.run_dir)?;
+    config.data_dir = absolute(&config.data_dir)?;
+    make_dir("--data-dir", &config.data_dir)?;
+    make_dir("--run-dir", &config.run_dir)?;
+    let events = EventLog::open(config.name.clone(), &config.data_dir).map_err(|e| {
+        Fault::internal(format!(
+            "cannot write events in --data-dir {}: {e}",
+            config.data_dir.display()
+        ))
+    })?;
+    let replication = bind("--listen", config.listen)?;
+    let http = bind("--http", config.http)?;
+    let api = bind_api(&config)?;
+    let store = Arc::new(Store::new(registry));
+    let cluster = cluster_id(&store)?;
+    let boot_id = boot_id()?;
+    let node = NodeRecord {
+        name: config.name.clone(),
+        instance: Instance(random()?),
+        boot_id,
+        address: match &config.advertise {
+            Some(address) => address.clone(),
+            None => local(&replication)?.to_string(),
+        },
+        http: http_address(&config, local(&http)?),
+        labels: config.labels.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        started: wall_ms(),
+        capacity: Capacity::default(),
+    };
+    claim(&store, cluster, &node)?;
+    Ok(Membership {
+        cluster,
+        node: node.name,
+        instance: node.instance,
+        boot_id,
+        started: node.started,
+        store,
+        events,
+        config,
+        replication,
+        http,
+        api,
+    })
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Fault> {
+    std::path::absolute(path)
+        .map_err(|e| Fault::input(format!("'{}' is no directory: {e}", path.display())))
+}
+
+fn make_dir(flag: &str, path: &Path) -> Result<(), Fault> {
+    fs::create_dir_all(path).map_err(|e| {
+        Fault::input(format!("cannot make {flag} {}: {e}", path.display()))
+            .hint(format!("give {flag} a directory that this user may write"))
+    })
+}
+
+fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener, Fault> {
+    TcpListener::bind(address).map_err(|e| {
+        let fault = Fault::state(format!("cannot listen on {flag} {address}: {e}"));
+        if e.kind() == io::ErrorKind::AddrInUse {
+            fault.hint(format!(
+                "another process (another node?) has it; give {flag} another address"
+            ))
+        } else {
+            fault
+        }
+    })
+}
+
+fn local(listener: &TcpListener) -> Result<SocketAddr, Fault> {
+    listener
+        .local_addr()
+        .map_err(|e| Fault::internal(format!("a listening socket has no address: {e}")))
+}
+
+/// Where other nodes reach our HTTP: an address that means "every interface" is no address to them.
+fn http_address(config: &NodeConfig, bound: SocketAddr) -> String {
+    if !bound.ip().is_unspecified() {
+        return bound.to_string();
+    }
+    let host = config
+        .advertise
+        .as_deref()
+        .and_then(|a| a.rsplit_once(':'))
+        .map_or_else(|| config.listen.ip().to_string(), |(host, _)| host.into());
+    format!("{host}:{}", bound.port())
+}
+
+fn bind_api(config: &NodeConfig) -> Result<UnixListener, Fault> {
+    let path = config.api_socket();
+    super::plane::check_socket(&path)?;
+    if UnixStream::connect(&path).is_ok() {
+        return Err(
+            Fault::state(format!("another node already serves {}", path.display()))
+                .hint("give each node of this machine its own --run-dir"),
+        );
+    }
+    // Bound under another name and renamed, so that the socket is never there with a wider mode, and a stale one of a
+    // process that died is replaced.
+    let fresh = config.run_dir.join(format!("api.{}", process::id()));
+    let bind = || -> io::Result<UnixListener> {
+        match fs::remove_file(&fresh) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&fresh)?;
+        fs::set_permissions(&fresh, fs::Permissions::from_mode(API_SOCKET_MODE))?;
+        fs::rename(&fresh, &path)?;
+        Ok(listener)
+    };
+    bind().map_err(|e| {
+        Fault::state(format!("cannot make the socket {}: {e}", path.display()))
+            .hint("give --run-dir a directory that this user may write")
+    })
+}
+
+fn boot_id() -> Result<BootId, Fault> {
+    let text = fs::read_to_string(BOOT_ID)
+        .map_err(|e| Fault::internal(format!("cannot read {BOOT_ID}: {e}")))?;
+    text.trim()
+        .parse()
+        .map_err(|e| Fault::internal(format!("{BOOT_ID}: {e}")))
+}
+
+fn cluster_id(store: &Store) -> Result<ClusterId, Fault> {
+    store
+        .retry(|| {
+            if let Some(record) = store.cluster()? {
+                return Ok(record.id);
+            }
+            let record = ClusterRecord {
+                id: ClusterId(random()?),
+                created: wall_ms(),
+            };
+            // Read back by the next round if another node was faster.
+            store.create_cluster(&record).map_err(Race::Cas)?;
+            Ok::<_, Race>(record.id)
+        })
+        .map_err(Fault::from)
+}
+
+fn claim(store: &Store, cluster: ClusterId, node: &NodeRecord) -> Result<(), Fault> {
+    store
+        .retry(|| {
+            let present = store.node(&node.name)?;
+            if let Some((other, _)) = &present {
+                if other.instance == node.instance {
+                    return Ok(()); // an ambiguous write that went through
+                }
+                refuse_if_alive(cluster, other, node)?;
+            }
+            store
+                .cas_node(present.map(|(_, revision)| revision), node)
+                .map(drop)
+                .map_err(Race::Cas)
+        })
+        .map_err(Fault::from)
+}
+
+/// Whether the process that has our name still runs. Its ports tell: ours are bound already, so an address of its
+/// that is also ours is not in its hands any more.
+fn refuse_if_alive(cluster: ClusterId, other: &NodeRecord, me: &NodeRecord) -> Result<(), Fault> {
+    let alive = |how: String| {
+        Fault::new(
+            Code::Exists,
+            format!("a node named {} runs already: {how}", other.name),
+        )
+        .hint("give this node another --name, or stop the other one")
+    };
+    if other.http != me.http
+        && let Some(how) = http_alive(cluster, other)?
+    {
+        return Err(alive(how));
+    }
+    if other.address != me.address && connects(&other.address) {
+        return Err(alive(format!("{} takes connections", other.address)));
+    }
+    Ok(())
+}
+
+/// What says that the process `node` describes answers on its HTTP address.
+fn http_alive(cluster: ClusterId, node: &NodeRecord) -> Result<Option<String>, Fault> {
+    let runtime = runtime().map_err(|e| Fault::internal(e.to_string()))?;
+    let target = Target::Tcp(node.http.clone());
+    let asked = ask(
+        &target,
+        hyper::Method::GET,
+        "/healthz",
+        None,
+        Some(PROBE_PATIENCE),
+    );
+    Ok(match runtime.block_on(asked) {
+        Ok(answer) => {
+            let who: Option<super::live::Identity> = serde_json::from_slice(&answer.body).ok();
+            who.is_some_and(|w| w.cluster == cluster && w.instance == node.instance)
+                .then(|| format!("it answers on {}", node.http))
+        }
+        Err(ClientError::Late(_)) => connects(&node.http)
+            .then(|| format!("{} takes connections and does not answer", node.http)),
+        Err(ClientError::Connect(_) | ClientError::Broken(_)) => None,
+    })
+}
+
+/// Whether anything accepts connections on `HOST:PORT`.
+fn connects(address: &str) -> bool {
+    address.to_socket_addrs().is_ok_and(|mut addresses| {
+        addresses.any(|a| TcpStream::connect_timeout(&a, PROBE_PATIENCE).is_ok())
+    })
+}

@@ -1,0 +1,235 @@
+//! Labels and selectors.
+
+use super::fault::Fault;
+use super::model::Labels;
+
+/// The prefix of labels that mean something to us.
+pub const PREFIX: &str = "lockstep.io/";
+/// The same keys under the name that StorageOS users know.
+const ALIAS: &str = "storageos.com/";
+/// The longest key or value, in bytes: they travel in every record.
+const LABEL_MAX: usize = 253;
+/// The most labels of one thing.
+const LABELS_MAX: usize = 64;
+
+/// What a label with our prefix may be called, and on what.
+const VOLUME_KEYS: [&str; 6] = [
+    "replicas",
+    "failure-mode",
+    "failure-tolerance",
+    "nocompress",
+    "hint.master",
+    "topology-key",
+];
+const NODE_KEYS: [&str; 1] = ["computeonly"];
+
+/// What labels are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Of {
+    /// A volume's.
+    Volume,
+    /// A node's.
+    Node,
+}
+
+impl Of {
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Volume => &VOLUME_KEYS,
+            Self::Node => &NODE_KEYS,
+        }
+    }
+}
+
+/// Labels from `k=v` texts.
+pub fn parse_all<S: AsRef<str>>(texts: &[S], of: Of) -> Result<Labels, Fault> {
+    let mut labels = Labels::new();
+    for text in texts {
+        let Some((key, value)) = text.as_ref().split_once('=') else {
+            return Err(Fault::input(format!(
+                "label '{}' has no value: write k=v",
+                text.as_ref()
+            )));
+        };
+        labels.insert(key.trim().into(), value.trim().into());
+    }
+    check(labels, of)
+}
+
+/// Checks labels and writes those of the alias prefix under ours.
+pub fn check(labels: Labels, of: Of) -> Result<Labels, Fault> {
+    if labels.len() > LABELS_MAX {
+        return Err(Fault::input(format!(
+            "{} labels: at most {LABELS_MAX}",
+            labels.len()
+        )));
+    }
+    labels
+        .into_iter()
+        .map(|(key, value)| {
+            let key = own_key(&key, of)?;
+            if value.len() > LABEL_MAX || value.chars().any(|c| c.is_control() || c == ',') {
+                return Err(Fault::input(format!(
+                    "label {key}: a value is at most {LABEL_MAX} bytes without commas and control characters"
+                )));
+            }
+            Ok((key, value))
+        })
+        .collect()
+}
+
+/// The key as it is stored; one of ours must be known.
+pub fn own_key(key: &str, of: Of) -> Result<String, Fault> {
+    let good = !key.is_empty()
+        && key.len() <= LABEL_MAX
+        && key
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/'));
+    if !good {
+        return Err(Fault::input(format!(
+            "'{key}' is not a label key: use letters, digits, '-', '_', '.' and '/'"
+        )));
+    }
+    let Some(short) = key.strip_prefix(PREFIX).or_else(|| key.strip_prefix(ALIAS)) else {
+        return Ok(key.into());
+    };
+    if of.keys().contains(&short) {
+        return Ok(format!("{PREFIX}{short}"));
+    }
+    let fault = Fault::input(format!("label '{key}' is not known"));
+    Err(match nearest(short, of.keys()) {
+        Some(near) => fault.hint(format!("did you mean {PREFIX}{near}?")),
+        None => fault,
+    })
+}
+
+fn nearest(word: &str, known: &[&'static str]) -> Option<&'static str> {
+    known.iter().copied().min_by_key(|k| distance(word, k))
+}
+
+/// Letters to insert, delete or replace to get from one word to the other.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(row[j + 1] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// Whether a label's value means yes; an empty one does (`lockstep.io/nocompress=`).
+pub fn is_true(value: &str) -> bool {
+    !matches!(
+        value.to_ascii_lowercase().as_str(),
+        "false" | "0" | "no" | "off"
+    )
+}
+
+/// A condition on labels: terms joined by `,`, all of which must hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Selector {
+    terms: Vec<Term>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Term {
+    Has(String),
+    Lacks(String),
+    Is(String, String),
+    IsNot(String, String),
+}
+
+impl Selector {
+    /// Reads `k`, `!k`, `k=v`, `k==v`, `k!=v`, joined by `,`. The empty text selects everything.
+    pub fn parse(text: &str, of: Of) -> Result<Self, Fault> {
+        let terms = text
+            .split(',')
+            .map(str::trim)
+            .filter(|t| !t.is_empty())
+            .map(|t| Term::parse(t, of))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { terms })
+    }
+
+    /// Whether the labels satisfy every term.
+    pub fn matches(&self, labels: &Labels) -> bool {
+        self.terms.iter().all(|term| match term {
+            Term::Has(key) => labels.contains_key(key),
+            Term::Lacks(key) => !labels.contains_key(key),
+            Term::Is(key, value) => labels.get(key) == Some(value),
+            // As everywhere: an absent label is not equal to any value.
+            Term::IsNot(key, value) => labels.get(key) != Some(value),
+        })
+    }
+}
+
+impl Term {
+    fn parse(text: &str, of: Of) -> Result<Self, Fault> {
+        let key = |k: &str| own_key(k.trim(), of);
+        let value = |v: &str| v.trim().to_string();
+        if let Some((k, v)) = text.split_once("!=") {
+            return Ok(Self::IsNot(key(k)?, value(v)));
+        }
+        if let Some((k, v)) = text.split_once("==").or_else(|| text.split_once('=')) {
+            return Ok(Self::Is(key(k)?, value(v)));
+        }
+        match text.strip_prefix('!') {
+            Some(k) => Ok(Self::Lacks(key(k)?)),
+            None => Ok(Self::Has(key(text)?)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_alias_prefix_is_stored_as_ours() {
+        let labels = parse_all(&["storageos.com/replicas=2", "env=prod"], Of::Volume).unwrap();
+        assert_eq!(labels["lockstep.io/replicas"], "2");
+        assert_eq!(labels["env"], "prod");
+    }
+
+    #[test]
+    fn an_unknown_key_of_ours_is_refused_with_the_nearest_known_one() {
+        let fault = parse_all(&["lockstep.io/replcas=2"], Of::Volume).unwrap_err();
+        assert!(fault.hint.unwrap().contains("lockstep.io/replicas"));
+        assert!(parse_all(&["lockstep.io/computeonly=true"], Of::Volume).is_err());
+        assert!(parse_all(&["lockstep.io/computeonly=true"], Of::Node).is_ok());
+        assert!(parse_all(&["novalue"], Of::Volume).is_err());
+        assert!(parse_all(&["=x"], Of::Volume).is_err());
+    }
+
+    #[test]
+    fn a_selector_selects_as_the_table_says() {
+        let labels = Labels::from([
+            ("env".into(), "prod".into()),
+            ("tier".into(), "1".into()),
+            ("lockstep.io/replicas".into(), "2".into()),
+        ]);
+        for (text, expected) in [
+            ("", true),
+            ("env", true),
+            ("!env", false),
+            ("env=prod", true),
+            ("env==prod", true),
+            ("env!=prod", false),
+            ("env != dev , tier", true),
+            ("env==prod,!tier", false),
+            ("missing!=x", true),
+            ("storageos.com/replicas=2", true),
+        ] {
+            let selector = Selector::parse(text, Of::Volume).unwrap();
+            assert_eq!(selector.matches(&labels), expected, "{text}");
+        }
+        assert!(Selector::parse("a b", Of::Volume).is_err());
+        assert!(Selector::parse("k in (a)", Of::Volume).is_err());
+    }
+}

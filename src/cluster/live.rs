@@ -1,0 +1,188 @@
+//! What nodes are doing now: asked of each over its HTTP port, with little patience.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use hyper::Method;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+
+use super::host::{AttachmentStatus, Capacity, LocalCopy};
+use super::model::NodeRecord;
+use super::plane::{Plane, Report};
+use crate::api::client::{Target, ask, runtime};
+use crate::replication::ids::{BootId, ClusterId, Instance, NodeName, VolumeId};
+
+/// How long a node has to answer. On a LAN it takes milliseconds; `volume ls` must not hang for one that is gone.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Where a node answers for itself.
+pub const STATUS_PATH: &str = "/api/v1/local/status";
+
+/// Who answers on an address: the answer of `/healthz`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// Its name.
+    pub node: NodeName,
+    /// The run of its process.
+    pub instance: Instance,
+}
+
+/// What a node says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LocalStatus {
+    /// Who it is.
+    #[serde(flatten)]
+    pub identity: Identity,
+    /// The boot of its kernel.
+    pub boot_id: BootId,
+    /// Its version.
+    pub version: String,
+    /// When its process started, milliseconds since 1970.
+    pub started: u64,
+    /// Where it makes sockets.
+    pub run_dir: PathBuf,
+    /// Its disk.
+    pub capacity: Capacity,
+    /// The copies on it.
+    pub copies: Vec<LocalCopy>,
+    /// What it serves.
+    pub attachments: Vec<AttachmentStatus>,
+    /// What it could not do.
+    pub reports: Vec<Report>,
+}
+
+impl LocalStatus {
+    /// This node's.
+    pub fn of(plane: &Plane) -> Self {
+        Self {
+            identity: Identity {
+                cluster: plane.cluster,
+                node: plane.node.clone(),
+                instance: plane.instance,
+            },
+            boot_id: plane.boot_id,
+            version: env!("CARGO_PKG_VERSION").into(),
+            started: plane.started,
+            run_dir: plane.run_dir.clone(),
+            capacity: plane.host.capacity(),
+            copies: plane.host.local_copies(),
+            attachments: plane.host.attachments(),
+            reports: plane.reports(),
+        }
+    }
+
+    /// The attachment of `volume` on the node.
+    pub fn attachment(&self, volume: VolumeId) -> Option<&AttachmentStatus> {
+        self.attachments.iter().find(|a| a.volume == volume)
+    }
+}
+
+/// What each asked node said, or why it said nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Live(pub BTreeMap<NodeName, Result<LocalStatus, String>>);
+
+impl Live {
+    /// The node's answer.
+    pub fn node(&self, name: &NodeName) -> Option<&LocalStatus> {
+        self.0.get(name)?.as_ref().ok()
+    }
+
+    /// Why the node said nothing, one clause.
+    pub fn why_not(&self, name: &NodeName) -> String {
+        match self.0.get(name) {
+            Some(Ok(_)) => String::new(),
+            Some(Err(why)) => why.clone(),
+            None => "it is not a node of this cluster".into(),
+        }
+    }
+}
+
+/// Asks `nodes` at once, this one without a detour.
+pub fn gather<'a>(plane: &Plane, nodes: impl Iterator<Item = &'a NodeRecord>) -> Live {
+    let (mine, others): (Vec<_>, Vec<_>) = nodes.partition(|n| n.name == plane.node);
+    let questions = others.iter().map(|n| Question {
+        node: n.name.clone(),
+        address: n.http.clone(),
+        path: STATUS_PATH.into(),
+    });
+    let mut live: BTreeMap<_, _> = fan_out::<LocalStatus>(questions.collect())
+        .into_iter()
+        .map(|(name, answer)| {
+            let answer = answer.and_then(|status| check(plane, &name, status));
+            (name, answer)
+        })
+        .collect();
+    for node in mine {
+        live.insert(node.name.clone(), Ok(LocalStatus::of(plane)));
+    }
+    Live(live)
+}
+
+fn check(plane: &Plane, name: &NodeName, status: LocalStatus) -> Result<LocalStatus, String> {
+    if status.identity.cluster != plane.cluster || status.identity.node != *name {
+        return Err(format!(
+            "its address now belongs to node {} of cluster {}",
+            status.identity.node, status.identity.cluster
+        ));
+    }
+    Ok(status)
+}
+
+/// One question to one node.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// Whom.
+    pub node: NodeName,
+    /// Its `HOST:PORT`.
+    pub address: String,
+    /// What: path and query.
+    pub path: String,
+}
+
+/// Asks all questions at once and reads the answers; at most as long as one takes.
+pub fn fan_out<T: DeserializeOwned>(
+    questions: Vec<Question>,
+) -> Vec<(NodeName, Result<T, String>)> {
+    if questions.is_empty() {
+        return Vec::new();
+    }
+    let runtime = match runtime() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            let why = format!("nobody could be asked: {e}");
+            return questions
+                .into_iter()
+                .map(|q| (q.node, Err(why.clone())))
+                .collect();
+        }
+    };
+    runtime.block_on(async {
+        let mut asked = JoinSet::new();
+        for question in questions {
+            asked.spawn(async move {
+                let Question {
+                    node,
+                    address,
+                    path,
+                } = question;
+                let target = Target::Tcp(address.clone());
+                let answer = ask(&target, Method::GET, &path, None, Some(PATIENCE)).await;
+                (node, answer.map_err(|e| format!("{address}: {e}")))
+            });
+        }
+        let mut answers = Vec::new();
+        while let Some(done) = asked.join_next().await {
+            let Ok((node, answer)) = done else { continue };
+            let read = answer.and_then(|a| {
+                serde_json::from_slice(&a.body)
+                    .map_err(|e| format!("its answer ({}) is not understood: {e}", a.status))
+            });
+            answers.push((node, read));
+        }
+        answers
+    })
+}

@@ -1,0 +1,108 @@
+//! Nodes, volumes and where their copies live: what people ask for is written to the registry, and one control loop a
+//! node makes it so.
+//!
+//! The way of a request: `api` parses it and calls an operation here ([`create`], [`attach`], [`update`]); the
+//! operation changes records by compare-and-swap through the typed [`store`]; every node's control loop sees the
+//! change by its watch and calls its [`host::Host`]; the operation waits until the records or the live status say
+//! that it happened. Nothing is remembered elsewhere, so a node that restarts does what the records say.
+//!
+//! A node starts in two steps, because its engine needs what the first one brings: [`join::join`] takes ports and
+//! name and knows the cluster; [`start`] begins to act with the engine that was built meanwhile.
+
+pub mod attach;
+pub mod config;
+mod control;
+mod control_creation;
+pub mod create;
+mod declared;
+pub mod events;
+pub mod fault;
+pub mod health;
+pub mod host;
+pub mod join;
+pub mod labels;
+pub mod live;
+pub mod metrics;
+pub mod model;
+pub mod placement;
+pub mod plane;
+pub mod settings;
+pub mod snapshot;
+pub mod store;
+pub mod units;
+pub mod update;
+pub mod view;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use crate::api::Servers;
+use control::Control;
+use events::What;
+use fault::Fault;
+use host::Host;
+use join::Membership;
+use plane::Plane;
+
+/// A node's running management plane.
+pub struct Cluster {
+    plane: Arc<Plane>,
+    stop: Arc<AtomicBool>,
+    servers: Servers,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Begins to act: the API answers, and the control loop makes `host` do what the records say.
+pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> {
+    let plane = Arc::new(Plane::new(&joined, host));
+    let Membership {
+        http, api, config, ..
+    } = joined;
+    let stop = plane.stop_flag();
+    let servers = Servers::start(&plane, http, api)?;
+    plane
+        .events
+        .push(What::node("", "up", "start").text(format!("instance {}", plane.instance)));
+    let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+        thread::Builder::new()
+            .name(name.into())
+            .spawn(work)
+            .map_err(|e| Fault::internal(format!("no thread for {name}: {e}")))
+    };
+    let control = Control::new(plane.clone(), stop.clone());
+    let mut threads = vec![spawn("control", Box::new(move || control.run()))?];
+    if !config.serve.is_empty() {
+        let (plane, stop) = (plane.clone(), stop.clone());
+        threads.push(spawn(
+            "declared",
+            Box::new(move || declared::run(&plane, config.serve, &stop)),
+        )?);
+    }
+    Ok(Cluster {
+        plane,
+        stop,
+        servers,
+        threads,
+    })
+}
+
+impl Cluster {
+    /// Why this process must end, if it must: its name belongs to another one now.
+    pub fn fatal(&self) -> Option<String> {
+        self.plane.fatal()
+    }
+
+    /// Takes no more requests and acts no more. What is attached stays in its spec, so that the node serves it again
+    /// after a restart; releasing it is the host's affair.
+    pub fn stop(self) {
+        self.stop.store(true, Ordering::Release);
+        self.servers.stop();
+        for thread in self.threads {
+            if thread.join().is_err() {
+                log::error!("a thread of the management plane panicked");
+            }
+        }
+        self.plane.events.push(What::node("up", "down", "stop"));
+    }
+}

@@ -1,0 +1,221 @@
+//! What the registry holds about nodes and volumes, beside the record.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::host::Capacity;
+use crate::replication::ids::{BootId, ClusterId, CopyId, Instance, NodeName, VolumeId};
+
+/// Labels of a node or volume.
+pub type Labels = BTreeMap<String, String>;
+
+/// The namespace of a volume that names none.
+pub const DEFAULT_NAMESPACE: &str = "default";
+/// The longest name of a node, namespace or volume: a DNS label, and a socket path with two of them still fits the
+/// kernel's 107 bytes.
+pub const NAME_MAX: usize = 63;
+
+/// A name that breaks the rules.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "'{0}' is not a name: use 1 to 63 letters, digits, '-', '_' or '.', beginning with a letter or digit"
+)]
+pub struct BadName(pub String);
+
+/// Checks the name of a node, namespace or volume. Names become file names and URL segments.
+pub fn check_name(name: &str) -> Result<(), BadName> {
+    let good = (1..=NAME_MAX).contains(&name.len())
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+    if good {
+        Ok(())
+    } else {
+        Err(BadName(name.into()))
+    }
+}
+
+/// `namespace/name` of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VolumeName {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name there.
+    pub name: String,
+}
+
+impl VolumeName {
+    /// Checked parts.
+    pub fn new(namespace: &str, name: &str) -> Result<Self, BadName> {
+        check_name(namespace)?;
+        check_name(name)?;
+        Ok(Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        })
+    }
+
+    /// `NS/NAME`, or `NAME` in `namespace`.
+    pub fn parse(text: &str, namespace: &str) -> Result<Self, BadName> {
+        match text.split_once('/') {
+            Some((ns, name)) => Self::new(ns, name),
+            None => Self::new(namespace, text),
+        }
+    }
+}
+
+impl fmt::Display for VolumeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl FromStr for VolumeName {
+    type Err = BadName;
+
+    fn from_str(text: &str) -> Result<Self, BadName> {
+        Self::parse(text, DEFAULT_NAMESPACE)
+    }
+}
+
+/// One node, written by its process when it starts and refreshed with its capacity.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Its name.
+    pub name: NodeName,
+    /// The run of its process.
+    pub instance: Instance,
+    /// The boot of its kernel.
+    pub boot_id: BootId,
+    /// `HOST:PORT` where other nodes reach its replication.
+    pub address: String,
+    /// `HOST:PORT` where other nodes reach its HTTP.
+    pub http: String,
+    /// Its labels.
+    pub labels: Labels,
+    /// The version it runs.
+    pub version: String,
+    /// When its process started, milliseconds since 1970.
+    pub started: u64,
+    /// Capacity at that time: a hint while the node is not reachable.
+    pub capacity: Capacity,
+}
+
+/// What people asked of a volume, beside what the record decides.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSpec {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// When it was created, milliseconds since 1970.
+    pub created: u64,
+    /// Its labels.
+    pub labels: Labels,
+    /// Where it should be served.
+    pub attachment: Option<Desired>,
+    /// Who creates it: a record that stays in `Creating` is cleaned up when this process is gone.
+    pub creator: Creator,
+}
+
+impl VolumeSpec {
+    /// `namespace/name`.
+    pub fn full_name(&self) -> VolumeName {
+        VolumeName {
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
+        }
+    }
+}
+
+/// The process that carries out a creation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Creator {
+    /// Its node.
+    pub node: NodeName,
+    /// The run of its process.
+    pub instance: Instance,
+}
+
+/// Where and how a volume should be served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Desired {
+    /// On this node.
+    pub node: NodeName,
+    /// Listening there.
+    pub socket: PathBuf,
+    /// With so many virtqueues.
+    pub num_queues: u16,
+    /// Read-only.
+    pub read_only: bool,
+    /// Asked to stop. The node stops serving and then clears the whole attachment, or clears only this when it
+    /// refuses, so that whoever asked learns the outcome from the spec alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<Release>,
+}
+
+/// A request to stop serving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// Even under a running virtual machine.
+    pub force: bool,
+}
+
+/// One node's answer in a creation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ready {
+    /// The kernel boot under which the copy was made.
+    pub boot_id: BootId,
+    /// Why it could not be made.
+    pub error: Option<String>,
+}
+
+/// What is left of a removed volume until every node deleted its copy. A node deletes data only when it sees this:
+/// a missing record alone may also mean a registry that was restored from an old backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its name at the time.
+    pub name: String,
+    /// The copies still to be deleted.
+    pub copies: Vec<(NodeName, CopyId)>,
+    /// When it was removed, milliseconds since 1970.
+    pub removed: u64,
+}
+
+/// The cluster's own key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterRecord {
+    /// Its identity.
+    pub id: ClusterId,
+    /// When it was made, milliseconds since 1970.
+    pub created: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_volume_is_named_with_or_without_its_namespace() {
+        let name = VolumeName::parse("vm1", "prod").unwrap();
+        assert_eq!(name.to_string(), "prod/vm1");
+        assert_eq!(VolumeName::parse("a/b", "prod").unwrap().to_string(), "a/b");
+        assert_eq!(
+            "vm1".parse::<VolumeName>().unwrap().to_string(),
+            "default/vm1"
+        );
+        let long = "x".repeat(NAME_MAX + 1);
+        for bad in [
+            "", "/", "a/", "/b", "a/b/c", "..", ".a", "-a", "a b", "ä", &long,
+        ] {
+            assert!(bad.parse::<VolumeName>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,317 @@
+//! Where a new volume's copies go: a pure function from what the nodes say to a choice, or to why there is none.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use super::labels::{self, PREFIX};
+use super::model::Labels;
+use crate::replication::ids::NodeName;
+
+/// Bytes a node must have free to be given a copy: superblock, log and bitmaps of the largest volume with room to
+/// spare. Volumes are thin, so their size is not counted.
+pub const FREE_MIN: u64 = 64 << 20;
+
+/// One node as placement sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Its name.
+    pub name: NodeName,
+    /// Free bytes, or why the node does not answer.
+    pub free: Result<u64, String>,
+    /// Its labels.
+    pub labels: Labels,
+}
+
+/// What is to be placed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Copies: replicas + 1.
+    pub copies: usize,
+    /// The node that must hold the master.
+    pub master: Option<NodeName>,
+    /// Whether another node will do for the master if that one cannot (a hint, not an order).
+    pub master_is_hint: bool,
+    /// Nodes with different values of this label are preferred.
+    pub topology_key: Option<String>,
+}
+
+/// A choice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// One node a copy, the master's first.
+    pub nodes: Vec<NodeName>,
+    /// What could not be had although it was wished for, one sentence each.
+    pub remarks: Vec<String>,
+}
+
+/// Why there is no choice.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct NoPlace {
+    /// Copies wanted.
+    pub wanted: usize,
+    /// Nodes that would take one.
+    pub fit: Vec<NodeName>,
+    /// Why each other node was refused.
+    pub refused: Vec<(NodeName, String)>,
+    /// Why the master's node was refused, where that is what failed.
+    pub master: Option<NodeName>,
+}
+
+impl fmt::Display for NoPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.master {
+            Some(master) => write!(f, "the master cannot be placed on {master}")?,
+            None => {
+                write!(
+                    f,
+                    "{} copies need {} nodes and {} can take one",
+                    self.wanted,
+                    self.wanted,
+                    self.fit.len()
+                )?;
+                if !self.fit.is_empty() {
+                    let names: Vec<String> = self.fit.iter().map(ToString::to_string).collect();
+                    write!(f, " ({})", names.join(", "))?;
+                }
+            }
+        }
+        for (node, why) in &self.refused {
+            write!(f, "; {node}: {why}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Chooses a node for each copy: never two on one, reachable, not compute-only, not full; the most free space first,
+/// unused values of the topology label before that. Equal nodes are taken by name, so the same state gives the same
+/// choice.
+pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoPlace> {
+    let mut fit: Vec<(&Candidate, u64)> = Vec::new();
+    let mut refused = Vec::new();
+    for candidate in candidates {
+        match fitness(candidate) {
+            Ok(free) => fit.push((candidate, free)),
+            Err(why) => refused.push((candidate.name.clone(), why)),
+        }
+    }
+    fit.sort_by(|(a, x), (b, y)| y.cmp(x).then_with(|| a.name.cmp(&b.name)));
+    let no_place = |master: Option<NodeName>, refused| NoPlace {
+        wanted: wanted.copies,
+        fit: fit.iter().map(|(c, _)| c.name.clone()).collect(),
+        refused,
+        master,
+    };
+
+    let mut placement = Placement {
+        nodes: Vec::new(),
+        remarks: Vec::new(),
+    };
+    let mut spread = Spread::new(wanted.topology_key.as_deref());
+    let mut rest: Vec<&Candidate> = fit.iter().map(|(c, _)| *c).collect();
+    if let Some(master) = &wanted.master {
+        match rest.iter().position(|c| c.name == *master) {
+            Some(i) => spread.take(rest.remove(i), &mut placement.nodes),
+            None => {
+                let why = refused
+                    .iter()
+                    .find(|(n, _)| n == master)
+                    .map_or("it is not a node of this cluster", |(_, why)| why)
+                    .to_string();
+                if !wanted.master_is_hint {
+                    return Err(no_place(Some(master.clone()), vec![(master.clone(), why)]));
+                }
+                placement
+                    .remarks
+                    .push(format!("the master is not on {master}: {why}"));
+            }
+        }
+    }
+    if placement.nodes.len() + rest.len() < wanted.copies {
+        return Err(no_place(None, refused));
+    }
+    while placement.nodes.len() < wanted.copies {
+        // `rest` is in order of preference and min_by_key keeps the first of equals.
+        let Some(i) = (0..rest.len()).min_by_key(|i| spread.used(rest[*i])) else {
+            return Err(no_place(None, refused));
+        };
+        let chosen = rest.remove(i);
+        if spread.used(chosen) > 0 {
+            placement.remarks.push(format!(
+                "{} shares its {} with another copy: no node with another value can take one",
+                chosen.name,
+                wanted.topology_key.as_deref().unwrap_or_default()
+            ));
+        }
+        spread.take(chosen, &mut placement.nodes);
+    }
+    Ok(placement)
+}
+
+fn fitness(candidate: &Candidate) -> Result<u64, String> {
+    let free = candidate.free.clone()?;
+    let compute_only = candidate
+        .labels
+        .get(&format!("{PREFIX}computeonly"))
+        .is_some_and(|v| labels::is_true(v));
+    if compute_only {
+        return Err("it is compute-only".into());
+    }
+    if free < FREE_MIN {
+        return Err(format!(
+            "its disk is full ({} free)",
+            super::units::show_size(free)
+        ));
+    }
+    Ok(free)
+}
+
+/// How often each value of the topology label was taken.
+struct Spread<'a> {
+    key: Option<&'a str>,
+    taken: BTreeMap<String, usize>,
+}
+
+impl<'a> Spread<'a> {
+    fn new(key: Option<&'a str>) -> Self {
+        Self {
+            key,
+            taken: BTreeMap::new(),
+        }
+    }
+
+    fn value(&self, candidate: &Candidate) -> Option<String> {
+        candidate.labels.get(self.key?).cloned()
+    }
+
+    /// A node without the label counts as a place of its own.
+    fn used(&self, candidate: &Candidate) -> usize {
+        self.value(candidate)
+            .and_then(|v| self.taken.get(&v).copied())
+            .unwrap_or(0)
+    }
+
+    fn take(&mut self, candidate: &Candidate, nodes: &mut Vec<NodeName>) {
+        if let Some(value) = self.value(candidate) {
+            *self.taken.entry(value).or_default() += 1;
+        }
+        nodes.push(candidate.name.clone());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const G: u64 = 1 << 30;
+
+    fn node(name: &str, free: u64, labels: &[(&str, &str)]) -> Candidate {
+        Candidate {
+            name: NodeName(name.into()),
+            free: Ok(free),
+            labels: labels
+                .iter()
+                .map(|(k, v)| (k.to_string(), v.to_string()))
+                .collect(),
+        }
+    }
+
+    fn dead(name: &str) -> Candidate {
+        Candidate {
+            free: Err("it does not answer".into()),
+            ..node(name, 0, &[])
+        }
+    }
+
+    fn wanted(copies: usize) -> Wanted {
+        Wanted {
+            copies,
+            ..Wanted::default()
+        }
+    }
+
+    fn names(result: Result<Placement, NoPlace>) -> String {
+        match result {
+            Ok(p) => p
+                .nodes
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join(","),
+            Err(e) => format!("! {e}"),
+        }
+    }
+
+    #[test]
+    fn copies_go_where_the_table_says() {
+        let nodes = [
+            node("a", 10 * G, &[("zone", "x")]),
+            node("b", 30 * G, &[("zone", "x")]),
+            node("c", 20 * G, &[("zone", "y")]),
+            node("d", 30 * G, &[("zone", "x")]),
+        ];
+        let zoned = |copies| Wanted {
+            topology_key: Some("zone".into()),
+            ..wanted(copies)
+        };
+        let mastered = |copies, master: &str| Wanted {
+            master: Some(NodeName(master.into())),
+            ..wanted(copies)
+        };
+        for (what, expected) in [
+            (wanted(1), "b"),
+            (wanted(2), "b,d"),
+            (wanted(4), "b,d,c,a"),
+            (zoned(2), "b,c"),
+            (zoned(3), "b,c,d"),
+            (mastered(2, "a"), "a,b"),
+            (mastered(1, "c"), "c"),
+            (
+                wanted(5),
+                "! 5 copies need 5 nodes and 4 can take one (b, d, c, a)",
+            ),
+            (
+                mastered(1, "z"),
+                "! the master cannot be placed on z; z: it is not a node of this cluster",
+            ),
+        ] {
+            assert_eq!(names(place(&what, &nodes)), expected, "{what:?}");
+        }
+    }
+
+    #[test]
+    fn each_refused_node_is_named_with_its_reason() {
+        let nodes = [
+            node("a", 10 * G, &[]),
+            dead("b"),
+            node("c", G, &[("lockstep.io/computeonly", "true")]),
+            node("d", 1, &[]),
+            node("e", G, &[("lockstep.io/computeonly", "false")]),
+        ];
+        assert_eq!(names(place(&wanted(2), &nodes)), "a,e");
+        assert_eq!(
+            names(place(&wanted(3), &nodes)),
+            "! 3 copies need 3 nodes and 2 can take one (a, e); b: it does not answer; c: it is compute-only; \
+             d: its disk is full (1 B free)"
+        );
+    }
+
+    #[test]
+    fn a_hint_gives_way_and_says_so() {
+        let hint = Wanted {
+            master: Some(NodeName("b".into())),
+            master_is_hint: true,
+            ..wanted(1)
+        };
+        let placement = place(&hint, &[node("a", G, &[]), dead("b")]).unwrap();
+        assert_eq!(placement.nodes, [NodeName("a".into())]);
+        assert!(placement.remarks[0].contains("it does not answer"));
+    }
+
+    #[test]
+    fn the_choice_does_not_depend_on_the_order_of_the_nodes() {
+        let mut nodes = vec![node("a", G, &[]), node("b", G, &[]), node("c", 2 * G, &[])];
+        let first = place(&wanted(2), &nodes);
+        nodes.reverse();
+        assert_eq!(place(&wanted(2), &nodes), first);
+    }
+}

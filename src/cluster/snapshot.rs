@@ -1,0 +1,150 @@
+//! The whole registry, read: what the control loop acts on and the API answers from.
+
+use std::collections::BTreeMap;
+
+use serde::de::DeserializeOwned;
+
+use super::model::{ClusterRecord, NodeRecord, Ready, Tombstone, VolumeName, VolumeSpec};
+use super::store::{
+    CLUSTER, NAMES, NODES, READY, RECORD, REMOVED, SPEC, VOLUMES, Versioned, decode,
+};
+use crate::registry::{Entry, Event, Listing, Revision};
+use crate::replication::ids::{CopyId, NodeName, VolumeId};
+use crate::replication::record::Record;
+
+/// One volume's keys.
+#[derive(Clone, Debug, Default)]
+pub struct VolumeEntry {
+    /// What people asked.
+    pub spec: Option<Versioned<VolumeSpec>>,
+    /// What the protocol decided.
+    pub record: Option<Versioned<Record>>,
+    /// The nodes' answers while it is created.
+    pub ready: BTreeMap<CopyId, Versioned<Ready>>,
+}
+
+impl VolumeEntry {
+    fn is_empty(&self) -> bool {
+        self.spec.is_none() && self.record.is_none() && self.ready.is_empty()
+    }
+}
+
+/// Everything in the registry at one revision.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// The cluster's own record.
+    pub cluster: Option<ClusterRecord>,
+    /// All nodes that ever joined.
+    pub nodes: BTreeMap<NodeName, Versioned<NodeRecord>>,
+    /// All volumes.
+    pub volumes: BTreeMap<VolumeId, VolumeEntry>,
+    /// `namespace/name` to id.
+    pub names: BTreeMap<String, VolumeId>,
+    /// Removed volumes whose copies are not all deleted yet.
+    pub removed: BTreeMap<VolumeId, Versioned<Tombstone>>,
+    /// Keys whose value could not be read, and why. They are left alone.
+    pub unreadable: BTreeMap<String, String>,
+    /// The instant.
+    pub revision: Revision,
+}
+
+impl Snapshot {
+    /// Reads a listing of all keys.
+    pub fn of(listing: &Listing) -> Self {
+        let mut snapshot = Self::default();
+        for (key, entry) in &listing.entries {
+            snapshot.set(key, Some(entry));
+        }
+        snapshot.revision = listing.revision;
+        snapshot
+    }
+
+    /// Takes in one batch of changes of a watch. Changes come in order; those that a newer listing holds already are
+    /// passed over, or they would bring back what came before it.
+    pub fn apply(&mut self, batch: Vec<Event>) {
+        let known = self.revision;
+        for event in batch {
+            if event.revision > known {
+                self.apply_one(event);
+            }
+        }
+    }
+
+    fn apply_one(&mut self, event: Event) {
+        let entry = event.value.map(|value| Entry {
+            value,
+            revision: event.revision,
+        });
+        self.set(&event.key, entry.as_ref());
+        self.revision = event.revision;
+    }
+
+    /// The volume of that name with both its keys.
+    pub fn volume(&self, name: &VolumeName) -> Option<(VolumeId, &VolumeEntry)> {
+        let id = *self.names.get(&name.to_string())?;
+        self.volumes.get(&id).map(|entry| (id, entry))
+    }
+
+    fn set(&mut self, key: &str, entry: Option<&Entry>) {
+        self.unreadable.remove(key);
+        if key == CLUSTER {
+            self.cluster = self.read::<ClusterRecord>(key, entry).map(|(c, _)| c);
+        } else if let Some(name) = key.strip_prefix(NODES) {
+            let value = self.read(key, entry);
+            set(&mut self.nodes, NodeName(name.into()), value);
+        } else if let Some(name) = key.strip_prefix(NAMES) {
+            let value = self.read::<VolumeId>(key, entry).map(|(id, _)| id);
+            set(&mut self.names, name.into(), value);
+        } else if let Some(id) = key.strip_prefix(REMOVED) {
+            if let Ok(id) = id.parse() {
+                let value = self.read(key, entry);
+                set(&mut self.removed, id, value);
+            }
+        } else if let Some((id, part)) = key.strip_prefix(VOLUMES).and_then(|k| k.split_once('/')) {
+            if let Ok(id) = id.parse() {
+                self.set_volume(id, part, key, entry);
+            }
+        }
+        // Other keys are of a later version; it knows what to do with them.
+    }
+
+    fn set_volume(&mut self, id: VolumeId, part: &str, key: &str, entry: Option<&Entry>) {
+        let mut volume = self.volumes.remove(&id).unwrap_or_default();
+        if part == SPEC {
+            volume.spec = self.read(key, entry);
+        } else if part == RECORD {
+            volume.record = self.read(key, entry);
+        } else if let Some(copy) = part.strip_prefix(READY).and_then(|c| c.parse().ok()) {
+            let value = self.read(key, entry);
+            set(&mut volume.ready, copy, value);
+        }
+        if !volume.is_empty() {
+            self.volumes.insert(id, volume);
+        }
+    }
+
+    fn read<T: DeserializeOwned>(
+        &mut self,
+        key: &str,
+        entry: Option<&Entry>,
+    ) -> Option<Versioned<T>> {
+        match decode(key, entry?) {
+            Ok(value) => Some(value),
+            Err(e) => {
+                self.unreadable.insert(key.into(), e.to_string());
+                None
+            }
+        }
+    }
+}
+
+fn set<K: Ord, V>(map: &mut BTreeMap<K, V>, key: K, value: Option<V>) {
+    match value {
+        Some(value) => {
+            map.insert(key, value);
+        }
+        None => {
+            map.remove(&key);
+        }
+    }
+}

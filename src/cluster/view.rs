@@ -1,0 +1,457 @@
+//! What people are shown of volumes, nodes and the cluster: records and live status put together. The JSON of these
+//! is stable: fields are added, not renamed.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::events::Event;
+use super::fault::Fault;
+use super::health::{Facts, Health, assess};
+use super::host::{AttachmentStatus, Capacity, LocalCopy, Phase, SyncProgress};
+use super::labels::{self, PREFIX};
+use super::live::Live;
+use super::model::{Labels, NodeRecord, VolumeSpec};
+use super::plane::whole_volumes;
+use super::settings::show_failure_mode;
+use super::snapshot::Snapshot;
+use super::units::show_time;
+use crate::replication::failure_mode::FailureMode;
+use crate::replication::ids::{
+    BootId, ClusterId, CopyId, Epoch, Instance, NodeName, Tag, VolumeId,
+};
+use crate::replication::record::{Base, CopyEntry, CopyStatus, Record, State};
+
+/// One volume.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VolumeView {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name there.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Logical block size, bytes.
+    pub block_size: u32,
+    /// Its labels.
+    pub labels: Labels,
+    /// When it was created, UTC.
+    pub created: String,
+    /// The same in milliseconds since 1970.
+    pub created_ms: u64,
+    /// R.
+    pub replicas: u8,
+    /// Replicas that are in sync (the master not counted).
+    pub replicas_in_sync: usize,
+    /// `hard`, `soft`, `soft(T)`, `alwayson`.
+    pub failure_mode: String,
+    /// The tolerance in force; `None` unless the mode is soft.
+    pub failure_tolerance: Option<u8>,
+    /// How long requests wait while it is suspended, in milliseconds.
+    pub suspend_deadline_ms: u64,
+    /// Whether the wire is compressed.
+    pub compress: bool,
+    /// The record's state.
+    pub state: State,
+    /// The epoch in force.
+    pub epoch: Epoch,
+    /// Its companion.
+    pub epoch_tag: Tag,
+    /// In one word.
+    pub health: Health,
+    /// Why it is not healthy; empty when it is.
+    pub why: String,
+    /// The node of the master copy and whether it answers.
+    pub master: MasterView,
+    /// Where it is served.
+    pub attachment: Option<AttachmentView>,
+    /// All copies.
+    pub copies: Vec<CopyView>,
+    /// The last events; only in an inspection.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub events: Vec<Event>,
+}
+
+/// The master copy's node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MasterView {
+    /// Its name.
+    pub node: NodeName,
+    /// Whether it answers.
+    pub online: bool,
+}
+
+/// Where a volume is, or should be, served.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttachmentView {
+    /// The node.
+    pub node: NodeName,
+    /// Its socket there.
+    pub socket: PathBuf,
+    /// Virtqueues.
+    pub num_queues: u16,
+    /// Read-only.
+    pub read_only: bool,
+    /// Whether it is being released.
+    pub releasing: bool,
+    /// How far it is; `None`: the node does not serve it (yet) or does not answer.
+    pub phase: Option<Phase>,
+    /// Whether a virtual machine is connected; `None`: not known.
+    pub connected: Option<bool>,
+    /// Guest requests taken and not completed.
+    pub inflight: Option<u32>,
+}
+
+/// One copy.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CopyView {
+    /// Its identity.
+    pub id: CopyId,
+    /// Where.
+    pub node: NodeName,
+    /// Whether that node answers.
+    pub online: bool,
+    /// `master` or `replica`.
+    pub role: String,
+    /// `in_sync`, `syncing`, `missing`, `creating`.
+    pub state: String,
+    /// What it waits for; empty when nothing.
+    pub lag: String,
+    /// The epochs in which it held every completed write.
+    pub base: Base,
+    /// Bytes on the disk; `None`: the node does not answer or has no such copy.
+    pub allocated: Option<u64>,
+    /// What its disk says; `None` likewise.
+    pub standing: Option<String>,
+    /// Progress while it is brought up to date.
+    pub sync: Option<SyncProgress>,
+}
+
+/// One node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeView {
+    /// Its name.
+    pub name: NodeName,
+    /// `online` or `offline`.
+    pub health: String,
+    /// Why it is offline; empty when it is not.
+    pub why: String,
+    /// Where its replication is reached.
+    pub address: String,
+    /// Where its HTTP is reached.
+    pub http: String,
+    /// The run of its process.
+    pub instance: Instance,
+    /// The boot of its kernel.
+    pub boot_id: BootId,
+    /// When its process started, UTC.
+    pub started: String,
+    /// The version it runs.
+    pub version: String,
+    /// Its labels.
+    pub labels: Labels,
+    /// Whether new copies may be placed on it.
+    pub schedulable: bool,
+    /// Master copies on it.
+    pub masters: usize,
+    /// Replica copies on it.
+    pub replicas: usize,
+    /// `namespace/name` of the volumes it should serve.
+    pub serves: Vec<String>,
+    /// Its disk, as it says or as last known.
+    pub capacity: Capacity,
+    /// Copies on its disk; only in an inspection of a node that answers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub copies: Vec<NodeCopy>,
+}
+
+/// A copy on a node's disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeCopy {
+    /// `namespace/name`; `None`: the registry does not know the volume.
+    pub volume: Option<String>,
+    /// What the disk says.
+    #[serde(flatten)]
+    pub copy: LocalCopy,
+}
+
+/// The cluster.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClusterView {
+    /// Its identity.
+    pub id: ClusterId,
+    /// When it was made, UTC.
+    pub created: String,
+    /// Its registry.
+    pub registry: String,
+    /// Nodes that answer.
+    pub nodes_online: usize,
+    /// All nodes.
+    pub nodes: Vec<NodeSummary>,
+    /// Volumes in all.
+    pub volumes: usize,
+    /// How many volumes have each health.
+    pub health: BTreeMap<Health, usize>,
+    /// What needs attention, one sentence each.
+    pub problems: Vec<String>,
+}
+
+/// One line about a node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeSummary {
+    /// Its name.
+    pub name: NodeName,
+    /// `online` or `offline`.
+    pub health: String,
+    /// Its version.
+    pub version: String,
+}
+
+/// All volumes, in the order of their names.
+pub fn volumes(snapshot: &Snapshot, live: &Live) -> Vec<VolumeView> {
+    let mut views: Vec<VolumeView> = whole_volumes(snapshot)
+        .map(|(_, (spec, _), (record, _))| volume(spec, record, live))
+        .collect();
+    views.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    views
+}
+
+/// One volume.
+pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
+    let id = record.volume_id;
+    let desired = spec.attachment.as_ref();
+    let serving = desired.map(|d| match live.node(&d.node) {
+        Some(status) => Ok(status.attachment(id)),
+        None => Err(live.why_not(&d.node)),
+    });
+    let failure: Option<&Fault> = desired.and_then(|d| {
+        let reports = &live.node(&d.node)?.reports;
+        reports.iter().find(|r| r.volume == id).map(|r| &r.fault)
+    });
+    let unreachable: Vec<NodeName> = record
+        .copies
+        .iter()
+        .filter(|c| live.node(&c.node).is_none())
+        .map(|c| c.node.clone())
+        .collect();
+    let status = serving.clone().and_then(Result::ok).flatten();
+    let (health, why) = assess(&Facts {
+        record,
+        desired,
+        serving,
+        failure,
+        unreachable: &unreachable,
+    });
+    let copies: Vec<CopyView> = record
+        .copies
+        .iter()
+        .map(|c| copy_view(record, c, status, live))
+        .collect();
+    let in_sync = copies.iter().filter(|c| c.state == "in_sync").count();
+    let master = copies
+        .iter()
+        .find(|c| c.role == "master")
+        .or_else(|| copies.first());
+    VolumeView {
+        id,
+        namespace: spec.namespace.clone(),
+        name: spec.name.clone(),
+        size: record.size,
+        block_size: record.block_size,
+        labels: spec.labels.clone(),
+        created: show_time(spec.created),
+        created_ms: spec.created,
+        replicas: record.replicas_wanted,
+        replicas_in_sync: in_sync.saturating_sub(1),
+        failure_mode: show_failure_mode(record.failure_mode),
+        failure_tolerance: match record.failure_mode {
+            FailureMode::Soft(tolerance) => {
+                Some(tolerance.unwrap_or(match record.replicas_wanted {
+                    1 => 1,
+                    r => r.saturating_sub(1),
+                }))
+            }
+            FailureMode::Hard | FailureMode::AlwaysOn => None,
+        },
+        suspend_deadline_ms: record.suspend_deadline_ms,
+        compress: record.compress,
+        state: record.state,
+        epoch: record.epoch,
+        epoch_tag: record.epoch_tag,
+        health,
+        why,
+        master: MasterView {
+            node: master.map_or_else(|| NodeName("-".into()), |c| c.node.clone()),
+            online: master.is_some_and(|c| c.online),
+        },
+        attachment: desired.map(|d| AttachmentView {
+            node: d.node.clone(),
+            socket: d.socket.clone(),
+            num_queues: d.num_queues,
+            read_only: d.read_only,
+            releasing: d.release.is_some(),
+            phase: status.map(|s| s.phase),
+            connected: status.map(|s| s.connected),
+            inflight: status.map(|s| s.inflight),
+        }),
+        copies,
+        events: Vec::new(),
+    }
+}
+
+fn copy_view(
+    record: &Record,
+    copy: &CopyEntry,
+    status: Option<&AttachmentStatus>,
+    live: &Live,
+) -> CopyView {
+    let seen = status.and_then(|s| s.copies.iter().find(|c| c.copy == copy.copy_id));
+    let node = live.node(&copy.node);
+    let local = node.and_then(|n| n.copies.iter().find(|c| c.copy == copy.copy_id));
+    let by_record = match copy.status {
+        _ if record.state == State::Creating => "creating",
+        CopyStatus::InSync => "in_sync",
+        CopyStatus::Syncing => "syncing",
+        CopyStatus::Missing => "missing",
+    };
+    let role = if copy.copy_id == record.master {
+        "master"
+    } else {
+        "replica"
+    };
+    CopyView {
+        id: copy.copy_id,
+        node: copy.node.clone(),
+        online: node.is_some(),
+        role: seen.map_or_else(|| role.into(), |c| c.role.clone()),
+        state: seen.map_or_else(|| by_record.into(), |c| c.state.clone()),
+        lag: seen.map_or_else(String::new, |c| c.lag.clone()),
+        base: copy.base,
+        allocated: local.map(|c| c.allocated),
+        standing: local.map(|c| c.standing.clone()),
+        sync: seen.and_then(|c| c.sync.clone()),
+    }
+}
+
+/// All nodes, in the order of their names.
+pub fn nodes(snapshot: &Snapshot, live: &Live) -> Vec<NodeView> {
+    snapshot
+        .nodes
+        .values()
+        .map(|(record, _)| node(record, snapshot, live))
+        .collect()
+}
+
+/// One node.
+pub fn node(record: &NodeRecord, snapshot: &Snapshot, live: &Live) -> NodeView {
+    let status = live.node(&record.name);
+    let (mut masters, mut replicas, mut serves) = (0, 0, Vec::new());
+    for (_, (spec, _), (volume, _)) in whole_volumes(snapshot) {
+        match volume.copy_on(&record.name) {
+            Some(copy) if copy.copy_id == volume.master => masters += 1,
+            Some(_) => replicas += 1,
+            None => {}
+        }
+        if spec
+            .attachment
+            .as_ref()
+            .is_some_and(|a| a.node == record.name)
+        {
+            serves.push(spec.full_name().to_string());
+        }
+    }
+    let compute_only = record
+        .labels
+        .get(&format!("{PREFIX}computeonly"))
+        .is_some_and(|v| labels::is_true(v));
+    NodeView {
+        name: record.name.clone(),
+        health: if status.is_some() {
+            "online"
+        } else {
+            "offline"
+        }
+        .into(),
+        why: live.why_not(&record.name),
+        address: record.address.clone(),
+        http: record.http.clone(),
+        instance: record.instance,
+        boot_id: record.boot_id,
+        started: show_time(record.started),
+        version: record.version.clone(),
+        labels: record.labels.clone(),
+        schedulable: !compute_only,
+        masters,
+        replicas,
+        serves,
+        capacity: status.map_or(record.capacity, |s| s.capacity),
+        copies: Vec::new(),
+    }
+}
+
+/// The copies on a node's disk with the names of their volumes.
+pub fn node_copies(copies: &[LocalCopy], snapshot: &Snapshot) -> Vec<NodeCopy> {
+    copies
+        .iter()
+        .map(|copy| NodeCopy {
+            volume: snapshot
+                .volumes
+                .get(&copy.volume)
+                .and_then(|v| v.spec.as_ref())
+                .map(|(spec, _)| spec.full_name().to_string()),
+            copy: copy.clone(),
+        })
+        .collect()
+}
+
+/// The cluster at a glance.
+pub fn cluster(snapshot: &Snapshot, live: &Live, id: ClusterId, registry: String) -> ClusterView {
+    let nodes = nodes(snapshot, live);
+    let volumes = volumes(snapshot, live);
+    let mut health: BTreeMap<Health, usize> = BTreeMap::new();
+    let mut problems: Vec<String> = nodes
+        .iter()
+        .filter(|n| n.health != "online")
+        .map(|n| format!("node {} is offline: {}", n.name, n.why))
+        .collect();
+    for volume in &volumes {
+        *health.entry(volume.health).or_default() += 1;
+        if volume.health != Health::Healthy {
+            problems.push(format!(
+                "volume {}/{} is {}: {}",
+                volume.namespace,
+                volume.name,
+                volume.health.word(),
+                volume.why
+            ));
+        }
+    }
+    problems.extend(
+        snapshot
+            .unreadable
+            .iter()
+            .map(|(key, why)| format!("registry key {key} cannot be read: {why}")),
+    );
+    ClusterView {
+        id,
+        created: snapshot
+            .cluster
+            .map_or_else(String::new, |c| show_time(c.created)),
+        registry,
+        nodes_online: nodes.iter().filter(|n| n.health == "online").count(),
+        nodes: nodes
+            .iter()
+            .map(|n| NodeSummary {
+                name: n.name.clone(),
+                health: n.health.clone(),
+                version: n.version.clone(),
+            })
+            .collect(),
+        volumes: volumes.len(),
+        health,
+        problems,
+    }
+}

@@ -1,0 +1,327 @@
+//! The embedded registry: one SQLite file shared by all nodes of one machine.
+//!
+//! Every transaction begins IMMEDIATE, so that guards are checked and changes made under one write lock; WAL keeps
+//! readers from blocking; `synchronous=FULL` makes a commit durable before it is reported, which ejections need (S4).
+//! A change is written twice: to `entries`, and to the log `changes` that watches read.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, params};
+
+use super::sqlite_watch::Watcher;
+use super::{
+    CasError, Change, Entry, Guard, Listing, Registry, RegistryError, Revision, Watch, check_sizes,
+};
+
+/// "lstp": tells our file from any other program's SQLite file.
+const APPLICATION_ID: i32 = 0x6c73_7470;
+/// Version of the tables below. A file of a later one is refused: its meaning is unknown.
+const SCHEMA_VERSION: i32 = 1;
+/// How long a call waits for another process's write lock. Longer than any commit on a busy disk, short enough that
+/// an ejection which waits for it stays within a guest's patience.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How many revisions the log of changes keeps. A watch that is further behind lists again.
+const HISTORY: u64 = 10_000;
+/// Old changes are cut off once in this many revisions, not at each.
+const COMPACT_EVERY: u64 = 256;
+
+const SCHEMA: &str = "
+    CREATE TABLE entries (key TEXT PRIMARY KEY, value BLOB NOT NULL, revision INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE changes (seq INTEGER PRIMARY KEY, revision INTEGER NOT NULL, key TEXT NOT NULL, value BLOB);
+    CREATE INDEX changes_by_revision ON changes (revision);
+    CREATE TABLE counters (one INTEGER PRIMARY KEY CHECK (one = 1), revision INTEGER NOT NULL,
+                           compacted INTEGER NOT NULL);
+    INSERT INTO counters VALUES (1, 0, 0);
+";
+
+impl ToSql for Revision {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        // SQLite's integers are signed; 2^63 changes do not happen.
+        i64::try_from(self.0)
+            .map(ToSqlOutput::from)
+            .map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))
+    }
+}
+
+impl FromSql for Revision {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+        let number = i64::column_result(value)?;
+        u64::try_from(number)
+            .map(Self)
+            .map_err(|_| FromSqlError::OutOfRange(number))
+    }
+}
+
+/// A registry in a SQLite file.
+pub struct Sqlite {
+    name: String,
+    connection: Mutex<Connection>,
+    watcher: Watcher,
+}
+
+impl Sqlite {
+    /// Opens `path`, creating the file (not its directory) when it is absent.
+    ///
+    /// A file that is not ours, of a later version, damaged or read-only is [`RegistryError::Unusable`].
+    pub fn open(path: &Path) -> Result<Self, RegistryError> {
+        let name = format!("sqlite:{}", path.display());
+        let mut connection = connect(path, &name)?;
+        prepare(&mut connection, &name)?;
+        let watcher = Watcher::start(Arc::from(path), name.clone())?;
+        Ok(Self {
+            name,
+            connection: Mutex::new(connection),
+            watcher,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        // A thread that panicked inside a transaction dropped it, which rolls it back: the connection is sound.
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn failed(&self, error: &rusqlite::Error) -> RegistryError {
+        explain(&self.name, error)
+    }
+}
+
+impl Registry for Sqlite {
+    fn get(&self, key: &str) -> Result<Option<Entry>, RegistryError> {
+        read_entry(&self.lock(), key).map_err(|e| self.failed(&e))
+    }
+
+    fn list(&self, prefix: &str) -> Result<Listing, RegistryError> {
+        let mut connection = self.lock();
+        let read = |connection: &mut Connection| -> rusqlite::Result<Listing> {
+            // One read transaction: entries and the revision are of the same instant.
+            let snapshot = connection.transaction_with_behavior(TransactionBehavior::Deferred)?;
+            let revision = current_revision(&snapshot)?;
+            let mut rows = snapshot.prepare_cached(
+                "SELECT key, value, revision FROM entries
+                 WHERE key >= ?1 AND substr(key, 1, length(?1)) = ?1 ORDER BY key",
+            )?;
+            let entries = rows
+                .query_map([prefix], |row| {
+                    let entry = Entry {
+                        value: row.get(1)?,
+                        revision: row.get(2)?,
+                    };
+                    Ok((row.get(0)?, entry))
+                })?
+                .collect::<rusqlite::Result<_>>()?;
+            Ok(Listing { entries, revision })
+        };
+        read(&mut connection).map_err(|e| self.failed(&e))
+    }
+
+    fn txn(&self, guards: &[Guard<'_>], changes: &[Change]) -> Result<Revision, CasError> {
+        check_sizes(guards, changes).map_err(|why| RegistryError::Unusable {
+            registry: self.name.clone(),
+            why,
+        })?;
+        let mut connection = self.lock();
+        let transaction = connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)
+            .map_err(|e| self.failed(&e))?;
+        for guard in guards {
+            let found = read_entry(&transaction, guard.key).map_err(|e| self.failed(&e))?;
+            if found.as_ref().map(|e| e.revision) != guard.expected {
+                return Err(CasError::Conflict {
+                    key: guard.key.into(),
+                    found,
+                });
+            }
+        }
+        let revision = apply(&transaction, changes).map_err(|e| self.failed(&e))?;
+        match transaction.commit() {
+            Ok(()) => {
+                self.watcher.nudge();
+                Ok(revision)
+            }
+            // Busy is answered before the commit record is written. Any other failure may come after it was
+            // written and before it was synced: a crash then decides whether it is there.
+            Err(e) if e.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => {
+                Err(self.failed(&e).into())
+            }
+            Err(e) => Err(CasError::Ambiguous {
+                why: format!("commit to {}: {e}", self.name),
+            }),
+        }
+    }
+
+    fn watch(&self, prefix: &str, from: Revision) -> Result<Watch, RegistryError> {
+        self.watcher.add(prefix, from)
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+}
+
+fn read_entry(connection: &Connection, key: &str) -> rusqlite::Result<Option<Entry>> {
+    connection
+        .prepare_cached("SELECT value, revision FROM entries WHERE key = ?1")?
+        .query_row([key], |row| {
+            Ok(Entry {
+                value: row.get(0)?,
+                revision: row.get(1)?,
+            })
+        })
+        .optional()
+}
+
+fn current_revision(connection: &Connection) -> rusqlite::Result<Revision> {
+    connection
+        .prepare_cached("SELECT revision FROM counters")?
+        .query_row([], |row| row.get(0))
+}
+
+/// Writes `changes` under the next revision; without a real change the revision stands.
+fn apply(connection: &Connection, changes: &[Change]) -> rusqlite::Result<Revision> {
+    let now = current_revision(connection)?;
+    let next = Revision(now.0 + 1);
+    let mut changed = false;
+    for Change { key, value } in changes {
+        match value {
+            Some(bytes) => {
+                connection
+                    .prepare_cached(
+                        "INSERT INTO entries (key, value, revision) VALUES (?1, ?2, ?3)
+                         ON CONFLICT (key) DO UPDATE SET value = ?2, revision = ?3",
+                    )?
+                    .execute(params![key, bytes, next])?;
+            }
+            None => {
+                let gone = connection
+                    .prepare_cached("DELETE FROM entries WHERE key = ?1")?
+                    .execute([key])?;
+                if gone == 0 {
+                    continue;
+                }
+            }
+        }
+        changed = true;
+        connection
+            .prepare_cached("INSERT INTO changes (revision, key, value) VALUES (?1, ?2, ?3)")?
+            .execute(params![next, key, value])?;
+    }
+    if !changed {
+        return Ok(now);
+    }
+    connection.execute("UPDATE counters SET revision = ?1", [next])?;
+    if next.0 > HISTORY && next.0.is_multiple_of(COMPACT_EVERY) {
+        let horizon = Revision(next.0 - HISTORY);
+        connection.execute("DELETE FROM changes WHERE revision <= ?1", [horizon])?;
+        connection.execute("UPDATE counters SET compacted = ?1", [horizon])?;
+    }
+    Ok(next)
+}
+
+/// A connection with the settings that every user of the file must have.
+pub(super) fn connect(path: &Path, name: &str) -> Result<Connection, RegistryError> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+        | OpenFlags::SQLITE_OPEN_CREATE
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let open = || -> rusqlite::Result<Connection> {
+        let connection = Connection::open_with_flags(path, flags)?;
+        connection.busy_timeout(BUSY_TIMEOUT)?;
+        Ok(connection)
+    };
+    let connection = open().map_err(|e| explain(name, &e))?;
+    if connection
+        .is_readonly("main")
+        .map_err(|e| explain(name, &e))?
+    {
+        return Err(unusable(
+            name,
+            "the file cannot be written; give this user write access to it and to its directory",
+        ));
+    }
+    Ok(connection)
+}
+
+/// Makes the tables in a new file and refuses one that is not ours.
+fn prepare(connection: &mut Connection, name: &str) -> Result<(), RegistryError> {
+    let fail = |e: rusqlite::Error| explain(name, &e);
+    let pragma = |c: &Connection, what: &str| -> rusqlite::Result<i32> {
+        c.query_row(&format!("PRAGMA {what}"), [], |row| row.get(0))
+    };
+    // Whose file it is comes before any write to it: the journal mode is stored in the file.
+    let tables: i64 = connection
+        .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
+        .map_err(fail)?;
+    let owner = pragma(connection, "application_id").map_err(fail)?;
+    let version = pragma(connection, "user_version").map_err(fail)?;
+    if tables > 0 && owner != APPLICATION_ID {
+        return Err(unusable(
+            name,
+            "the file is an SQLite database of another program; give --registry another path",
+        ));
+    }
+    if version > SCHEMA_VERSION {
+        return Err(unusable(
+            name,
+            &format!(
+                "its format is version {version} and this lockstep knows up to {SCHEMA_VERSION}; \
+                 run the newer lockstep that wrote it"
+            ),
+        ));
+    }
+    let mode: String = connection
+        .query_row("PRAGMA journal_mode=WAL", [], |row| row.get(0))
+        .map_err(fail)?;
+    if mode != "wal" {
+        return Err(unusable(
+            name,
+            "its file system does not support shared memory for SQLite's WAL; use a local disk",
+        ));
+    }
+    connection
+        .execute_batch("PRAGMA synchronous=FULL")
+        .map_err(fail)?;
+    let create = |connection: &mut Connection| -> rusqlite::Result<()> {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        // Read again under the lock: another node may have made the tables meanwhile.
+        if pragma(&transaction, "user_version")? == 0 {
+            transaction.execute_batch(SCHEMA)?;
+            transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+            transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+        }
+        transaction.commit()
+    };
+    create(connection).map_err(fail)
+}
+
+fn unusable(name: &str, why: &str) -> RegistryError {
+    RegistryError::Unusable {
+        registry: name.into(),
+        why: why.into(),
+    }
+}
+
+/// What SQLite said, as something a person can act on.
+pub(super) fn explain(name: &str, error: &rusqlite::Error) -> RegistryError {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => unusable(
+            name,
+            &format!("the file is damaged or not a database ({error}); restore it from a backup"),
+        ),
+        Some(ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => unusable(
+            name,
+            &format!("the file cannot be written ({error}); check its owner, mode and mount"),
+        ),
+        Some(ErrorCode::CannotOpen) => unusable(
+            name,
+            &format!("{error}; its directory must exist and be writable"),
+        ),
+        _ => RegistryError::Unavailable {
+            registry: name.into(),
+            why: error.to_string(),
+        },
+    }
+}
