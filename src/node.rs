@@ -1,0 +1,470 @@
+//! One node process: builds the rooms and joins them. The registry and the control loop say what should be served and
+//! stored here; the engine does it; the guest room gives each attached volume its socket.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::cluster;
+use crate::cluster::config::NodeConfig;
+use crate::cluster::events::{EventLog, What};
+use crate::cluster::fault::Fault;
+use crate::cluster::host::{
+    AttachRequest, AttachmentStatus, Capacity, CopyState as CopyView, Host, HostError, LocalCopy, Phase,
+};
+use crate::cluster::join::Membership;
+use crate::cluster::metrics::Metrics;
+use crate::cluster::store::Registrar;
+use crate::copy::{LogImage, NodeDir, NodeDirError, Store, StoreError};
+use crate::engine::{AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, VolumeStatus};
+use crate::guest::{BlockSize, DeviceConfig, Server};
+use crate::registry::{CasError, Revision};
+use crate::replication::attachment::{self, CasOutcome};
+use crate::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
+use crate::replication::dirty_map::DirtyMap;
+use crate::replication::ids::{CHUNK, CopyId, Epoch, NodeName, REGION, REGIONS_MAX, Region, Tag, VolumeId};
+use crate::replication::message::Proof;
+use crate::replication::record::{self, CopyStatus as InRecord, Record};
+
+/// Data segments of one guest request: with indirect descriptors Linux uses what it is offered.
+const SEG_MAX: u32 = 254;
+
+/// How often a node looks whether it is to end.
+const SIGNAL_LOOK: Duration = Duration::from_millis(50);
+
+/// Runs a node until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// Why it cannot start, for the person who started it.
+pub fn run(config: NodeConfig) -> Result<(), Fault> {
+    // Before any thread starts and anything can be lost.
+    let mut signals =
+        Signals::new([SIGTERM, SIGINT]).map_err(|e| Fault::internal(format!("signals cannot be handled: {e}")))?;
+    let registry = config.registry.open().map_err(|e| Fault::try_again(e.to_string()))?;
+    let mut dir = NodeDir::open(&config.data_dir, &config.name, None).map_err(dir_fault)?;
+    let membership = cluster::join::join(config, registry)?;
+    dir.join(membership.cluster).map_err(dir_fault)?;
+    let host = Arc::new(NodeHost::start(dir, &membership)?);
+    let running = cluster::start(membership, Arc::clone(&host) as Arc<dyn Host>)?;
+    tell_service_manager(&[sd_notify::NotifyState::Ready]);
+    let end = loop {
+        if let Some(signal) = signals.pending().next() {
+            log::info!("signal {signal}: finishing what is under way");
+            break Ok(());
+        }
+        if let Some(why) = running.fatal() {
+            break Err(Fault::state(why));
+        }
+        thread::sleep(SIGNAL_LOOK);
+    };
+    tell_service_manager(&[sd_notify::NotifyState::Stopping]);
+    running.stop();
+    host.shut_down();
+    end
+}
+
+fn tell_service_manager(state: &[sd_notify::NotifyState<'_>]) {
+    if let Err(e) = sd_notify::notify(false, state) {
+        log::debug!("the service manager was not told: {e}");
+    }
+}
+
+fn dir_fault(error: NodeDirError) -> Fault {
+    Fault::state(error.to_string())
+}
+
+/// The records of the registry, as the engine sees them.
+struct RegistryRecords(Arc<dyn Registrar>);
+
+impl Records for RegistryRecords {
+    fn cas(&self, volume: VolumeId, expected: attachment::Revision, record: &Record) -> CasOutcome {
+        match self.0.cas_record(volume, Revision(expected), record) {
+            Ok(revision) => CasOutcome::Done(revision.0),
+            Err(CasError::Conflict { .. }) => match self.read(volume) {
+                Ok(found) => CasOutcome::Conflict(found),
+                Err(_) => CasOutcome::Ambiguous,
+            },
+            Err(CasError::Ambiguous { .. }) => CasOutcome::Ambiguous,
+            Err(e) => {
+                log::warn!("volume {volume}: its record could not be changed: {e}");
+                CasOutcome::Unavailable
+            }
+        }
+    }
+
+    fn read(&self, volume: VolumeId) -> Result<Option<(Record, attachment::Revision)>, String> {
+        match self.0.get_record(volume) {
+            Ok(found) => Ok(found.map(|(record, revision)| (record, revision.0))),
+            Err(e) => Err(e.to_string()),
+        }
+    }
+}
+
+/// A volume served from here.
+struct Served {
+    server: Server,
+    socket: PathBuf,
+}
+
+/// This node, as the control loop and the API see it.
+pub struct NodeHost {
+    me: Identity,
+    data_dir: PathBuf,
+    engine: Handle,
+    threads: Mutex<Engine>,
+    dir: NodeDir,
+    served: Mutex<HashMap<VolumeId, Served>>,
+    /// Copies that could not be opened, and why.
+    broken: Mutex<HashMap<VolumeId, String>>,
+}
+
+/// A poisoned lock means that another thread panicked between two whole operations; the map is still whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl NodeHost {
+    fn start(dir: NodeDir, membership: &Membership) -> Result<Self, Fault> {
+        let me = Identity {
+            cluster: membership.cluster,
+            node: membership.node.clone(),
+            boot_id: membership.boot_id,
+            instance: membership.instance,
+        };
+        let records = RegistryRecords(Arc::clone(&membership.store) as Arc<dyn Registrar>);
+        let cannot = |e: std::io::Error| Fault::internal(format!("the engine cannot start: {e}"));
+        let (engine, events) = Engine::start(&me, workers(), Box::new(records)).map_err(cannot)?;
+        let log = Arc::clone(&membership.events);
+        let names = Arc::clone(&membership.store);
+        thread::Builder::new()
+            .name("events".into())
+            .spawn(move || note_events(&events, &log, &names))
+            .map_err(cannot)?;
+        let host = Self {
+            me,
+            data_dir: membership.config.data_dir.clone(),
+            engine: engine.handle(),
+            threads: Mutex::new(engine),
+            dir,
+            served: Mutex::default(),
+            broken: Mutex::default(),
+        };
+        for volume in host.dir.volumes().map_err(dir_fault)? {
+            if let Err(why) = host.open(volume) {
+                // One bad copy stops no other: the volume goes on with its other copies.
+                log::error!("volume {volume}: the copy here cannot be used: {why}");
+                lock(&host.broken).insert(volume, why);
+            }
+        }
+        // Only now: a copy that is asked for before it is open would be taken for lost.
+        let listener = membership.replication.try_clone().map_err(cannot)?;
+        host.engine.listen(listener);
+        Ok(host)
+    }
+
+    fn open(&self, volume: VolumeId) -> Result<(), String> {
+        let (store, loaded) = Store::open(&self.dir.volume_dir(volume)).map_err(|e| e.to_string())?;
+        for warning in &loaded.warnings {
+            log::warn!("volume {volume}: {warning}");
+        }
+        let mut metadata = loaded.metadata;
+        let mut state = loaded.state;
+        let regions = match loaded.log {
+            LogImage::Regions(regions) => regions,
+            LogImage::Unreadable => {
+                let all = state.size.div_ceil(REGION) as usize;
+                let regions: Vec<Region> = (0..all.min(REGIONS_MAX) as u32).map(Region).collect();
+                for write in metadata.reset_log(&regions) {
+                    write_meta(&store, &write).map_err(|e| format!("its log cannot be written anew: {e}"))?;
+                }
+                if all > REGIONS_MAX && !state.clean {
+                    // More may differ than a log can say: only a full sync makes it usable again.
+                    log::error!("volume {volume}: the activity log is damaged; the copy needs a full sync");
+                    state.standing = Standing::Inconsistent;
+                }
+                regions
+            }
+        };
+        let mut maps: [Option<DirtyMap>; BITMAPS_MAX] = [const { None }; BITMAPS_MAX];
+        for (slot, map) in maps.iter_mut().enumerate() {
+            if state.bitmaps[slot].is_some() {
+                let chunks = state.size.div_ceil(CHUNK) as u32;
+                let words = metadata.load_bitmap(&store.meta, slot, chunks);
+                *map = Some(DirtyMap::from_words(state.size, words));
+            }
+        }
+        self.engine.open(OpenCopy { store, metadata, state, regions, maps });
+        Ok(())
+    }
+
+    /// Detaches everything, cleanly where that is possible. What the records ask for stays, so that a restart serves
+    /// it again.
+    fn shut_down(&self) {
+        let volumes: Vec<VolumeId> = lock(&self.served).keys().copied().collect();
+        thread::scope(|scope| {
+            for volume in volumes {
+                scope.spawn(move || {
+                    if let Err(e) = self.release(volume) {
+                        log::warn!("volume {volume}: {e}");
+                    }
+                });
+            }
+        });
+        lock(&self.threads).stop();
+    }
+
+    /// What the guest asked is finished first, then the volume is left, then the socket goes: a front-end that
+    /// reconnects to the next process finds nothing half-done.
+    fn release(&self, volume: VolumeId) -> Result<(), String> {
+        let detached = self.engine.detach(volume);
+        if let Some(mut served) = lock(&self.served).remove(&volume) {
+            served.server.stop();
+        }
+        detached
+    }
+}
+
+/// Threads that serve volumes: half of the processors, since guests need the others.
+fn workers() -> usize {
+    let processors = thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    (processors / 2).clamp(1, 8)
+}
+
+fn write_meta(store: &Store, write: &crate::copy::MetaWrite) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(&store.meta, &write.bytes, write.offset)?;
+    store.meta.sync_data()
+}
+
+fn note_events(events: &Receiver<crate::engine::Event>, log: &EventLog, names: &cluster::store::Store) {
+    let mut known: HashMap<VolumeId, String> = HashMap::new();
+    while let Ok(event) = events.recv() {
+        let name = known.entry(event.volume).or_insert_with(|| {
+            let spec = names.spec(event.volume).ok().flatten();
+            spec.map_or_else(|| event.volume.to_string(), |(spec, _)| spec.full_name().to_string())
+        });
+        let (from, to) = event.text.split_once(" -> ").unwrap_or(("", ""));
+        let to = to.split(' ').next().unwrap_or_default();
+        log.push(What::volume(&*name, from, to, event.rule).epoch(event.epoch).text(event.text.clone()));
+    }
+}
+
+fn store_error(error: StoreError) -> HostError {
+    match error {
+        StoreError::NoSpace { .. } => HostError::NoSpace(error.to_string()),
+        StoreError::Exists { .. } | StoreError::InUse { .. } => HostError::Refused(error.to_string()),
+        _ => HostError::Io(error.to_string()),
+    }
+}
+
+/// An attachment in the words of the API.
+fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStatus {
+    use crate::replication::attachment::Phase as Is;
+    let (phase, why) = match (&status.phase, &status.why) {
+        (Is::Joining | Is::Claiming | Is::Configuring, why) => (Phase::Acquiring, why.clone()),
+        (Is::Reconciling, why) => (Phase::Recovering, why.clone()),
+        (Is::Serving, None) => (Phase::Serving, None),
+        (Is::Serving, why) => (Phase::Suspended, why.clone()),
+        (Is::Leaving | Is::Left, _) => (Phase::Serving, Some("it is being detached".into())),
+        (Is::Fenced(why), _) => (Phase::Fenced, Some(why.clone())),
+    };
+    let copies = status.copies.iter().map(|c| CopyView {
+        copy: c.copy_id,
+        node: c.node.clone(),
+        role: if c.master { "master" } else { "replica" }.into(),
+        state: match c.status {
+            InRecord::InSync => "in_sync",
+            InRecord::Syncing => "syncing",
+            InRecord::Missing => "missing",
+        }
+        .into(),
+        lag: c.why.clone(),
+        sync: None,
+    });
+    AttachmentStatus {
+        volume: status.volume,
+        phase,
+        why: why.unwrap_or_default(),
+        socket: served.socket.clone(),
+        connected: served.server.connected(),
+        epoch: status.epoch,
+        copies: copies.collect(),
+        inflight: status.in_flight as u32,
+    }
+}
+
+fn capacity(path: &Path) -> Capacity {
+    match rustix::fs::statvfs(path) {
+        Ok(fs) => Capacity { total: fs.f_blocks * fs.f_frsize, free: fs.f_bavail * fs.f_frsize },
+        Err(e) => {
+            log::warn!("the space of {} is not known: {e}", path.display());
+            Capacity::default()
+        }
+    }
+}
+
+impl Host for NodeHost {
+    fn create_copy(
+        &self,
+        volume: VolumeId,
+        copy: CopyId,
+        size: u64,
+        epoch: Epoch,
+        tag: Tag,
+    ) -> Result<(), HostError> {
+        let engine = &self.engine;
+        if let Some(have) = engine.status().1.into_iter().find(|c| c.state.volume_id == volume) {
+            return match have.state.copy_id == copy {
+                true => Ok(()),
+                false => Err(HostError::Refused(format!(
+                    "node {} has another copy of this volume ({}) already",
+                    self.me.node, have.state.copy_id
+                ))),
+            };
+        }
+        let state = CopyState {
+            volume_id: volume,
+            copy_id: copy,
+            size,
+            epoch,
+            tag,
+            promised: epoch,
+            standing: Standing::InSync,
+            clean: true,
+            bitmaps: [None; BITMAPS_MAX],
+        };
+        let (store, loaded) = Store::create(&self.dir.volume_dir(volume), &state, false).map_err(store_error)?;
+        let maps = [const { None }; BITMAPS_MAX];
+        engine.open(OpenCopy { store, metadata: loaded.metadata, state, regions: Vec::new(), maps });
+        Ok(())
+    }
+
+    fn remove_copy(&self, volume: VolumeId) -> Result<(), HostError> {
+        let engine = &self.engine;
+        engine.close(volume).map_err(HostError::Busy)?;
+        lock(&self.broken).remove(&volume);
+        match Store::remove(&self.dir.volume_dir(volume)) {
+            Ok(()) | Err(StoreError::Missing { .. }) => Ok(()),
+            Err(e) => Err(store_error(e)),
+        }
+    }
+
+    fn local_copies(&self) -> Vec<LocalCopy> {
+        let engine = &self.engine;
+        let open = engine.status().1.into_iter().map(|CopyStatus { volume, state, allocated, .. }| LocalCopy {
+            volume,
+            copy: state.copy_id,
+            epoch: state.epoch,
+            standing: match state.standing {
+                Standing::InSync => "in sync".into(),
+                Standing::Inconsistent => "inconsistent: its sync has not ended".into(),
+                Standing::Failed => "failed: its disk refused a write or a flush".into(),
+            },
+            allocated,
+        });
+        let broken = lock(&self.broken);
+        let broken = broken.iter().map(|(volume, why)| LocalCopy {
+            volume: *volume,
+            copy: CopyId([0; 16]),
+            epoch: Epoch(0),
+            standing: format!("unreadable: {why}"),
+            allocated: 0,
+        });
+        open.chain(broken).collect()
+    }
+
+    fn attach(&self, request: AttachRequest) -> Result<(), HostError> {
+        let mut served = lock(&self.served);
+        if served.contains_key(&request.volume) {
+            return Ok(());
+        }
+        let engine = &self.engine;
+        engine.peers(&request.peers);
+        let record = &request.record;
+        let config = DeviceConfig {
+            volume: request.name.clone(),
+            size: record.size,
+            block_size: if record.block_size == 4096 { BlockSize::B4096 } else { BlockSize::B512 },
+            num_queues: request.num_queues,
+            seg_max: SEG_MAX,
+            read_only: request.read_only,
+            writeback: true,
+        };
+        // The socket first: it may be taken, and then nothing has happened.
+        let plane = Box::new(engine.plane(request.volume));
+        let mut server =
+            Server::spawn(config, &request.socket, plane).map_err(|e| HostError::Refused(e.to_string()))?;
+        let mine = record.attachment.as_ref().is_some_and(|a| a.node == self.me.node);
+        let attach = AttachVolume {
+            volume: request.volume,
+            name: request.name,
+            revision: request.revision.0,
+            me: record::Attachment {
+                node: self.me.node.clone(),
+                boot_id: self.me.boot_id,
+                instance: self.me.instance,
+            },
+            // The lock on this node's directory is ours, so the process that held it has ended (PROTOCOL 5).
+            proof: if mine { Proof::PredecessorDead } else { Proof::None },
+            read_only: request.read_only,
+            record: request.record,
+        };
+        if let Err(why) = engine.attach(attach) {
+            server.stop();
+            return Err(HostError::Refused(why));
+        }
+        served.insert(request.volume, Served { server, socket: request.socket });
+        Ok(())
+    }
+
+    fn detach(&self, volume: VolumeId, force: bool) -> Result<(), HostError> {
+        let connected = lock(&self.served).get(&volume).is_some_and(|s| s.server.connected());
+        if connected && !force {
+            return Err(HostError::Connected);
+        }
+        self.release(volume).map_err(HostError::Io)
+    }
+
+    fn record_changed(&self, volume: VolumeId, record: &Record, revision: Revision) {
+        self.engine.record(volume, Some((record.clone(), revision.0)));
+    }
+
+    fn peers_changed(&self, peers: &[(NodeName, SocketAddr)]) {
+        self.engine.peers(peers);
+    }
+
+    fn attachments(&self) -> Vec<AttachmentStatus> {
+        let all = self.engine.status().0;
+        let served = lock(&self.served);
+        all.into_iter().filter_map(|status| Some(describe(&status, served.get(&status.volume)?))).collect()
+    }
+
+    fn capacity(&self) -> Capacity {
+        capacity(&self.data_dir)
+    }
+
+    fn metrics(&self) -> Metrics {
+        let engine = &self.engine;
+        let mut all = Metrics::default();
+        let mut ejections: HashMap<String, u64> = HashMap::new();
+        for worker in engine.metrics() {
+            all.volumes.extend(worker.volumes);
+            all.wire_raw_bytes += worker.wire_raw;
+            all.wire_compressed_bytes += worker.wire_sent;
+            all.promotions += worker.promotions;
+            for (reason, count) in worker.ejections {
+                *ejections.entry(reason).or_default() += count;
+            }
+        }
+        all.ejections = ejections.into_iter().collect();
+        all.ejections.sort();
+        all
+    }
+}
