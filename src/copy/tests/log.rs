@@ -242,3 +242,20 @@ proptest! {
         prop_assert_eq!(load(&disk).log, expected);
     }
 }
+
+/// `CARGO_PROFILE_DEV_OPT_LEVEL=3 cargo test --lib costs -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn log_costs() {
+    let (_, mut m) = Disk::formatted(&state());
+    let rounds = 100_000;
+    let start = std::time::Instant::now();
+    for n in 0..rounds {
+        let writes = m.log(&[Region(n + 1)], &[Region(n)]);
+        assert_eq!(std::hint::black_box(writes).len(), 1);
+    }
+    println!(
+        "a transaction: {} ns",
+        start.elapsed().as_nanos() / u128::from(rounds)
+    );
+}
