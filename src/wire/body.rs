@@ -141,39 +141,40 @@ impl<'a> Reader<'a> {
             .map_err(|_| WireError::Malformed("text: not UTF-8"))
     }
 
-    /// A count of at most `max` entries of `len` bytes each, and their bytes.
-    fn entries(
+    /// A count of at most `max`, and that many entries of `len` bytes each.
+    fn list<T>(
         &mut self,
         what: &'static str,
         max: usize,
         len: usize,
-    ) -> Result<std::slice::ChunksExact<'a, u8>, WireError> {
+        entry: impl Fn(&mut Self) -> Result<T, WireError>,
+    ) -> Result<Vec<T>, WireError> {
         let count = self.u32()? as usize;
         within(what, count, max)?;
-        Ok(self.take(count * len)?.chunks_exact(len))
+        let mut entries = Reader(self.take(count * len)?);
+        let mut out = Vec::with_capacity(count);
+        for _ in 0..count {
+            out.push(entry(&mut entries)?);
+        }
+        Ok(out)
     }
 
     pub fn regions(&mut self) -> Result<Vec<Region>, WireError> {
-        let entries = self.entries("number of regions", REGIONS_MAX, 4)?;
-        entries.map(|e| Reader(e).u32().map(Region)).collect()
+        self.list("number of regions", REGIONS_MAX, 4, |r| {
+            Ok(Region(r.u32()?))
+        })
     }
 
     pub fn missing(&mut self) -> Result<Vec<(CopyId, Epoch)>, WireError> {
-        let entries = self.entries("number of missing copies", COPIES_MAX, MISSING_LEN)?;
-        let one = |e| {
-            let mut r = Reader(e);
+        self.list("number of missing copies", COPIES_MAX, MISSING_LEN, |r| {
             Ok((CopyId(r.array()?), Epoch(r.u64()?)))
-        };
-        entries.map(one).collect()
+        })
     }
 
     pub fn acks(&mut self) -> Result<Vec<(Seq, Status)>, WireError> {
-        let entries = self.entries("number of answers", ACKS_MAX, ACK_LEN)?;
-        let one = |e| {
-            let mut r = Reader(e);
+        self.list("number of answers", ACKS_MAX, ACK_LEN, |r| {
             Ok((Seq(r.u64()?), status(r.u8()?)?))
-        };
-        entries.map(one).collect()
+        })
     }
 
     /// Nothing may be left over.

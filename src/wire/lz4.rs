@@ -12,6 +12,41 @@ const MARGIN: usize = 8;
 /// From this length on lz4_flex needs the large table.
 const LARGE: usize = u16::MAX as usize;
 
+/// Payloads in a row that do not shrink, after which one thinks of a stream as incompressible.
+const MISSES: u8 = 8;
+/// Payloads that are then sent raw before the next one is tried: what a stream that shrinks again pays at most, and one
+/// sixteenth of the cost of compressing in vain.
+const SKIP: u8 = 15;
+
+/// Whether compressing a volume's writes is worth trying: finding out in vain that 4 KiB do not shrink takes two
+/// microseconds, and encrypted or compressed guest data never does. One for each volume.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Worth {
+    misses: u8,
+    skip: u8,
+}
+
+impl Worth {
+    /// Whether to try the next payload; counts it.
+    pub fn worth_trying(&mut self) -> bool {
+        let skip = self.skip > 0;
+        self.skip -= u8::from(skip);
+        !skip
+    }
+
+    /// A payload was tried, and `shrank` or did not.
+    pub fn tried(&mut self, shrank: bool) {
+        self.misses = if shrank {
+            0
+        } else {
+            (self.misses + 1).min(MISSES)
+        };
+        if self.misses == MISSES {
+            self.skip = SKIP;
+        }
+    }
+}
+
 /// Compresses payloads. One for each worker: it owns hash tables (24 KiB in all), so that no call allocates them.
 pub struct Compressor {
     small: CompressTable,

@@ -248,14 +248,18 @@ proptest! {
 #[ignore = "a measurement"]
 fn log_costs() {
     let (_, mut m) = Disk::formatted(&state());
-    let rounds = 100_000;
-    let start = std::time::Instant::now();
-    for n in 0..rounds {
-        let writes = m.log(&[Region(n + 1)], &[Region(n)]);
-        assert_eq!(std::hint::black_box(writes).len(), 1);
-    }
-    println!(
-        "a transaction: {} ns",
-        start.elapsed().as_nanos() / u128::from(rounds)
-    );
+    let mut n = 0;
+    let run = |_| {
+        let start = std::time::Instant::now();
+        for _ in 0..2_000 {
+            assert_eq!(
+                std::hint::black_box(m.log(&[Region(n + 1)], &[Region(n)])).len(),
+                1
+            );
+            n += 1;
+        }
+        start.elapsed().as_nanos() / 2_000
+    };
+    // The best of many runs, for the machine may have other things to do.
+    println!("a transaction: {} ns", (0..50).map(run).min().unwrap_or(0));
 }

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use crate::wire::WireError;
 use crate::wire::frame::PayloadRef;
-use crate::wire::lz4::{Compressor, expand};
+use crate::wire::lz4::{Compressor, Worth, expand};
 
 /// Bytes that no compressor shrinks, from a fixed seed.
 pub fn noise(len: usize) -> Vec<u8> {
@@ -85,6 +85,29 @@ fn a_block_of_another_length_than_claimed_is_refused() {
             "{claimed}"
         );
     }
+}
+
+#[test]
+fn a_stream_that_does_not_shrink_is_tried_now_and_then_until_it_does() {
+    let mut worth = Worth::default();
+    let mut tries = |n: usize, shrinks: bool| {
+        let tried = |_: &usize| {
+            let try_it = worth.worth_trying();
+            if try_it {
+                worth.tried(shrinks);
+            }
+            try_it
+        };
+        (0..n).filter(tried).count()
+    };
+    assert_eq!(tries(100, true), 100);
+    assert_eq!(tries(8, false), 8);
+    assert_eq!(tries(160, false), 10);
+    // It shrinks again: seen with the next try, and from then on each is.
+    assert_eq!(tries(16, true), 1);
+    assert_eq!(tries(100, true), 100);
+    // Seven in a row are no reason yet.
+    assert_eq!(tries(7, false) + tries(1, true) + tries(7, false), 15);
 }
 
 proptest! {
