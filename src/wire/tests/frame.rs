@@ -399,6 +399,40 @@ fn counts_and_codes_out_of_range_are_refused() {
 }
 
 #[test]
+fn lists_with_one_entry_too_many_are_refused_even_if_it_is_there() {
+    let missing = vec![(CopyId([1; 16]), Epoch(1)); COPIES_MAX];
+    let config = Configuration {
+        epoch: Epoch(1),
+        tag: Tag(1),
+        size: 1,
+        logged: true,
+        missing,
+    };
+    let acks = vec![(Seq(1), Status::Ok); ACKS_MAX];
+    let cases = [
+        (Message::EpochChange(config), 16, COPIES_MAX as u32, 24),
+        (
+            Message::AckVec {
+                epoch: Epoch(1),
+                acks,
+                log_pressure: false,
+            },
+            0,
+            ACKS_MAX as u32,
+            9,
+        ),
+    ];
+    for (message, at, count, len) in cases {
+        let mut f = frame(&message, 1, None);
+        f.extend(vec![0; len]);
+        let body_len = (f.len() - HEADER) as u32;
+        forge(&mut f, 12, &body_len.to_le_bytes());
+        forge_body(&mut f, at, &(count + 1).to_le_bytes());
+        assert!(matches!(decode(&f), Err(WireError::TooLong { .. })));
+    }
+}
+
+#[test]
 fn ranges_that_are_not_of_whole_sectors_or_overflow_are_refused() {
     let discard = Message::Discard(Request {
         epoch: Epoch(1),
