@@ -76,7 +76,7 @@ pub enum Half {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Warning {
     /// One superblock does not verify. The state is the other one's, which may be one write older than what the copy last
-    /// promised; rewrite it before anything relies on there being two.
+    /// promised or acknowledged: not to be counted on while there is another in-sync copy.
     #[error(
         "superblock {damaged:?} is damaged ({why}); the other one, generation {generation}, is used"
     )]

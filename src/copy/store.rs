@@ -152,7 +152,7 @@ impl ReadAt for File {
 
 impl Store {
     /// Makes a copy in `dir`, whose parent exists, and opens it. All of it is durable when this returns, and nothing of it
-    /// remains after an error or a crash but a directory that [`sweep`] removes. `preallocate` takes the whole
+    /// remains after an error or a crash but a directory that the node's next start removes. `preallocate` takes the whole
     /// volume's space now; otherwise `data` is sparse.
     ///
     /// Errors: `Exists`, `NoSpace`, `Io`.

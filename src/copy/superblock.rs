@@ -195,14 +195,14 @@ pub(super) fn load(meta: &dyn ReadAt) -> Result<Found, FormatError> {
     }
 }
 
-fn survivor(mut superblock: Superblock, half: Half, why: String) -> Found {
+/// The next superblock takes the generation that the damaged half may have had: bitmap pages written under that one then
+/// have a generation in force and read as they are or, if the slot went to another copy, as set; never as a former one's.
+fn survivor(superblock: Superblock, half: Half, why: String) -> Found {
     let warning = Warning::Superblock {
         damaged: half.other(),
         why,
         generation: superblock.generation,
     };
-    // The damaged half may have had the generation after this one: it is skipped, so that none is used twice.
-    superblock.generation = next(superblock.generation);
     Found {
         superblock,
         half,

@@ -1,27 +1,94 @@
-//! Frames.
+//! Frames: a header of fixed shape, a body if the message has more to say than the header holds, and the payload.
+//!
+//! | offset | length | header field |
+//! | --- | --- | --- |
+//! | 0 | 4 | magic `LSF` and a zero byte |
+//! | 4 | 1 | version |
+//! | 5 | 1 | type |
+//! | 6 | 2 | flags |
+//! | 8 | 4 | handle of the volume on this connection |
+//! | 12 | 4 | length of the body |
+//! | 16 | 8 | epoch |
+//! | 24 | 8 | sequence number; heartbeats: `stable` |
+//! | 32 | 8 | first byte of the range; heartbeats: `sent` |
+//! | 40 | 4 | length of the range, which is that of the payload once expanded |
+//! | 44 | 4 | length of the payload as sent; 0 = none |
+//! | 48 | 4 | CRC32C of the payload as sent; 0 without one |
+//! | 52 | 4 | CRC32C of the body; 0 without one |
+//! | 56 | 4 | status of a read's answer |
+//! | 60 | 4 | CRC32C of bytes 0–59 |
+//!
+//! Numbers are little-endian; fields that a type does not use are zero. The header verifies by itself, so that a length that
+//! changed on the way is an error at once, and not a wait for bytes that never come.
+
 use super::WireError;
-use crate::replication::message::Message;
+use super::body::{self, Reader, within};
+pub use super::body::{ACKS_MAX, BODY_MAX, TEXT_MAX};
+use crate::replication::ids::{
+    BootId, Epoch, IO_MAX, Instance, Nanos, NodeName, SECTOR, Seq, Span, Tag,
+};
+use crate::replication::message::{
+    Configuration, DiskState, Message, Promise, Proof, Refusal, Request,
+};
 
 /// Bytes of a frame's header.
 pub const HEADER: usize = 64;
+/// The longest frame, in bytes: what a receive buffer must be able to hold.
+pub const FRAME_MAX: usize = HEADER + BODY_MAX + IO_MAX as usize;
+/// The version of the frames below; agreed on in the greeting.
+pub const FRAME_VERSION: u8 = 1;
+
+const MAGIC: [u8; 4] = *b"LSF\0";
+const HEADER_CRC_AT: usize = 60;
+
+const FLAG_LZ4: u16 = 1;
+const FLAG_FUA: u16 = 1 << 1;
+const FLAG_UNMAP: u16 = 1 << 2;
+const FLAG_PROBE: u16 = 1 << 3;
+const FLAG_CLEAN: u16 = 1 << 4;
+const FLAG_LOGGED: u16 = 1 << 5;
+const FLAG_LOG_PRESSURE: u16 = 1 << 6;
+
+/// The messages' numbers: never reused, never renumbered.
+mod kind {
+    pub const PROMISE: u8 = 1;
+    pub const PROMISE_ACK: u8 = 2;
+    pub const ATTACH: u8 = 3;
+    pub const ATTACH_ACK: u8 = 4;
+    pub const EPOCH_CHANGE: u8 = 5;
+    pub const EPOCH_ACK: u8 = 6;
+    pub const WRITE: u8 = 7;
+    pub const WRITE_ZEROES: u8 = 8;
+    pub const DISCARD: u8 = 9;
+    pub const FLUSH: u8 = 10;
+    pub const ACK_VEC: u8 = 11;
+    pub const READ: u8 = 12;
+    pub const READ_REPLY: u8 = 13;
+    pub const HEARTBEAT: u8 = 14;
+    pub const HEARTBEAT_ACK: u8 = 15;
+    pub const DETACH: u8 = 16;
+    pub const DETACH_ACK: u8 = 17;
+    pub const NACK: u8 = 18;
+}
 
 /// A payload to be sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Payload<'a> {
-    /// Bytes once expanded.
+    /// Bytes once expanded, 1..=`IO_MAX`.
     pub raw_len: u32,
-    /// As sent.
+    /// As sent: `raw_len` bytes, or fewer when `lz4`.
     pub bytes: &'a [u8],
     /// `bytes` is an lz4 block.
     pub lz4: bool,
 }
 
-/// A payload received; its CRC was verified.
+/// A payload received. Its CRC was verified; whether an lz4 block expands to `raw_len` bytes is seen when it is
+/// [expanded](super::lz4::expand).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PayloadRef<'a> {
-    /// Bytes once expanded, at most `IO_MAX`.
+    /// Bytes once expanded, 1..=`IO_MAX`.
     pub raw_len: u32,
-    /// As received.
+    /// As received: `raw_len` bytes, or fewer when `lz4`.
     pub bytes: &'a [u8],
     /// `bytes` is an lz4 block.
     pub lz4: bool,
@@ -34,24 +101,489 @@ pub struct Frame<'a> {
     pub handle: u32,
     /// What is said.
     pub message: Message,
-    /// The bytes beside it.
+    /// The bytes beside it: always with a `Write` and with a `ReadReply` that is `Ok`, never otherwise.
     pub payload: Option<PayloadRef<'a>>,
 }
 
-/// Appends header and body of `message` to `out`; the payload's bytes are to follow it on the connection.
-#[allow(unused_variables)]
+/// The header's fields, all lengths within their limits and fitting each other.
+#[derive(Clone, Copy, Debug, Default)]
+struct Header {
+    kind: u8,
+    flags: u16,
+    handle: u32,
+    body_len: u32,
+    epoch: u64,
+    seq: u64,
+    offset: u64,
+    raw_len: u32,
+    wire_len: u32,
+    payload_crc: u32,
+    body_crc: u32,
+    status: u32,
+}
+
+impl Header {
+    fn write(&self, out: &mut [u8]) {
+        out[..4].copy_from_slice(&MAGIC);
+        out[4] = FRAME_VERSION;
+        out[5] = self.kind;
+        out[6..8].copy_from_slice(&self.flags.to_le_bytes());
+        out[8..12].copy_from_slice(&self.handle.to_le_bytes());
+        out[12..16].copy_from_slice(&self.body_len.to_le_bytes());
+        out[16..24].copy_from_slice(&self.epoch.to_le_bytes());
+        out[24..32].copy_from_slice(&self.seq.to_le_bytes());
+        out[32..40].copy_from_slice(&self.offset.to_le_bytes());
+        out[40..44].copy_from_slice(&self.raw_len.to_le_bytes());
+        out[44..48].copy_from_slice(&self.wire_len.to_le_bytes());
+        out[48..52].copy_from_slice(&self.payload_crc.to_le_bytes());
+        out[52..56].copy_from_slice(&self.body_crc.to_le_bytes());
+        out[56..60].copy_from_slice(&self.status.to_le_bytes());
+        let crc = crc32c::crc32c(&out[..HEADER_CRC_AT]);
+        out[HEADER_CRC_AT..HEADER].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    /// The header at the front of `buf`; `None` while it is not all there.
+    fn read(buf: &[u8]) -> Result<Option<Self>, WireError> {
+        // A peer that speaks something else is told from its first bytes: it may never send 64.
+        let start = &buf[..buf.len().min(MAGIC.len())];
+        if *start != MAGIC[..start.len()] {
+            let mut found = [0; 4];
+            found[..start.len()].copy_from_slice(start);
+            return Err(WireError::Magic(found));
+        }
+        let Some(bytes) = buf.get(..HEADER) else {
+            return Ok(None);
+        };
+        let mut r = Reader(&bytes[4..]);
+        let (version, kind) = (r.u8()?, r.u8()?);
+        let header = Self {
+            kind,
+            flags: r.u16()?,
+            handle: r.u32()?,
+            body_len: r.u32()?,
+            epoch: r.u64()?,
+            seq: r.u64()?,
+            offset: r.u64()?,
+            raw_len: r.u32()?,
+            wire_len: r.u32()?,
+            payload_crc: r.u32()?,
+            body_crc: r.u32()?,
+            status: r.u32()?,
+        };
+        if r.u32()? != crc32c::crc32c(&bytes[..HEADER_CRC_AT]) {
+            return Err(WireError::Checksum("header"));
+        }
+        if version != FRAME_VERSION {
+            return Err(WireError::FrameVersion {
+                found: version,
+                agreed: FRAME_VERSION,
+            });
+        }
+        header.check()?;
+        Ok(Some(header))
+    }
+
+    /// Everything that can be refused before the rest of the frame is waited for.
+    fn check(&self) -> Result<(), WireError> {
+        within("body", self.body_len as usize, BODY_MAX)?;
+        let lz4 = self.flags & FLAG_LZ4 != 0;
+        if self.has_payload() {
+            within("payload", self.raw_len as usize, IO_MAX as usize)?;
+            // What does not shrink is sent raw, so that `raw_len` bounds both lengths.
+            let fits = if lz4 {
+                self.wire_len < self.raw_len
+            } else {
+                self.wire_len == self.raw_len
+            };
+            if self.wire_len == 0 || !fits {
+                return Err(WireError::Malformed(
+                    "payload: its lengths do not fit each other",
+                ));
+            }
+        } else if self.wire_len != 0 || lz4 {
+            return Err(WireError::Malformed("payload: this message has none"));
+        }
+        Ok(())
+    }
+
+    fn has_payload(&self) -> bool {
+        self.kind == kind::WRITE || (self.kind == kind::READ_REPLY && self.status == 0)
+    }
+
+    fn total(&self) -> usize {
+        HEADER + self.body_len as usize + self.wire_len as usize
+    }
+
+    fn flag(&self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+
+    fn range(&mut self, request: &Request) {
+        self.epoch = request.epoch.0;
+        self.seq = request.seq.0;
+        self.offset = request.span.offset;
+        self.raw_len = request.span.len;
+        self.set(FLAG_FUA, request.fua);
+    }
+
+    fn set(&mut self, flag: u16, on: bool) {
+        self.flags |= if on { flag } else { 0 };
+    }
+
+    fn request(&self, len_max: u32) -> Result<Request, WireError> {
+        let span = Span {
+            offset: self.offset,
+            len: self.raw_len,
+        };
+        within("length of the range", span.len as usize, len_max as usize)?;
+        let end = span
+            .offset
+            .checked_add(u64::from(span.len))
+            .ok_or(WireError::Malformed("range: its end overflows"))?;
+        if span.len == 0 || !span.offset.is_multiple_of(SECTOR) || !end.is_multiple_of(SECTOR) {
+            return Err(WireError::Malformed("range: not of whole sectors"));
+        }
+        Ok(Request {
+            epoch: Epoch(self.epoch),
+            seq: Seq(self.seq),
+            span,
+            fua: self.flag(FLAG_FUA),
+        })
+    }
+}
+
+/// Appends header and body of `message` to `out`; `payload.bytes` must follow them on the connection, and may be sent from
+/// where they are. A refusal's text is clipped to [`TEXT_MAX`] bytes.
+///
+/// Panics on what is the caller's mistake, never a peer's: a payload with a message that has none, or none with one that has;
+/// a payload whose lengths do not fit each other or the range; a list or a node's name beyond its limit.
 pub fn encode(message: &Message, handle: u32, payload: Option<Payload<'_>>, out: &mut Vec<u8>) {
-    todo!()
+    let start = out.len();
+    out.resize(start + HEADER, 0);
+    let mut header = Header {
+        handle,
+        ..Header::default()
+    };
+    put_message(message, &mut header, out);
+    if let Some(p) = payload {
+        if header.kind == kind::WRITE {
+            assert_eq!(
+                header.raw_len, p.raw_len,
+                "a write's payload fills its range"
+            );
+        }
+        header.raw_len = p.raw_len;
+        header.wire_len = u32::try_from(p.bytes.len()).expect("a payload of at most IO_MAX bytes");
+        header.set(FLAG_LZ4, p.lz4);
+        header.payload_crc = crc32c::crc32c(p.bytes);
+    }
+    let body = &out[start + HEADER..];
+    header.body_len = body.len() as u32;
+    if !body.is_empty() {
+        header.body_crc = crc32c::crc32c(body);
+    }
+    // The same checks as on the other side: what it would refuse is never sent.
+    header.check().expect("a frame within its limits");
+    header.write(&mut out[start..start + HEADER]);
 }
 
-/// How many bytes the first frame in `buf` has (header, body and payload); `HEADER` while that is not known.
-#[allow(unused_variables)]
+/// Puts `message` into header fields, and the rest of it behind `out`.
+fn put_message(message: &Message, header: &mut Header, out: &mut Vec<u8>) {
+    match message {
+        Message::Promise(p) => {
+            header.kind = kind::PROMISE;
+            header.epoch = p.epoch.0;
+            header.set(FLAG_PROBE, p.probe);
+            let (proof, released) = match p.proof {
+                Proof::None => (0, 0),
+                Proof::Released(epoch) => (1, epoch.0),
+                Proof::PredecessorDead => (2, 0),
+            };
+            out.push(proof);
+            out.extend_from_slice(&u64::to_le_bytes(released));
+            out.extend_from_slice(&p.instance.0);
+            body::put_text(out, body::name(&p.candidate));
+        }
+        Message::PromiseAck(d) => {
+            header.kind = kind::PROMISE_ACK;
+            header.epoch = d.epoch.0;
+            header.set(FLAG_PROBE, d.probe);
+            header.set(FLAG_CLEAN, d.clean);
+            out.extend_from_slice(&d.promised.0.to_le_bytes());
+            out.extend_from_slice(&d.tag.0.to_le_bytes());
+            out.extend_from_slice(&d.boot_id.0);
+            body::put_regions(out, &d.regions);
+        }
+        Message::Attach(c) => put_configuration(kind::ATTACH, c, header, out),
+        Message::EpochChange(c) => put_configuration(kind::EPOCH_CHANGE, c, header, out),
+        Message::AttachAck { epoch } => (header.kind, header.epoch) = (kind::ATTACH_ACK, epoch.0),
+        Message::EpochAck { epoch } => (header.kind, header.epoch) = (kind::EPOCH_ACK, epoch.0),
+        Message::Detach { epoch } => (header.kind, header.epoch) = (kind::DETACH, epoch.0),
+        Message::DetachAck { epoch } => (header.kind, header.epoch) = (kind::DETACH_ACK, epoch.0),
+        Message::Write(r) => {
+            header.kind = kind::WRITE;
+            header.range(r);
+        }
+        Message::WriteZeroes { request, unmap } => {
+            header.kind = kind::WRITE_ZEROES;
+            header.range(request);
+            header.set(FLAG_UNMAP, *unmap);
+        }
+        Message::Discard(r) => {
+            header.kind = kind::DISCARD;
+            header.range(r);
+        }
+        Message::Read(r) => {
+            header.kind = kind::READ;
+            header.range(r);
+        }
+        Message::Flush { epoch, seq } => {
+            header.kind = kind::FLUSH;
+            (header.epoch, header.seq) = (epoch.0, seq.0);
+        }
+        Message::AckVec {
+            epoch,
+            acks,
+            log_pressure,
+        } => {
+            header.kind = kind::ACK_VEC;
+            header.epoch = epoch.0;
+            header.set(FLAG_LOG_PRESSURE, *log_pressure);
+            body::put_acks(out, acks);
+        }
+        Message::ReadReply { seq, status } => {
+            header.kind = kind::READ_REPLY;
+            header.seq = seq.0;
+            header.status = u32::from(body::status_code(*status));
+        }
+        Message::Heartbeat {
+            epoch,
+            sent,
+            stable,
+        } => {
+            header.kind = kind::HEARTBEAT;
+            (header.epoch, header.offset, header.seq) = (epoch.0, sent.0, stable.0);
+        }
+        Message::HeartbeatAck { epoch, sent } => {
+            header.kind = kind::HEARTBEAT_ACK;
+            (header.epoch, header.offset) = (epoch.0, sent.0);
+        }
+        Message::Nack(refusal) => {
+            header.kind = kind::NACK;
+            put_refusal(refusal, out);
+        }
+    }
+}
+
+fn put_configuration(kind: u8, c: &Configuration, header: &mut Header, out: &mut Vec<u8>) {
+    header.kind = kind;
+    header.epoch = c.epoch.0;
+    header.set(FLAG_LOGGED, c.logged);
+    out.extend_from_slice(&c.tag.0.to_le_bytes());
+    out.extend_from_slice(&c.size.to_le_bytes());
+    body::put_missing(out, &c.missing);
+}
+
+fn put_refusal(refusal: &Refusal, out: &mut Vec<u8>) {
+    match refusal {
+        Refusal::Attached { node, heard_ms } => {
+            out.push(1);
+            out.extend_from_slice(&heard_ms.to_le_bytes());
+            body::put_text(out, body::name(node));
+        }
+        Refusal::Stale { promised } => {
+            out.push(2);
+            out.extend_from_slice(&promised.0.to_le_bytes());
+        }
+        Refusal::UnknownCopy => out.push(3),
+        Refusal::Inconsistent => out.push(4),
+        Refusal::Failed => out.push(5),
+        Refusal::Protocol(text) => {
+            out.push(6);
+            body::put_text(out, body::clip(text));
+        }
+    }
+}
+
+/// How many bytes the first frame in `buf` has, payload included, at most [`FRAME_MAX`]; [`HEADER`] while that is not known.
+///
+/// Errors: whatever of the header [`decode`] would refuse.
 pub fn needed(buf: &[u8]) -> Result<usize, WireError> {
-    todo!()
+    Ok(Header::read(buf)?.map_or(HEADER, |h| h.total()))
 }
 
-/// Takes the first frame out of `buf` when it is whole, with the number of bytes it took.
-#[allow(unused_variables)]
+/// Takes the first frame out of `buf`, with the number of bytes it took; `Ok(None)` while it is not all there. Of what is
+/// not all there only the header is looked at, so that calling this again as bytes arrive costs little.
+///
+/// Errors: see [`WireError`]; the connection ends.
 pub fn decode(buf: &[u8]) -> Result<Option<(Frame<'_>, usize)>, WireError> {
-    todo!()
+    let Some(header) = Header::read(buf)? else {
+        return Ok(None);
+    };
+    let Some(frame) = buf.get(..header.total()) else {
+        return Ok(None);
+    };
+    let (body, bytes) = frame[HEADER..].split_at(header.body_len as usize);
+    let crc_of = |bytes: &[u8]| {
+        if bytes.is_empty() {
+            0
+        } else {
+            crc32c::crc32c(bytes)
+        }
+    };
+    if crc_of(body) != header.body_crc {
+        return Err(WireError::Checksum("body"));
+    }
+    if crc_of(bytes) != header.payload_crc {
+        return Err(WireError::Checksum("payload"));
+    }
+    let mut body = Reader(body);
+    let message = read_message(&header, &mut body)?;
+    body.end()?;
+    let payload = header.has_payload().then_some(PayloadRef {
+        raw_len: header.raw_len,
+        bytes,
+        lz4: header.flag(FLAG_LZ4),
+    });
+    Ok(Some((
+        Frame {
+            handle: header.handle,
+            message,
+            payload,
+        },
+        header.total(),
+    )))
+}
+
+fn read_message(header: &Header, body: &mut Reader<'_>) -> Result<Message, WireError> {
+    let epoch = Epoch(header.epoch);
+    let seq = Seq(header.seq);
+    let sent = Nanos(header.offset);
+    // Flags that a type does not have would be lost on the way through this program: refused.
+    let flags = |known: u16| {
+        if header.flags & !known == 0 {
+            Ok(())
+        } else {
+            Err(WireError::Malformed("flags"))
+        }
+    };
+    let (message, known) = match header.kind {
+        kind::PROMISE => (Message::Promise(read_promise(header, body)?), FLAG_PROBE),
+        kind::PROMISE_ACK => {
+            let state = DiskState {
+                promised: Epoch(body.u64()?),
+                probe: header.flag(FLAG_PROBE),
+                epoch,
+                tag: Tag(body.u64()?),
+                boot_id: BootId(body.array()?),
+                clean: header.flag(FLAG_CLEAN),
+                regions: body.regions()?,
+            };
+            (Message::PromiseAck(state), FLAG_PROBE | FLAG_CLEAN)
+        }
+        kind::ATTACH => (
+            Message::Attach(read_configuration(header, body)?),
+            FLAG_LOGGED,
+        ),
+        kind::EPOCH_CHANGE => (
+            Message::EpochChange(read_configuration(header, body)?),
+            FLAG_LOGGED,
+        ),
+        kind::ATTACH_ACK => (Message::AttachAck { epoch }, 0),
+        kind::EPOCH_ACK => (Message::EpochAck { epoch }, 0),
+        kind::DETACH => (Message::Detach { epoch }, 0),
+        kind::DETACH_ACK => (Message::DetachAck { epoch }, 0),
+        kind::WRITE => (Message::Write(header.request(IO_MAX)?), FLAG_FUA | FLAG_LZ4),
+        kind::WRITE_ZEROES => {
+            let (request, unmap) = (header.request(u32::MAX)?, header.flag(FLAG_UNMAP));
+            (
+                Message::WriteZeroes { request, unmap },
+                FLAG_FUA | FLAG_UNMAP,
+            )
+        }
+        kind::DISCARD => (Message::Discard(header.request(u32::MAX)?), FLAG_FUA),
+        kind::READ => (Message::Read(header.request(IO_MAX)?), FLAG_FUA),
+        kind::FLUSH => (Message::Flush { epoch, seq }, 0),
+        kind::ACK_VEC => {
+            let log_pressure = header.flag(FLAG_LOG_PRESSURE);
+            (
+                Message::AckVec {
+                    epoch,
+                    acks: body.acks()?,
+                    log_pressure,
+                },
+                FLAG_LOG_PRESSURE,
+            )
+        }
+        kind::READ_REPLY => {
+            let code = u8::try_from(header.status).map_err(|_| WireError::Malformed("status"))?;
+            (
+                Message::ReadReply {
+                    seq,
+                    status: body::status(code)?,
+                },
+                FLAG_LZ4,
+            )
+        }
+        kind::HEARTBEAT => (
+            Message::Heartbeat {
+                epoch,
+                sent,
+                stable: seq,
+            },
+            0,
+        ),
+        kind::HEARTBEAT_ACK => (Message::HeartbeatAck { epoch, sent }, 0),
+        kind::NACK => (Message::Nack(read_refusal(body)?), 0),
+        other => return Err(WireError::Type(other)),
+    };
+    flags(known)?;
+    Ok(message)
+}
+
+fn read_promise(header: &Header, body: &mut Reader<'_>) -> Result<Promise, WireError> {
+    let (proof, released) = (body.u8()?, Epoch(body.u64()?));
+    let proof = match proof {
+        0 => Proof::None,
+        1 => Proof::Released(released),
+        2 => Proof::PredecessorDead,
+        _ => return Err(WireError::Malformed("proof")),
+    };
+    Ok(Promise {
+        epoch: Epoch(header.epoch),
+        instance: Instance(body.array()?),
+        candidate: NodeName(body.text()?),
+        proof,
+        probe: header.flag(FLAG_PROBE),
+    })
+}
+
+fn read_configuration(header: &Header, body: &mut Reader<'_>) -> Result<Configuration, WireError> {
+    Ok(Configuration {
+        epoch: Epoch(header.epoch),
+        tag: Tag(body.u64()?),
+        size: body.u64()?,
+        logged: header.flag(FLAG_LOGGED),
+        missing: body.missing()?,
+    })
+}
+
+fn read_refusal(body: &mut Reader<'_>) -> Result<Refusal, WireError> {
+    match body.u8()? {
+        1 => {
+            let heard_ms = body.u64()?;
+            Ok(Refusal::Attached {
+                node: NodeName(body.text()?),
+                heard_ms,
+            })
+        }
+        2 => Ok(Refusal::Stale {
+            promised: Epoch(body.u64()?),
+        }),
+        3 => Ok(Refusal::UnknownCopy),
+        4 => Ok(Refusal::Inconsistent),
+        5 => Ok(Refusal::Failed),
+        6 => Ok(Refusal::Protocol(body.text()?)),
+        _ => Err(WireError::Malformed("refusal")),
+    }
 }

@@ -93,6 +93,21 @@ fn pages_of_an_assignment_whose_superblock_was_lost_read_as_set() {
 }
 
 #[test]
+fn an_assignment_made_again_after_its_superblock_was_lost_keeps_what_was_marked() {
+    for (again, expected) in [(with_slot(2, 8, 5), 4), (with_slot(2, 7, 5), BITS_PER_PAGE)] {
+        let (mut disk, mut m) = assigned();
+        let newest = m.superblock(&with_slot(2, 8, 5));
+        let damaged = newest.offset as usize;
+        disk.apply(&[newest]);
+        disk.apply(&[m.bitmap_page(2, 0, &[0xf])]);
+        disk.flip((damaged + 30) * 8);
+        let mut survivor = Metadata::load(&disk).unwrap().metadata;
+        disk.apply(&[survivor.superblock(&again)]);
+        assert_eq!(ones(&load(&disk, 2)), expected);
+    }
+}
+
+#[test]
 fn what_cannot_be_read_or_lies_beyond_the_file_is_set_up_to_the_last_chunk() {
     let (mut disk, m) = assigned();
     disk.lost.push(page_offset(2, 0) as usize / 512);

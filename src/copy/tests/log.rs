@@ -242,3 +242,24 @@ proptest! {
         prop_assert_eq!(load(&disk).log, expected);
     }
 }
+
+/// `CARGO_PROFILE_DEV_OPT_LEVEL=3 cargo test --lib costs -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn log_costs() {
+    let (_, mut m) = Disk::formatted(&state());
+    let mut n = 0;
+    let run = |_| {
+        let start = std::time::Instant::now();
+        for _ in 0..2_000 {
+            assert_eq!(
+                std::hint::black_box(m.log(&[Region(n + 1)], &[Region(n)])).len(),
+                1
+            );
+            n += 1;
+        }
+        start.elapsed().as_nanos() / 2_000
+    };
+    // The best of many runs, for the machine may have other things to do.
+    println!("a transaction: {} ns", (0..50).map(run).min().unwrap_or(0));
+}

@@ -2,6 +2,7 @@
 
 mod bitmap;
 mod log;
+mod node_dir;
 mod store;
 mod superblock;
 

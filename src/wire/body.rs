@@ -1,0 +1,200 @@
+//! Reading and writing the fields of variable bodies. A reader never allocates more than the bytes it holds can fill.
+
+use super::WireError;
+use crate::replication::ids::{COPIES_MAX, CopyId, Epoch, NodeName, REGIONS_MAX, Region, Seq};
+use crate::replication::message::Status;
+
+/// The longest text (a node's name, a refusal's words), in bytes.
+pub const TEXT_MAX: usize = 256;
+/// Answers in one `AckVec`: more than a loop turn collects at any queue depth the credits allow.
+pub const ACKS_MAX: usize = 1024;
+/// Bytes of one answer: sequence number and status.
+const ACK_LEN: usize = 9;
+/// Bytes of one missing copy: its id and its last epoch.
+const MISSING_LEN: usize = 24;
+/// The longest body, in bytes: a disk's state with every region its log can hold.
+pub const BODY_MAX: usize = 64 + 4 * REGIONS_MAX;
+
+const _: () = {
+    assert!(4 + ACKS_MAX * ACK_LEN <= BODY_MAX);
+    assert!(64 + COPIES_MAX * MISSING_LEN <= BODY_MAX);
+    assert!(64 + TEXT_MAX <= BODY_MAX);
+};
+
+/// The longest start of `text` that fits [`TEXT_MAX`].
+pub(super) fn clip(text: &str) -> &str {
+    let mut end = text.len().min(TEXT_MAX);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+/// A node's name is an identity, which must not be clipped.
+pub(super) fn name(name: &NodeName) -> &str {
+    assert!(
+        name.0.len() <= TEXT_MAX,
+        "a node's name has at most {TEXT_MAX} bytes"
+    );
+    &name.0
+}
+
+pub(super) fn put_text(out: &mut Vec<u8>, text: &str) {
+    out.extend_from_slice(&(text.len() as u16).to_le_bytes());
+    out.extend_from_slice(text.as_bytes());
+}
+
+pub(super) fn put_regions(out: &mut Vec<u8>, regions: &[Region]) {
+    assert!(
+        regions.len() <= REGIONS_MAX,
+        "an activity log has at most {REGIONS_MAX} regions"
+    );
+    out.extend_from_slice(&(regions.len() as u32).to_le_bytes());
+    for region in regions {
+        out.extend_from_slice(&region.0.to_le_bytes());
+    }
+}
+
+pub(super) fn put_missing(out: &mut Vec<u8>, missing: &[(CopyId, Epoch)]) {
+    assert!(
+        missing.len() <= COPIES_MAX,
+        "a volume has at most {COPIES_MAX} copies"
+    );
+    out.extend_from_slice(&(missing.len() as u32).to_le_bytes());
+    for (copy, last) in missing {
+        out.extend_from_slice(&copy.0);
+        out.extend_from_slice(&last.0.to_le_bytes());
+    }
+}
+
+pub(super) fn put_acks(out: &mut Vec<u8>, acks: &[(Seq, Status)]) {
+    assert!(
+        acks.len() <= ACKS_MAX,
+        "one AckVec has at most {ACKS_MAX} answers"
+    );
+    out.extend_from_slice(&(acks.len() as u32).to_le_bytes());
+    for (seq, status) in acks {
+        out.extend_from_slice(&seq.0.to_le_bytes());
+        out.push(status_code(*status));
+    }
+}
+
+pub(super) fn status_code(status: Status) -> u8 {
+    match status {
+        Status::Ok => 0,
+        Status::Io => 1,
+        Status::NoSpace => 2,
+        Status::Stale => 3,
+    }
+}
+
+pub(super) fn status(code: u8) -> Result<Status, WireError> {
+    match code {
+        0 => Ok(Status::Ok),
+        1 => Ok(Status::Io),
+        2 => Ok(Status::NoSpace),
+        3 => Ok(Status::Stale),
+        _ => Err(WireError::Malformed("status")),
+    }
+}
+
+/// Reads a body from front to back.
+pub(super) struct Reader<'a>(pub &'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, len: usize) -> Result<&'a [u8], WireError> {
+        let (head, tail) = self
+            .0
+            .split_at_checked(len)
+            .ok_or(WireError::Malformed("body: it ends too early"))?;
+        self.0 = tail;
+        Ok(head)
+    }
+
+    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        let mut out = [0; N];
+        out.copy_from_slice(self.take(N)?);
+        Ok(out)
+    }
+
+    pub fn u8(&mut self) -> Result<u8, WireError> {
+        Ok(u8::from_le_bytes(self.array()?))
+    }
+
+    pub fn u16(&mut self) -> Result<u16, WireError> {
+        Ok(u16::from_le_bytes(self.array()?))
+    }
+
+    pub fn u32(&mut self) -> Result<u32, WireError> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    pub fn u64(&mut self) -> Result<u64, WireError> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    pub fn text(&mut self) -> Result<String, WireError> {
+        let len = usize::from(self.u16()?);
+        within("text", len, TEXT_MAX)?;
+        let text = std::str::from_utf8(self.take(len)?);
+        text.map(String::from)
+            .map_err(|_| WireError::Malformed("text: not UTF-8"))
+    }
+
+    /// A count of at most `max`, and that many entries of `len` bytes each.
+    fn list<T>(
+        &mut self,
+        what: &'static str,
+        max: usize,
+        len: usize,
+        entry: impl Fn(&mut Self) -> Result<T, WireError>,
+    ) -> Result<Vec<T>, WireError> {
+        let count = self.u32()? as usize;
+        within(what, count, max)?;
+        let mut entries = Reader(self.take(count * len)?);
+        let mut out = Vec::with_capacity(count);
+        for _ in 0..count {
+            out.push(entry(&mut entries)?);
+        }
+        Ok(out)
+    }
+
+    pub fn regions(&mut self) -> Result<Vec<Region>, WireError> {
+        self.list("number of regions", REGIONS_MAX, 4, |r| {
+            Ok(Region(r.u32()?))
+        })
+    }
+
+    pub fn missing(&mut self) -> Result<Vec<(CopyId, Epoch)>, WireError> {
+        self.list("number of missing copies", COPIES_MAX, MISSING_LEN, |r| {
+            Ok((CopyId(r.array()?), Epoch(r.u64()?)))
+        })
+    }
+
+    pub fn acks(&mut self) -> Result<Vec<(Seq, Status)>, WireError> {
+        self.list("number of answers", ACKS_MAX, ACK_LEN, |r| {
+            Ok((Seq(r.u64()?), status(r.u8()?)?))
+        })
+    }
+
+    /// Nothing may be left over.
+    pub fn end(self) -> Result<(), WireError> {
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(WireError::Malformed("body: it is too long"))
+        }
+    }
+}
+
+/// Holds a length against its limit.
+pub(super) fn within(what: &'static str, found: usize, limit: usize) -> Result<(), WireError> {
+    if found > limit {
+        return Err(WireError::TooLong {
+            what,
+            found: found as u64,
+            limit: limit as u64,
+        });
+    }
+    Ok(())
+}
