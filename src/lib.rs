@@ -1,6 +1,8 @@
 //! lockstep: disks for virtual machines that survive the loss of a node.
 
 pub mod api;
+pub mod cli;
 pub mod cluster;
+pub mod node;
 pub mod registry;
 pub mod replication;

@@ -1,0 +1,15 @@
+//! One node process.
+
+use crate::cluster::config::NodeConfig;
+use crate::cluster::fault::Fault;
+use crate::cluster::join::join;
+
+/// Runs a node until it is told to stop.
+pub fn run(config: NodeConfig) -> Result<(), Fault> {
+    let registry = config.registry.clone().open()?;
+    let joined = join(config, registry)?;
+    Err(Fault::internal(format!(
+        "node {} joined, and this build has no engine",
+        joined.node
+    )))
+}
