@@ -1,6 +1,7 @@
 //! lockstep: disks for virtual machines that survive the loss of a node.
 
 pub mod api;
+pub mod cli;
 pub mod cluster;
 pub mod copy;
 pub mod engine;

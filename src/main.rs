@@ -1,1 +1,7 @@
-fn main() {}
+//! Reads the command line and calls a noun.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    lockstep::cli::run(lockstep::node::run)
+}

@@ -60,6 +60,12 @@ pub(super) fn random<const N: usize>() -> Result<[u8; N], Fault> {
     Ok(bytes)
 }
 
+/// Opens the configured registry; the embedded one lives in the data directory, which is made when it is absent.
+pub fn open_registry(config: &NodeConfig) -> Result<Arc<dyn Registry>, Fault> {
+    make_dir("--data-dir", &config.data_dir)?;
+    Ok(config.registry.open()?)
+}
+
 /// Takes ports and name. Refuses when another process has them.
 pub fn join(config: NodeConfig, registry: Arc<dyn Registry>) -> Result<Membership, Fault> {
     let mut config = config.check()?;

@@ -1,0 +1,114 @@
+//! The node at the other end of a command.
+
+use std::io;
+use std::time::Duration;
+
+use hyper::Method;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::api::client::{Answer, ClientError, Target, ask, ask_lines, runtime};
+use crate::cluster::fault::Fault;
+
+/// How long a command waits for its answer. Longer than anything the node itself waits for, a forced removal's detach
+/// included: its answer says more than our giving up would.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// See the module.
+pub(super) struct Remote<'a> {
+    target: &'a Target,
+}
+
+impl<'a> Remote<'a> {
+    pub(super) fn new(target: &'a Target) -> Self {
+        Self { target }
+    }
+
+    /// Reads.
+    pub(super) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Fault> {
+        self.request(Method::GET, path, None)
+    }
+
+    /// Changes something.
+    pub(super) fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Fault> {
+        let body = serde_json::to_vec(body)
+            .map_err(|e| Fault::internal(format!("the request cannot be written: {e}")))?;
+        self.request(method, path, Some(body))
+    }
+
+    fn request<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<T, Fault> {
+        let runtime = runtime().map_err(no_runtime)?;
+        let answer = runtime
+            .block_on(ask(self.target, method, path, body, Some(PATIENCE)))
+            .map_err(|e| self.unreachable(&e))?;
+        let body = self.success(answer)?;
+        serde_json::from_slice(&body).map_err(|e| {
+            Fault::internal(format!(
+                "the answer of {} is not understood: {e}",
+                self.target
+            ))
+        })
+    }
+
+    /// Hands every line of a stream to `take` until it says `false`.
+    pub(super) fn lines(&self, path: &str, take: impl FnMut(&str) -> bool) -> Result<(), Fault> {
+        let runtime = runtime().map_err(no_runtime)?;
+        let answer = runtime
+            .block_on(ask_lines(self.target, path, take))
+            .map_err(|e| self.unreachable(&e))?;
+        self.success(answer).map(drop)
+    }
+
+    fn success(&self, answer: Answer) -> Result<Vec<u8>, Fault> {
+        if answer.status.is_success() {
+            return Ok(answer.body.to_vec());
+        }
+        Err(serde_json::from_slice(&answer.body).unwrap_or_else(|_| {
+            Fault::internal(format!("{} answered {}", self.target, answer.status))
+        }))
+    }
+
+    fn unreachable(&self, error: &ClientError) -> Fault {
+        let fault = Fault::try_again(format!("no node answers at {}: {error}", self.target));
+        let kind = match error {
+            ClientError::Connect(e) => Some(e.kind()),
+            ClientError::Broken(_) | ClientError::Late(_) => None,
+        };
+        match kind {
+            Some(io::ErrorKind::PermissionDenied) => fault.hint(
+                "the socket is for its owner and group: become a member, or use sudo",
+            ),
+            Some(_) => fault.hint(
+                "start one: lockstep node --name n1; or name its socket: --host unix:RUN-DIR/api.sock \
+                 (or LOCKSTEP_HOST)",
+            ),
+            None => fault.hint("look at the node's log"),
+        }
+    }
+}
+
+fn no_runtime(error: io::Error) -> Fault {
+    Fault::internal(format!("cannot set up: {error}"))
+}
+
+/// A text as part of a URL's query.
+pub(super) fn encode(text: &str) -> String {
+    text.bytes()
+        .map(|b| match b {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
+                char::from(b).to_string()
+            }
+            _ => format!("%{b:02X}"),
+        })
+        .collect()
+}
