@@ -438,31 +438,38 @@ fn pieces_and_bytes_of_a_chain_are_bounded() {
     );
     ring.push_used(chain.complete(1));
 
-    // 8200 buffers of half a MiB: each exists, together they are more than 4 GiB.
-    let long = 8200u16;
-    let table: Vec<_> = (0..long)
-        .map(|i| {
-            desc(
-                MIB,
-                0x8_0000,
-                WRITE | if i + 1 == long { 0 } else { NEXT },
-                i + 1,
-            )
-        })
-        .collect();
-    driver.put_table(4 * MIB, &table);
-    driver.offer_chain(1, &[desc(4 * MIB, u32::from(long) * 16, INDIRECT, 0)]);
-    let chain = take(&mut ring);
-    assert!(matches!(
-        chain.fault(),
-        Some(ChainFault::TooManySegments | ChainFault::TooLong)
-    ));
-    ring.push_used(chain.complete(1));
-
     driver.put_table(DATA, &[desc(DATA, 1, WRITE, 0)]);
     driver.put(2, desc(DATA, 16, INDIRECT | NEXT, 3));
     driver.offer(2);
     assert_eq!(take(&mut ring).fault(), Some(ChainFault::IndirectNext));
+
+    // 520 buffers of 8 MiB: each exists, together they are more than 4 GiB.
+    let mem = GuestMem::from_ranges(&[(GuestAddress(0), 16 * MIB as usize)]).unwrap();
+    let mut driver = Driver::new(Arc::new(mem), 0, 4);
+    let mut ring = self::ring(&driver);
+    let big = |n: u16| -> Vec<Desc> {
+        (1..=n)
+            .map(|i| {
+                desc(
+                    8 * MIB,
+                    8 * MIB as u32,
+                    WRITE | if i == n { 0 } else { NEXT },
+                    i,
+                )
+            })
+            .collect()
+    };
+    for (n, fault) in [
+        (511u16, None),
+        (512, Some(ChainFault::TooLong)),
+        (520, Some(ChainFault::TooLong)),
+    ] {
+        driver.put_table(MIB, &big(n));
+        driver.offer_chain(0, &[desc(MIB, u32::from(n) * 16, INDIRECT, 0)]);
+        let chain = take(&mut ring);
+        assert_eq!(chain.fault(), fault, "{n}");
+        ring.push_used(chain.complete(0));
+    }
 }
 
 #[test]

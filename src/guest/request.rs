@@ -145,6 +145,7 @@ impl Request {
     /// # Errors
     ///
     /// [`RingError::NoStatus`] when there is no byte to write an answer to; the ring is not to be trusted any more.
+    #[inline(always)]
     pub fn parse(chain: Chain, limits: &Limits) -> Result<Parsed, RingError> {
         let head = chain.head;
         let Some(status) = status_byte(&chain) else {
@@ -285,6 +286,7 @@ struct Plan {
 
 impl Plan {
     /// Cuts header and status off the chain's pieces, and checks what remains. The chain has a status byte.
+    #[inline(always)]
     fn of(chain: &mut Chain, limits: &Limits) -> Result<Plan, Refusal> {
         if let Some(fault) = chain.fault {
             return Err(fault.into());

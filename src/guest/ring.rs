@@ -318,6 +318,7 @@ impl Ring {
     /// # Errors
     ///
     /// [`RingError`], once; the ring is broken and gives out nothing more.
+    #[inline]
     pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
         if self.broken {
             return Ok(None);
@@ -349,7 +350,8 @@ impl Ring {
         }
     }
 
-    #[inline]
+    // Inlined, as the walk in it.
+    #[inline(always)]
     fn try_pop(&mut self) -> Result<Option<Chain>, RingError> {
         if self.next_avail == self.seen_avail && !self.look_for_more()? {
             return Ok(None);
