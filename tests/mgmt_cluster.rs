@@ -398,6 +398,7 @@ fn a_registry_that_becomes_another_clusters_is_not_believed() {
     thread::sleep(std::time::Duration::from_millis(700));
     assert_eq!(lab.copies("n1"), [id.to_string()]);
     assert_eq!(n1.host_attachments(), 1);
+    assert!(n1.fatal().is_none());
 }
 
 impl HostCount for Node {
@@ -558,8 +559,8 @@ fn declared_volumes_are_created_once_their_nodes_are_there_and_served() {
     assert_eq!(view["failure_mode"], "hard");
     assert_eq!(view["attachment"]["num_queues"], 2);
     drop(n1);
-    // Another size does not change it.
-    let _n1 = lab.node_serving("n1", &["vm1,size=2GiB,replicas=1,num-queues=2"]);
+    // Another size or number of queues does not change it, and does not keep it from being served.
+    let _n1 = lab.node_serving("n1", &["vm1,size=2GiB,replicas=1,num-queues=4"]);
     eventually("it is served again", || {
         (n2.volume("vm1")["attachment"]["phase"] == "serving").then_some(())
     });

@@ -356,6 +356,21 @@ fn a_watch_that_is_too_far_behind_is_told() {
 }
 
 #[test]
+fn many_may_open_a_new_file_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..20 {
+        let path = dir.path().join(format!("{round}.db"));
+        thread::scope(|s| {
+            for _ in 0..6 {
+                s.spawn(|| suite::add_one(&Sqlite::open(&path).unwrap(), "sum"));
+            }
+        });
+        let sum = Sqlite::open(&path).unwrap().get("sum").unwrap().unwrap();
+        assert_eq!(sum.value, b"6");
+    }
+}
+
+#[test]
 fn a_file_that_is_not_ours_is_refused_with_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let unusable = |path: &Path, expected: &str| match Sqlite::open(path) {

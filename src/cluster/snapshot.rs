@@ -95,15 +95,13 @@ impl Snapshot {
         } else if let Some(name) = key.strip_prefix(NAMES) {
             let value = self.read::<VolumeId>(key, entry).map(|(id, _)| id);
             set(&mut self.names, name.into(), value);
-        } else if let Some(id) = key.strip_prefix(REMOVED) {
-            if let Ok(id) = id.parse() {
-                let value = self.read(key, entry);
-                set(&mut self.removed, id, value);
-            }
-        } else if let Some((id, part)) = key.strip_prefix(VOLUMES).and_then(|k| k.split_once('/')) {
-            if let Ok(id) = id.parse() {
-                self.set_volume(id, part, key, entry);
-            }
+        } else if let Some(Ok(id)) = key.strip_prefix(REMOVED).map(str::parse) {
+            let value = self.read(key, entry);
+            set(&mut self.removed, id, value);
+        } else if let Some((id, part)) = key.strip_prefix(VOLUMES).and_then(|k| k.split_once('/'))
+            && let Ok(id) = id.parse()
+        {
+            self.set_volume(id, part, key, entry);
         }
         // Other keys are of a later version; it knows what to do with them.
     }
