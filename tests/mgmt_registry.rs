@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lockstep::registry::{
-    CasError, Change, Event, Guard, Location, Registry, RegistryError, Revision, Sqlite,
-    VALUE_MAX, Watch, WatchError,
+    CasError, Change, Event, Guard, Location, Registry, RegistryError, Revision, Sqlite, VALUE_MAX,
+    Watch, WatchError,
 };
 
 /// Generous: only a broken registry takes this long.
@@ -67,7 +67,10 @@ mod suite {
                 found: Some(found),
             }) => {
                 assert_eq!(key, "k");
-                assert_eq!((found.value.as_slice(), found.revision), (&b"2"[..], second));
+                assert_eq!(
+                    (found.value.as_slice(), found.revision),
+                    (&b"2"[..], second)
+                );
             }
             other => panic!("{other:?}"),
         }
@@ -99,7 +102,9 @@ mod suite {
                 expected: None,
             },
         ];
-        let at = r.txn(&guards, &[put("b", "1"), put("c", "1"), delete("a")]).unwrap();
+        let at = r
+            .txn(&guards, &[put("b", "1"), put("c", "1"), delete("a")])
+            .unwrap();
         assert_eq!(r.get("a").unwrap(), None);
         for key in ["b", "c"] {
             assert_eq!(r.get(key).unwrap().unwrap().revision, at);
@@ -134,7 +139,9 @@ mod suite {
         // Before the watch exists, after it does, through this handle and another, in and outside the prefix.
         let one = a.cas("w/1", None, Some(b"1")).unwrap();
         let watch = a.watch("w/", listing.revision).unwrap();
-        let two = b.txn(&[], &[put("w/2", "2"), put("x", ""), delete("w/1")]).unwrap();
+        let two = b
+            .txn(&[], &[put("w/2", "2"), put("x", ""), delete("w/1")])
+            .unwrap();
         a.cas("x/3", None, Some(b"")).unwrap();
         let three = b.cas("w/2", Some(two), Some(b"3")).unwrap();
         let events = collect(&watch, 4);
@@ -198,7 +205,11 @@ mod suite {
                     let mine = open();
                     for i in 0..40_u64 {
                         let key = format!("m/{}", (i * 7 + n) % 10);
-                        let change = if i % 3 == 2 { delete(&key) } else { put(&key, &format!("{n}.{i}")) };
+                        let change = if i % 3 == 2 {
+                            delete(&key)
+                        } else {
+                            put(&key, &format!("{n}.{i}"))
+                        };
                         mine.txn(&[], &[change]).unwrap();
                     }
                 });
@@ -214,7 +225,11 @@ mod suite {
             .collect();
         while mirror != expected {
             assert!(Instant::now() < deadline, "{mirror:?} is not {expected:?}");
-            for event in watch.next(Duration::from_millis(50)).unwrap().unwrap_or_default() {
+            for event in watch
+                .next(Duration::from_millis(50))
+                .unwrap()
+                .unwrap_or_default()
+            {
                 match event.value {
                     Some(value) => mirror.insert(event.key, value),
                     None => mirror.remove(&event.key),
@@ -310,7 +325,10 @@ fn processes_lose_no_update_and_a_killed_one_does_no_harm() {
     }
     let sum = registry.get("sum").unwrap().unwrap();
     let sum: usize = String::from_utf8(sum.value).unwrap().parse().unwrap();
-    assert!((3 * CHILD_ROUNDS..=4 * CHILD_ROUNDS).contains(&sum), "{sum}");
+    assert!(
+        (3 * CHILD_ROUNDS..=4 * CHILD_ROUNDS).contains(&sum),
+        "{sum}"
+    );
     suite::add_one(&registry, "sum");
 }
 
@@ -322,7 +340,8 @@ fn a_watch_that_is_too_far_behind_is_told() {
     // Old history is cut after ten thousand revisions; their number is set instead of waited for.
     registry.cas("k", None, Some(b"")).unwrap();
     let raw = rusqlite::Connection::open(&path).unwrap();
-    raw.execute("UPDATE counters SET revision = 20479", []).unwrap();
+    raw.execute("UPDATE counters SET revision = 20479", [])
+        .unwrap();
     registry.cas("j", None, Some(b"")).unwrap();
     let watch = registry.watch("", Revision(1)).unwrap();
     assert!(matches!(
@@ -334,6 +353,21 @@ fn a_watch_that_is_too_far_behind_is_told() {
     let watch = registry.watch("", listing.revision).unwrap();
     registry.cas("i", None, Some(b"")).unwrap();
     assert_eq!(collect(&watch, 1)[0].key, "i");
+}
+
+#[test]
+fn many_may_open_a_new_file_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..20 {
+        let path = dir.path().join(format!("{round}.db"));
+        thread::scope(|s| {
+            for _ in 0..6 {
+                s.spawn(|| suite::add_one(&Sqlite::open(&path).unwrap(), "sum"));
+            }
+        });
+        let sum = Sqlite::open(&path).unwrap().get("sum").unwrap().unwrap();
+        assert_eq!(sum.value, b"6");
+    }
 }
 
 #[test]

@@ -171,7 +171,7 @@ fn follow(plane: Arc<Plane>, volume: Option<String>, limit: usize) -> Result<Res
 
 fn stream(plane: &Plane, volume: Option<&str>, limit: usize, lines: &Sender<Bytes>) {
     let mut cursors = None;
-    while !lines.is_closed() {
+    while !lines.is_closed() && plane.still_running().is_ok() {
         let news = match &mut cursors {
             None => gathered(plane, volume, limit).map(|(events, at)| {
                 cursors = Some(at);

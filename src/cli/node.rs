@@ -139,7 +139,7 @@ fn inspect(node: &NodeView) -> String {
         for c in &node.copies {
             let unknown = || format!("? ({})", c.copy.volume);
             table.row(vec![
-                c.volume.clone().unwrap_or_else(unknown),
+                c.name.clone().unwrap_or_else(unknown),
                 c.copy.copy.to_string(),
                 c.copy.epoch.to_string(),
                 c.copy.standing.clone(),

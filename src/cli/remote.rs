@@ -1,7 +1,7 @@
 //! The node at the other end of a command.
 
-use std::io;
-use std::time::Duration;
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
 
 use hyper::Method;
 use serde::Serialize;
@@ -13,6 +13,12 @@ use crate::cluster::fault::Fault;
 /// How long a command waits for its answer. Longer than anything the node itself waits for, a forced removal's detach
 /// included: its answer says more than our giving up would.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// How often a waiting command says so on a terminal.
+const STEP: Duration = Duration::from_secs(1);
+/// And in a log, where each time is a line.
+const STEP_OF_LINES: Duration = Duration::from_secs(10);
+/// Back to the line's beginning, and nothing on it (ECMA-48 EL).
+const CLEAR_LINE: &str = "\r\x1b[K";
 
 /// See the module.
 pub(super) struct Remote<'a> {
@@ -49,7 +55,13 @@ impl<'a> Remote<'a> {
     ) -> Result<T, Fault> {
         let runtime = runtime().map_err(no_runtime)?;
         let answer = runtime
-            .block_on(ask(self.target, method, path, body, Some(PATIENCE)))
+            .block_on(with_progress(ask(
+                self.target,
+                method,
+                path,
+                body,
+                Some(PATIENCE),
+            )))
             .map_err(|e| self.unreachable(&e))?;
         let body = self.success(answer)?;
         serde_json::from_slice(&body).map_err(|e| {
@@ -95,6 +107,40 @@ impl<'a> Remote<'a> {
             None => fault.hint("look at the node's log"),
         }
     }
+}
+
+/// Says now and then that an answer is still waited for: in place on a terminal, as plain lines elsewhere.
+async fn with_progress<T>(work: impl Future<Output = T>) -> T {
+    let terminal = io::stderr().is_terminal();
+    let step = if terminal { STEP } else { STEP_OF_LINES };
+    let begun = Instant::now();
+    let mut shown = false;
+    let mut work = std::pin::pin!(work);
+    loop {
+        match tokio::time::timeout(step, &mut work).await {
+            Ok(result) => {
+                if shown && terminal {
+                    show(CLEAR_LINE);
+                }
+                return result;
+            }
+            Err(_) => {
+                let seconds = begun.elapsed().as_secs();
+                shown = true;
+                if terminal {
+                    show(&format!("{CLEAR_LINE}waiting … {seconds}s"));
+                } else {
+                    show(&format!("still waiting after {seconds}s\n"));
+                }
+            }
+        }
+    }
+}
+
+fn show(text: &str) {
+    let mut err = io::stderr().lock();
+    // With stderr gone nobody watches.
+    let _ = err.write_all(text.as_bytes()).and_then(|()| err.flush());
 }
 
 fn no_runtime(error: io::Error) -> Fault {

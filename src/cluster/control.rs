@@ -278,11 +278,11 @@ impl Control {
                 }
                 (Some(_), Some(Phase::Fenced)) => {
                     // The spec still wants it here: take the dead attachment away, the next round attaches anew.
-                    self.let_go(id, &spec.0.full_name(), "fenced");
+                    self.let_go(id, spec.0.full_name(), "fenced");
                 }
                 (Some(_), Some(_)) => self.tell(id, record),
                 (Some(desired), None) => self.serve(id, spec, desired, record),
-                (None, Some(_)) => self.let_go(id, &spec.0.full_name(), "not-wanted-here"),
+                (None, Some(_)) => self.let_go(id, spec.0.full_name(), "not-wanted-here"),
                 (None, None) => {
                     self.retry.remove(&id);
                     self.plane.clear_report(id);
@@ -474,10 +474,11 @@ impl Control {
                 );
                 self.say(&id.to_string(), &text);
             } else if self.remove_copy(*id, tombstone) {
-                match self.plane.store.copy_removed(*id, &self.plane.node) {
-                    Err(CasError::Registry(e)) => return Err(e),
-                    // The next round finds the copy gone and notes it again.
-                    Ok(()) | Err(_) => {}
+                // A race that is lost is no failure: the next round finds the copy gone and notes it again.
+                if let Err(CasError::Registry(e)) =
+                    self.plane.store.copy_removed(*id, &self.plane.node)
+                {
+                    return Err(e);
                 }
             }
         }

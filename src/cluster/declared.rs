@@ -10,7 +10,7 @@ use super::attach::{AttachOptions, attach};
 use super::config::Serve;
 use super::create::{CreateRequest, create};
 use super::fault::{Code, Fault};
-use super::model::Labels;
+use super::model::{Desired, Labels};
 use super::plane::{Found, Plane};
 use super::settings::{Wishes, parse_failure_mode, show_failure_mode};
 use super::units::show_size;
@@ -49,8 +49,21 @@ pub(super) fn run(plane: &Arc<Plane>, mut serve: Vec<Serve>, stop: &AtomicBool) 
 }
 
 fn ensure(plane: &Arc<Plane>, wanted: &Serve) -> Result<(), Fault> {
+    let mut options = AttachOptions {
+        node: Some(plane.node.clone()),
+        socket: wanted.socket.clone(),
+        num_queues: wanted.num_queues,
+        ..AttachOptions::default()
+    };
     match plane.find(&wanted.name) {
         Ok(found) => {
+            let here = |a: &&Desired| a.node == plane.node && a.release.is_none();
+            if let Some(present) = found.spec.0.attachment.as_ref().filter(here) {
+                // Its spec had it served here before this start; a running machine knows that socket.
+                options.socket = None;
+                options.num_queues = None;
+                options.read_only = present.read_only;
+            }
             for difference in differences(wanted, &found) {
                 log::warn!("volume {} is served as it is: {difference}", wanted.name);
             }
@@ -83,16 +96,7 @@ fn ensure(plane: &Arc<Plane>, wanted: &Serve) -> Result<(), Fault> {
         }
         Err(fault) => return Err(fault),
     }
-    let attached = attach(
-        plane,
-        &wanted.name,
-        AttachOptions {
-            node: Some(plane.node.clone()),
-            socket: wanted.socket.clone(),
-            num_queues: wanted.num_queues,
-            ..AttachOptions::default()
-        },
-    )?;
+    let attached = attach(plane, &wanted.name, options)?;
     log::info!(
         "volume {} is served at {}",
         attached.volume,
@@ -105,6 +109,18 @@ fn ensure(plane: &Arc<Plane>, wanted: &Serve) -> Result<(), Fault> {
 fn differences(wanted: &Serve, found: &Found) -> Vec<String> {
     let record = &found.record.0;
     let mut differences = Vec::new();
+    if let Some(present) = &found.spec.0.attachment {
+        if let Some(socket) = wanted.socket.as_ref().filter(|s| **s != present.socket) {
+            differences.push(format!(
+                "its socket is {}, not {}",
+                present.socket.display(),
+                socket.display()
+            ));
+        }
+        if let Some(n) = wanted.num_queues.filter(|n| *n != present.num_queues) {
+            differences.push(format!("it has {} queues, not {n}", present.num_queues));
+        }
+    }
     if let Some(size) = wanted.size.filter(|s| *s != record.size) {
         differences.push(format!(
             "its size is {}, not {}",

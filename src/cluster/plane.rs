@@ -148,7 +148,7 @@ impl Plane {
     }
 
     /// Ends whatever waits for something to happen in the cluster when the node stops.
-    pub(super) fn still_running(&self) -> Result<(), Fault> {
+    pub(crate) fn still_running(&self) -> Result<(), Fault> {
         if self.stop.load(Ordering::Acquire) {
             return Err(Fault::try_again(format!("node {} is stopping", self.node)));
         }

@@ -95,15 +95,13 @@ impl Snapshot {
         } else if let Some(name) = key.strip_prefix(NAMES) {
             let value = self.read::<VolumeId>(key, entry).map(|(id, _)| id);
             set(&mut self.names, name.into(), value);
-        } else if let Some(id) = key.strip_prefix(REMOVED) {
-            if let Ok(id) = id.parse() {
-                let value = self.read(key, entry);
-                set(&mut self.removed, id, value);
-            }
-        } else if let Some((id, part)) = key.strip_prefix(VOLUMES).and_then(|k| k.split_once('/')) {
-            if let Ok(id) = id.parse() {
-                self.set_volume(id, part, key, entry);
-            }
+        } else if let Some(Ok(id)) = key.strip_prefix(REMOVED).map(str::parse) {
+            let value = self.read(key, entry);
+            set(&mut self.removed, id, value);
+        } else if let Some((id, part)) = key.strip_prefix(VOLUMES).and_then(|k| k.split_once('/'))
+            && let Ok(id) = id.parse()
+        {
+            self.set_volume(id, part, key, entry);
         }
         // Other keys are of a later version; it knows what to do with them.
     }
@@ -146,5 +144,57 @@ fn set<K: Ord, V>(map: &mut BTreeMap<K, V>, key: K, value: Option<V>) {
         None => {
             map.remove(&key);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(revision: u64, key: &str, value: Option<&str>) -> Event {
+        Event {
+            key: key.into(),
+            revision: Revision(revision),
+            value: value.map(Into::into),
+        }
+    }
+
+    #[test]
+    fn what_a_newer_listing_holds_is_not_undone_by_older_changes() {
+        let name = "names/default/a";
+        let id = |n: u8| format!("\"{}\"", VolumeId([n; 16]));
+        let mut snapshot = Snapshot::of(&Listing {
+            entries: vec![(
+                name.into(),
+                Entry {
+                    value: id(2).into(),
+                    revision: Revision(5),
+                },
+            )],
+            revision: Revision(6),
+        });
+        snapshot.apply(vec![event(4, name, Some(&id(1))), event(6, name, None)]);
+        assert_eq!(snapshot.names["default/a"], VolumeId([2; 16]));
+        // Two changes of one transaction are both new.
+        snapshot.apply(vec![
+            event(7, name, Some(&id(3))),
+            event(7, "names/default/b", Some(&id(4))),
+        ]);
+        assert_eq!(snapshot.names.len(), 2);
+        assert_eq!(snapshot.revision, Revision(7));
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_read_is_named_and_does_no_harm() {
+        let mut snapshot = Snapshot::default();
+        snapshot.apply(vec![
+            event(1, "nodes/n1", Some("{")),
+            event(2, "volumes/not-an-id/spec", Some("{}")),
+            event(3, "future/key", Some("?")),
+        ]);
+        assert!(snapshot.nodes.is_empty() && snapshot.volumes.is_empty());
+        assert_eq!(snapshot.unreadable.len(), 1);
+        snapshot.apply(vec![event(4, "nodes/n1", None)]);
+        assert!(snapshot.unreadable.is_empty());
     }
 }

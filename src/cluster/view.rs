@@ -172,7 +172,7 @@ pub struct NodeView {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeCopy {
     /// `namespace/name`; `None`: the registry does not know the volume.
-    pub volume: Option<String>,
+    pub name: Option<String>,
     /// What the disk says.
     #[serde(flatten)]
     pub copy: LocalCopy,
@@ -397,7 +397,7 @@ pub fn node_copies(copies: &[LocalCopy], snapshot: &Snapshot) -> Vec<NodeCopy> {
     copies
         .iter()
         .map(|copy| NodeCopy {
-            volume: snapshot
+            name: snapshot
                 .volumes
                 .get(&copy.volume)
                 .and_then(|v| v.spec.as_ref())

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, params};
@@ -23,6 +23,8 @@ const SCHEMA_VERSION: i32 = 1;
 /// How long a call waits for another process's write lock. Longer than any commit on a busy disk, short enough that
 /// an ejection which waits for it stays within a guest's patience.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pause before a new file is tried again.
+const PREPARE_PAUSE: Duration = Duration::from_millis(10);
 /// How many revisions the log of changes keeps. A watch that is further behind lists again.
 const HISTORY: u64 = 10_000;
 /// Old changes are cut off once in this many revisions, not at each.
@@ -69,7 +71,7 @@ impl Sqlite {
     pub fn open(path: &Path) -> Result<Self, RegistryError> {
         let name = format!("sqlite:{}", path.display());
         let mut connection = connect(path, &name)?;
-        prepare(&mut connection, &name)?;
+        prepare_patiently(&mut connection, &name)?;
         let watcher = Watcher::start(Arc::from(path), name.clone())?;
         Ok(Self {
             name,
@@ -243,6 +245,20 @@ pub(super) fn connect(path: &Path, name: &str) -> Result<Connection, RegistryErr
         ));
     }
     Ok(connection)
+}
+
+/// Nodes that start together find the same new file. SQLite answers some of the races for its journal mode with
+/// "busy" at once, whatever the busy timeout, because waiting could deadlock: so the waiting is done here.
+fn prepare_patiently(connection: &mut Connection, name: &str) -> Result<(), RegistryError> {
+    let deadline = Instant::now() + BUSY_TIMEOUT;
+    loop {
+        match prepare(connection, name) {
+            Err(RegistryError::Unavailable { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(PREPARE_PAUSE);
+            }
+            done => return done,
+        }
+    }
 }
 
 /// Makes the tables in a new file and refuses one that is not ours.
