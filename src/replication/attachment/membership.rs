@@ -55,6 +55,12 @@ impl<D: Payload> Attachment<D> {
         if self.ended() {
             return;
         }
+        // S6: disconnect, dial, eject, connected, in this order: the copy is out by now. Configured, it would persist an
+        // epoch in which it misses writes, and a detach would call it clean.
+        if !self.in_sync.has(copy) {
+            self.actions.push_back(Action::Hangup(copy));
+            return self.unlink(copy, "it is not in the in-sync set");
+        }
         let peer = &mut self.peers[copy];
         peer.link = Link::Up;
         peer.heard = now;

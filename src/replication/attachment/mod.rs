@@ -14,6 +14,8 @@ mod io;
 mod join;
 mod membership;
 mod reconcile;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 

@@ -1,0 +1,204 @@
+//! Schedules that broke a rule, each exact. What chance finds is in `tests/sim`.
+
+use super::*;
+use crate::replication::failure_mode::FailureMode;
+use crate::replication::ids::{CHUNK, Instance, REGION, Region, VolumeId};
+use crate::replication::message::Request;
+use crate::replication::record::{Base, CopyEntry, State};
+
+#[derive(Clone, Debug, PartialEq)]
+struct Bytes(Vec<u8>);
+
+impl Payload for Bytes {
+    fn same(&self, other: &Self) -> bool {
+        self == other
+    }
+
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+}
+
+const MS: u64 = 1_000_000;
+const SPAN: Span = Span {
+    offset: 0,
+    len: 512,
+};
+
+fn write(span: Span) -> Op {
+    Op::Write { span, fua: false }
+}
+
+fn boot(copy: usize) -> BootId {
+    BootId([copy as u8; 16])
+}
+
+/// An attachment on node 0 and the answers of its copies, given one by one.
+struct Bench {
+    a: Attachment<Bytes>,
+    now: Nanos,
+    seen: Vec<Action<Bytes>>,
+}
+
+impl Bench {
+    fn record(copies: usize, state: State) -> Record {
+        let entry = |n: usize| CopyEntry {
+            copy_id: CopyId([n as u8; 16]),
+            node: NodeName(format!("n{n}")),
+            status: CopyStatus::InSync,
+            base: Base {
+                since: Epoch(1),
+                last: None,
+            },
+            boot_id: Some(boot(n)),
+        };
+        Record {
+            volume_id: VolumeId([9; 16]),
+            size: REGION,
+            block_size: 512,
+            replicas_wanted: copies as u8 - 1,
+            failure_mode: FailureMode::AlwaysOn,
+            suspend_deadline_ms: 30_000,
+            compress: false,
+            epoch: Epoch(1),
+            epoch_tag: Tag(1),
+            state,
+            attachment: None,
+            master: CopyId([0; 16]),
+            copies: (0..copies).map(entry).collect(),
+            lineage: vec![(Epoch(1), Tag(1))],
+        }
+    }
+
+    fn new(record: Record) -> Self {
+        let me = record::Attachment {
+            node: NodeName("n0".into()),
+            boot_id: boot(0),
+            instance: Instance([7; 16]),
+        };
+        let now = Nanos(1_000 * MS);
+        let timing = Timing::DEFAULT;
+        let a = Attachment::new(me, record, 1, Proof::None, timing, 1, now);
+        Self {
+            a,
+            now,
+            seen: Vec::new(),
+        }
+    }
+
+    /// Joined and configured; `regions` are what each copy has in its log.
+    fn attached(copies: usize, state: State, regions: &[Region]) -> Self {
+        let mut b = Self::new(Self::record(copies, state));
+        for copy in 0..copies {
+            b.a.on_connected(b.now, copy, boot(copy));
+            let disk = DiskState {
+                promised: Epoch(2),
+                probe: false,
+                epoch: Epoch(1),
+                tag: Tag(1),
+                boot_id: boot(copy),
+                clean: state == State::Clean,
+                regions: regions.to_vec(),
+            };
+            b.says(copy, Message::PromiseAck(disk));
+        }
+        b.swapped();
+        for copy in 0..copies {
+            b.says(copy, Message::AttachAck { epoch: Epoch(2) });
+        }
+        b
+    }
+
+    fn serving(copies: usize) -> Self {
+        let mut b = Self::attached(copies, State::Clean, &[]);
+        assert_eq!(*b.a.phase(), Phase::Serving);
+        b.tick(0);
+        b.take();
+        b
+    }
+
+    fn says(&mut self, copy: usize, message: Message) {
+        self.a.on_message(self.now, copy, message, None);
+    }
+
+    fn acks(&mut self, copy: usize, seq: Seq, status: Status) {
+        self.a.on_ack(self.now, copy, seq, status);
+    }
+
+    fn tick(&mut self, ms: u64) {
+        self.now = self.now.after(Nanos(ms * MS));
+        self.a.on_tick(self.now);
+    }
+
+    /// What was decided since the last look.
+    fn take(&mut self) -> Vec<Action<Bytes>> {
+        while let Some(action) = self.a.poll() {
+            self.seen.push(action);
+        }
+        std::mem::take(&mut self.seen)
+    }
+
+    /// The record proposed last.
+    fn proposed(&mut self) -> Option<Record> {
+        let found = self.take();
+        let last = found.iter().rev().find_map(|a| match a {
+            Action::Cas { record, .. } => Some((**record).clone()),
+            _ => None,
+        });
+        self.seen = found;
+        last
+    }
+
+    fn swapped(&mut self) {
+        let revision = self.a.revision + 1;
+        self.a.on_cas(self.now, CasOutcome::Done(revision));
+    }
+
+    fn submit(&mut self, id: u64, op: Op) {
+        let data = match op {
+            Op::Write { span, .. } => Some(Bytes(vec![id as u8; span.len as usize])),
+            _ => None,
+        };
+        self.a.submit(self.now, RequestId(id), op, data);
+    }
+}
+
+fn sent(actions: &[Action<Bytes>], copy: usize) -> Vec<Message> {
+    let to = |a: &Action<Bytes>| match a {
+        Action::Send { to, message, .. } if to.has(copy) => Some(message.clone()),
+        _ => None,
+    };
+    actions.iter().filter_map(to).collect()
+}
+
+fn writes(actions: &[Action<Bytes>], copy: usize) -> Vec<Request> {
+    let all = sent(actions, copy).into_iter();
+    all.filter_map(|m| match m {
+        Message::Write(r) => Some(r),
+        _ => None,
+    })
+    .collect()
+}
+
+fn completed(actions: &[Action<Bytes>]) -> Vec<(u64, Outcome)> {
+    let of = |a: &Action<Bytes>| match a {
+        Action::Complete { id, outcome, .. } => Some((id.0, *outcome)),
+        _ => None,
+    };
+    actions.iter().filter_map(of).collect()
+}
+
+#[test]
+fn an_ejected_copy_whose_connection_comes_late_is_not_configured_again() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    // Dialled for ever by a peer that does not answer; meanwhile it is ejected.
+    b.tick(500);
+    assert!(b.proposed().is_some());
+    b.swapped();
+    b.take();
+    b.a.on_connected(b.now, 1, boot(1));
+    let actions = b.take();
+    assert_eq!(sent(&actions, 1), []);
+    assert!(actions.iter().any(|a| matches!(a, Action::Hangup(1))));
+}
