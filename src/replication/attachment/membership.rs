@@ -367,6 +367,11 @@ impl<D: Payload> Attachment<D> {
         let Some((found, revision)) = found else {
             return self.fence("the volume was removed".into());
         };
+        // Asked for before our last swap and answered after it, this is not news: taken for somebody else's change it
+        // fenced the attachment that had made the newer one.
+        if revision < self.revision {
+            return;
+        }
         let same = |a: &Record, b: &Record| {
             (a.epoch, a.epoch_tag, a.state, &a.attachment)
                 == (b.epoch, b.epoch_tag, b.state, &b.attachment)

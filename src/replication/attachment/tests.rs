@@ -202,3 +202,15 @@ fn an_ejected_copy_whose_connection_comes_late_is_not_configured_again() {
     assert_eq!(sent(&actions, 1), []);
     assert!(actions.iter().any(|a| matches!(a, Action::Hangup(1))));
 }
+
+#[test]
+fn a_record_read_before_our_own_swap_and_answered_after_it_fences_nobody() {
+    let mut b = Bench::serving(2);
+    let before = (b.a.record().clone(), b.a.revision);
+    b.a.on_refused(b.now, 1, Refusal::Stale { promised: Epoch(2) });
+    assert!(b.take().iter().any(|a| matches!(a, Action::ReadRecord)));
+    b.tick(500);
+    b.swapped();
+    b.a.on_record(b.now, Some(before));
+    assert_eq!(*b.a.phase(), Phase::Serving);
+}
