@@ -317,6 +317,10 @@ impl<D: Payload> Attachment<D> {
     /// The registry answered a CAS.
     pub fn on_cas(&mut self, now: Nanos, outcome: CasOutcome) {
         self.now = now;
+        // Fenced while the claim was on its way: were its Done taken, the ended attachment would configure the copies.
+        if self.ended() {
+            return;
+        }
         let Some(change) = &mut self.change else {
             return;
         };

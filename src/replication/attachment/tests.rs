@@ -214,3 +214,25 @@ fn a_record_read_before_our_own_swap_and_answered_after_it_fences_nobody() {
     b.a.on_record(b.now, Some(before));
     assert_eq!(*b.a.phase(), Phase::Serving);
 }
+
+#[test]
+fn an_attachment_that_ended_while_its_claim_was_under_way_stays_ended() {
+    let mut b = Bench::new(Bench::record(1, State::Clean));
+    b.a.on_connected(b.now, 0, boot(0));
+    let disk = DiskState {
+        promised: Epoch(2),
+        probe: false,
+        epoch: Epoch(1),
+        tag: Tag(1),
+        boot_id: boot(0),
+        clean: true,
+        regions: Vec::new(),
+    };
+    b.says(0, Message::PromiseAck(disk));
+    assert_eq!(*b.a.phase(), Phase::Claiming);
+    b.a.detach(b.now);
+    b.take();
+    b.swapped();
+    assert!(matches!(b.a.phase(), Phase::Fenced(_)));
+    assert!(b.take().is_empty());
+}
