@@ -297,6 +297,11 @@ impl<D: Payload> Attachment<D> {
 
     pub(super) fn tick_change(&mut self) {
         let Some(change) = &mut self.change else {
+            // S19: however many reads failed, one is tried again.
+            if self.reread.is_some_and(|at| self.now >= at) {
+                self.reread = None;
+                self.actions.push_back(Action::ReadRecord);
+            }
             return;
         };
         if change.asked || self.now < change.retry {
@@ -357,12 +362,16 @@ impl<D: Payload> Attachment<D> {
     /// The record could not be read.
     pub fn on_record_unavailable(&mut self, now: Nanos) {
         self.now = now;
+        let retry = now.after(self.timing.registry_retry);
         match &mut self.change {
+            // A CAS is under way and will say more. Asking it again beside the first one would bring two answers, the
+            // second of which would be taken for that of a later change.
+            Some(change) if !change.unknown => {}
             Some(change) => {
                 change.asked = false;
-                change.retry = now.after(self.timing.registry_retry);
+                change.retry = retry;
             }
-            None => self.actions.push_back(Action::ReadRecord),
+            None => self.reread = Some(retry),
         }
     }
 

@@ -361,6 +361,8 @@ pub struct Attachment<D> {
     /// The copy on the attachment's own node.
     local: Option<usize>,
     change: Option<Change>,
+    /// When to read the record again, after it could not be read.
+    reread: Option<Nanos>,
     /// The highest promise a copy reported above our epoch.
     outbid: Epoch,
     join: join::Join,
@@ -437,6 +439,7 @@ impl<D: Payload> Attachment<D> {
             failing: CopySet::EMPTY,
             master: 0,
             change: None,
+            reread: None,
             outbid: Epoch(0),
             join: join::Join::default(),
             reconcile: reconcile::Reconcile::default(),

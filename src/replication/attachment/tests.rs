@@ -236,3 +236,29 @@ fn an_attachment_that_ended_while_its_claim_was_under_way_stays_ended() {
     assert!(matches!(b.a.phase(), Phase::Fenced(_)));
     assert!(b.take().is_empty());
 }
+
+#[test]
+fn a_registry_that_does_not_answer_is_asked_again_later_and_once() {
+    let mut b = Bench::serving(2);
+    for _ in 0..3 {
+        b.a.on_record_unavailable(b.now);
+    }
+    assert!(b.take().is_empty());
+    b.tick(200);
+    let reads = |all: Vec<Action<Bytes>>| all.iter().filter(|a| matches!(a, Action::ReadRecord)).count();
+    assert_eq!(reads(b.take()), 1);
+    b.tick(200);
+    assert_eq!(reads(b.take()), 0);
+}
+
+#[test]
+fn a_failed_read_of_the_record_does_not_repeat_a_cas_that_is_under_way() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.tick(500);
+    assert!(b.proposed().is_some());
+    b.take();
+    b.a.on_record_unavailable(b.now);
+    b.tick(1_000);
+    assert!(b.proposed().is_none());
+}
