@@ -1174,7 +1174,7 @@ impl World {
         });
         self.weigh_power();
         for a in 0..self.atts.len() {
-            if !self.atts[a].over && self.rng.one_in(2) {
+            if !self.atts[a].over {
                 let wait = self.registry_delay();
                 self.after(wait, Ev::Watch(a, Box::new(found.clone())));
             }

@@ -21,7 +21,11 @@ impl<D: Payload> Attachment<D> {
         let request = Submitted { id, op, data };
         if self.failing_requests() {
             self.complete(id, Outcome::IoError, None);
-        } else if self.not_serving_since.is_some() || self.pending.len() >= REQUESTS_MAX / 2 {
+        } else if self.not_serving_since.is_some()
+            || self.pending.len() >= REQUESTS_MAX / 2
+            // 2.2, ring order: a swap of the record ends a suspension between two ticks; what came before goes first.
+            || !self.held.is_empty()
+        {
             self.held.push_back(request);
         } else {
             self.begin(request);

@@ -262,3 +262,23 @@ fn a_failed_read_of_the_record_does_not_repeat_a_cas_that_is_under_way() {
     b.tick(1_000);
     assert!(b.proposed().is_none());
 }
+
+#[test]
+fn a_write_held_during_a_suspension_is_not_overtaken_by_a_later_one() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.tick(500);
+    b.tick(1_100);
+    assert!(b.a.why_not_serving().is_some(), "the registry is slow");
+    b.submit(1, write(SPAN));
+    b.take();
+    b.swapped();
+    b.submit(2, write(SPAN));
+    b.tick(50);
+    let actions = b.take();
+    let first = actions.iter().find_map(|a| match a {
+        Action::Send { data, .. } => data.clone(),
+        _ => None,
+    });
+    assert_eq!(first.unwrap().0[0], 1);
+}
