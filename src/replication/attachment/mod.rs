@@ -295,6 +295,8 @@ struct Pending<D> {
     submitted: Nanos,
     /// A last copy answered this; nobody can replace it.
     failed: Option<Status>,
+    /// The last copy's disk had no space for it.
+    full: bool,
 }
 
 #[derive(Debug)]

@@ -282,3 +282,32 @@ fn a_write_held_during_a_suspension_is_not_overtaken_by_a_later_one() {
     });
     assert_eq!(first.unwrap().0[0], 1);
 }
+
+#[test]
+fn a_full_disk_suspends_until_the_deadline_and_is_tried_one_attempt_at_a_time() {
+    let mut b = Bench::serving(1);
+    b.submit(1, write(SPAN));
+    let seq = writes(&b.take(), 0)[0].seq;
+    b.acks(0, seq, Status::NoSpace);
+    b.tick(50);
+    assert_eq!(writes(&b.take(), 0).len(), 1);
+    assert!(b.a.why_not_serving().is_some());
+    // Not answered yet: reconnected, it is sent once more, and no tick repeats it.
+    b.acks(0, seq, Status::NoSpace);
+    b.says(0, Message::AttachAck { epoch: Epoch(2) });
+    b.tick(50);
+    assert_eq!(writes(&b.take(), 0).len(), 1);
+    let mut outcome = None;
+    for _ in 0..700 {
+        b.acks(0, seq, Status::NoSpace);
+        b.says(0, Message::HeartbeatAck { epoch: Epoch(2), sent: b.now });
+        b.tick(50);
+        outcome = outcome.or(completed(&b.take()).first().copied());
+        if outcome.is_some() {
+            break;
+        }
+        b.says(0, Message::AttachAck { epoch: Epoch(2) });
+        b.a.peers[0].link = Link::Up;
+    }
+    assert_eq!(outcome, Some((1, Outcome::IoError)));
+}
