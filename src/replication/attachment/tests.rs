@@ -311,3 +311,39 @@ fn a_full_disk_suspends_until_the_deadline_and_is_tried_one_attempt_at_a_time() 
     }
     assert_eq!(outcome, Some((1, Outcome::IoError)));
 }
+
+#[test]
+fn a_new_round_of_reconciliation_waits_for_what_the_last_one_wrote() {
+    let mut b = Bench::attached(3, State::Active, &[Region(0)]);
+    assert_eq!(*b.a.phase(), Phase::Reconciling);
+    b.a.on_tick(b.now);
+    let actions = b.take();
+    for copy in 0..3 {
+        let first = sent(&actions, copy).into_iter().find_map(|m| match m {
+            Message::Read(r) if r.span.offset == 0 => Some(r.seq),
+            _ => None,
+        });
+        let message = Message::ReadReply {
+            seq: first.unwrap(),
+            status: Status::Ok,
+        };
+        let bytes = Bytes(vec![u8::from(copy == 0); CHUNK as usize]);
+        b.a.on_message(b.now, copy, message, Some(bytes));
+    }
+    let late = writes(&b.take(), 1)[0].seq;
+    b.acks(2, late, Status::Ok);
+    // The master is lost while its bytes wait in the disk queue of copy 1.
+    b.a.on_refused(b.now, 0, Refusal::Failed);
+    assert!(b.proposed().is_some());
+    b.swapped();
+    let reads = |b: &mut Bench| {
+        let all = sent(&b.take(), 1);
+        all.iter().filter(|m| matches!(m, Message::Read(_))).count()
+    };
+    // Those of the last round that are asked again of the new master have no effect.
+    reads(&mut b);
+    b.tick(50);
+    assert_eq!(reads(&mut b), 0);
+    b.acks(1, late, Status::Ok);
+    assert!(reads(&mut b) > 0);
+}
