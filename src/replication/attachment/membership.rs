@@ -66,7 +66,9 @@ impl<D: Payload> Attachment<D> {
         peer.heard = now;
         peer.lease = None;
         peer.boot_id = Some(boot_id);
-        if self.owns() {
+        if self.peers[copy].detached {
+            // It has flushed and let go: nothing is left to be said to it.
+        } else if self.owns() {
             let known = self.record.copies[copy].boot_id;
             if known.is_some_and(|b| b != boot_id) && self.in_sync.len() > 1 {
                 // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
@@ -129,6 +131,11 @@ impl<D: Payload> Attachment<D> {
     pub(super) fn tick_heartbeats(&mut self) {
         let mut due = CopySet::EMPTY;
         for copy in self.ready.iter() {
+            // One that detached has let go of this session: it would refuse the heartbeat, be configured again, and not
+            // be clean when the record says so (PROTOCOL 5, clean detach).
+            if self.peers[copy].detached {
+                continue;
+            }
             if self.now.since(self.peers[copy].beat) >= self.timing.heartbeat {
                 self.peers[copy].beat = self.now;
                 due.insert(copy);
@@ -156,6 +163,9 @@ impl<D: Payload> Attachment<D> {
         let mut lost: Vec<(usize, String)> = Vec::new();
         for copy in self.in_sync.without(self.failing).iter() {
             let peer = &self.peers[copy];
+            if peer.detached {
+                continue;
+            }
             match peer.link {
                 Link::Down { since, .. } | Link::Dialing { since } => {
                     let gone = self.now.since(since);
@@ -217,6 +227,7 @@ impl<D: Payload> Attachment<D> {
         self.peers[copy].beat = Nanos(0);
         self.resend(copy);
         self.tick_heartbeats();
+        self.tell_to_detach(copy);
     }
 
     /// `copy` takes nothing from us.
@@ -516,6 +527,9 @@ impl<D: Payload> Attachment<D> {
                 );
                 let message = Message::EpochChange(self.configuration());
                 self.send(self.ready, message, None);
+                // One that detached already refuses it, is configured on a new session and told to detach again: it
+                // must know who is missing.
+                self.peers.iter_mut().for_each(|p| p.detached = false);
                 // S4: the ejection is in the record; only now may its writes complete without it.
                 self.forget_copies(out);
                 self.restart_reconcile();

@@ -347,3 +347,46 @@ fn a_new_round_of_reconciliation_waits_for_what_the_last_one_wrote() {
     b.acks(1, late, Status::Ok);
     assert!(reads(&mut b) > 0);
 }
+
+/// Detaching, flushed, and the copies told.
+fn leaving(copies: usize) -> Bench {
+    let mut b = Bench::serving(copies);
+    b.a.detach(b.now);
+    let flush = sent(&b.take(), 0).into_iter().find_map(|m| match m {
+        Message::Flush { seq, .. } => Some(seq),
+        _ => None,
+    });
+    for copy in 0..copies {
+        b.acks(copy, flush.unwrap(), Status::Ok);
+    }
+    b
+}
+
+#[test]
+fn a_copy_whose_connection_lost_the_detach_is_told_again() {
+    let mut b = leaving(2);
+    b.says(0, Message::DetachAck { epoch: Epoch(2) });
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.take();
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    let again = sent(&b.take(), 1);
+    assert!(again.contains(&Message::Detach { epoch: Epoch(2) }));
+    b.says(1, Message::DetachAck { epoch: Epoch(2) });
+    assert_eq!(b.proposed().unwrap().state, State::Clean);
+}
+
+#[test]
+fn a_copy_that_has_detached_hears_nothing_more_while_the_registry_is_slow() {
+    let mut b = leaving(2);
+    b.says(0, Message::DetachAck { epoch: Epoch(2) });
+    b.says(1, Message::DetachAck { epoch: Epoch(2) });
+    b.take();
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.a.on_connected(b.now, 1, boot(1));
+    (0..10).for_each(|_| b.tick(300));
+    let after = b.take();
+    assert_eq!((sent(&after, 0), sent(&after, 1)), (vec![], vec![]));
+    b.swapped();
+    assert_eq!(*b.a.phase(), Phase::Left);
+}
