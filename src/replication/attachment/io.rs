@@ -21,7 +21,11 @@ impl<D: Payload> Attachment<D> {
         let request = Submitted { id, op, data };
         if self.failing_requests() {
             self.complete(id, Outcome::IoError, None);
-        } else if self.not_serving_since.is_some() || self.pending.len() >= REQUESTS_MAX / 2 {
+        } else if self.not_serving_since.is_some()
+            || self.pending.len() >= REQUESTS_MAX / 2
+            // 2.2, ring order: a swap of the record ends a suspension between two ticks; what came before goes first.
+            || !self.held.is_empty()
+        {
             self.held.push_back(request);
         } else {
             self.begin(request);
@@ -116,6 +120,7 @@ impl<D: Payload> Attachment<D> {
             },
             submitted: self.now,
             failed: None,
+            full: false,
         };
         let seq = self
             .pending
@@ -131,6 +136,11 @@ impl<D: Payload> Attachment<D> {
         let Some(p) = self.pending.get_mut(seq) else {
             return;
         };
+        // S16: one attempt at a time. Sent again while marked as failed, it would be retried beside this attempt; the
+        // second would reach the disk after the first completed, and undo an overlapping write that followed.
+        if !to.is_empty() {
+            p.failed = None;
+        }
         let request = Request {
             epoch,
             seq,
@@ -195,6 +205,7 @@ impl<D: Payload> Attachment<D> {
     fn disk_full(&mut self, copy: usize, seq: Seq) {
         if let Some(p) = self.pending.get_mut(seq) {
             p.waiting.insert(copy);
+            p.full = true;
         }
         self.peers[copy].why =
             format!("the disk of node {} is full", self.record.copies[copy].node);
@@ -460,10 +471,10 @@ impl<D: Payload> Attachment<D> {
         slow.then(|| "a copy was lost and the registry does not answer, so it cannot be put out of the in-sync set".into())
     }
 
+    /// Until the write succeeds, also while it is tried again: otherwise each attempt would end the suspension, and its
+    /// deadline never came (S17).
     fn is_full(&self) -> bool {
-        self.pending
-            .iter()
-            .any(|(_, p)| p.failed == Some(Status::NoSpace))
+        self.pending.iter().any(|(_, p)| p.full)
     }
 
     fn retry_full(&mut self) {
@@ -483,7 +494,6 @@ impl<D: Payload> Attachment<D> {
                 p.waiting = CopySet::EMPTY;
                 self.settle(seq);
             } else {
-                p.failed = None;
                 let to = p.waiting.and(self.ready);
                 self.transmit(seq, to);
             }

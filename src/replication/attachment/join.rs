@@ -298,10 +298,17 @@ impl<D: Payload> Attachment<D> {
             return self.fence("the last flush failed; detached without a clean mark".into());
         }
         self.join.leaving_told = true;
-        let message = Message::Detach {
-            epoch: self.record.epoch,
-        };
-        self.send(self.ready, message, None);
+        self.ready.iter().for_each(|c| self.tell_to_detach(c));
+    }
+
+    /// Also after a reconnection: a Detach, or its answer, that the old connection lost is not missed by anyone else.
+    pub(super) fn tell_to_detach(&mut self, copy: usize) {
+        if self.join.leaving_told {
+            let message = Message::Detach {
+                epoch: self.record.epoch,
+            };
+            self.send(CopySet::one(copy), message, None);
+        }
     }
 
     pub(super) fn propose_release(&mut self) {

@@ -55,12 +55,20 @@ impl<D: Payload> Attachment<D> {
         if self.ended() {
             return;
         }
+        // S6: disconnect, dial, eject, connected, in this order: the copy is out by now. Configured, it would persist an
+        // epoch in which it misses writes, and a detach would call it clean.
+        if !self.in_sync.has(copy) {
+            self.actions.push_back(Action::Hangup(copy));
+            return self.unlink(copy, "it is not in the in-sync set");
+        }
         let peer = &mut self.peers[copy];
         peer.link = Link::Up;
         peer.heard = now;
         peer.lease = None;
         peer.boot_id = Some(boot_id);
-        if self.owns() {
+        if self.peers[copy].detached {
+            // It has flushed and let go: nothing is left to be said to it.
+        } else if self.owns() {
             let known = self.record.copies[copy].boot_id;
             if known.is_some_and(|b| b != boot_id) && self.in_sync.len() > 1 {
                 // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
@@ -123,6 +131,11 @@ impl<D: Payload> Attachment<D> {
     pub(super) fn tick_heartbeats(&mut self) {
         let mut due = CopySet::EMPTY;
         for copy in self.ready.iter() {
+            // One that detached has let go of this session: it would refuse the heartbeat, be configured again, and not
+            // be clean when the record says so (PROTOCOL 5, clean detach).
+            if self.peers[copy].detached {
+                continue;
+            }
             if self.now.since(self.peers[copy].beat) >= self.timing.heartbeat {
                 self.peers[copy].beat = self.now;
                 due.insert(copy);
@@ -150,6 +163,9 @@ impl<D: Payload> Attachment<D> {
         let mut lost: Vec<(usize, String)> = Vec::new();
         for copy in self.in_sync.without(self.failing).iter() {
             let peer = &self.peers[copy];
+            if peer.detached {
+                continue;
+            }
             match peer.link {
                 Link::Down { since, .. } | Link::Dialing { since } => {
                     let gone = self.now.since(since);
@@ -211,6 +227,7 @@ impl<D: Payload> Attachment<D> {
         self.peers[copy].beat = Nanos(0);
         self.resend(copy);
         self.tick_heartbeats();
+        self.tell_to_detach(copy);
     }
 
     /// `copy` takes nothing from us.
@@ -291,6 +308,11 @@ impl<D: Payload> Attachment<D> {
 
     pub(super) fn tick_change(&mut self) {
         let Some(change) = &mut self.change else {
+            // S19: however many reads failed, one is tried again.
+            if self.reread.is_some_and(|at| self.now >= at) {
+                self.reread = None;
+                self.actions.push_back(Action::ReadRecord);
+            }
             return;
         };
         if change.asked || self.now < change.retry {
@@ -311,6 +333,10 @@ impl<D: Payload> Attachment<D> {
     /// The registry answered a CAS.
     pub fn on_cas(&mut self, now: Nanos, outcome: CasOutcome) {
         self.now = now;
+        // Fenced while the claim was on its way: were its Done taken, the ended attachment would configure the copies.
+        if self.ended() {
+            return;
+        }
         let Some(change) = &mut self.change else {
             return;
         };
@@ -347,12 +373,16 @@ impl<D: Payload> Attachment<D> {
     /// The record could not be read.
     pub fn on_record_unavailable(&mut self, now: Nanos) {
         self.now = now;
+        let retry = now.after(self.timing.registry_retry);
         match &mut self.change {
+            // A CAS is under way and will say more. Asking it again beside the first one would bring two answers, the
+            // second of which would be taken for that of a later change.
+            Some(change) if !change.unknown => {}
             Some(change) => {
                 change.asked = false;
-                change.retry = now.after(self.timing.registry_retry);
+                change.retry = retry;
             }
-            None => self.actions.push_back(Action::ReadRecord),
+            None => self.reread = Some(retry),
         }
     }
 
@@ -361,6 +391,11 @@ impl<D: Payload> Attachment<D> {
         let Some((found, revision)) = found else {
             return self.fence("the volume was removed".into());
         };
+        // Asked for before our last swap and answered after it, this is not news: taken for somebody else's change it
+        // fenced the attachment that had made the newer one.
+        if revision < self.revision {
+            return;
+        }
         let same = |a: &Record, b: &Record| {
             (a.epoch, a.epoch_tag, a.state, &a.attachment)
                 == (b.epoch, b.epoch_tag, b.state, &b.attachment)
@@ -492,6 +527,9 @@ impl<D: Payload> Attachment<D> {
                 );
                 let message = Message::EpochChange(self.configuration());
                 self.send(self.ready, message, None);
+                // One that detached already refuses it, is configured on a new session and told to detach again: it
+                // must know who is missing.
+                self.peers.iter_mut().for_each(|p| p.detached = false);
                 // S4: the ejection is in the record; only now may its writes complete without it.
                 self.forget_copies(out);
                 self.restart_reconcile();

@@ -14,6 +14,8 @@ mod io;
 mod join;
 mod membership;
 mod reconcile;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 
@@ -293,6 +295,8 @@ struct Pending<D> {
     submitted: Nanos,
     /// A last copy answered this; nobody can replace it.
     failed: Option<Status>,
+    /// The last copy's disk had no space for it.
+    full: bool,
 }
 
 #[derive(Debug)]
@@ -359,6 +363,8 @@ pub struct Attachment<D> {
     /// The copy on the attachment's own node.
     local: Option<usize>,
     change: Option<Change>,
+    /// When to read the record again, after it could not be read.
+    reread: Option<Nanos>,
     /// The highest promise a copy reported above our epoch.
     outbid: Epoch,
     join: join::Join,
@@ -435,6 +441,7 @@ impl<D: Payload> Attachment<D> {
             failing: CopySet::EMPTY,
             master: 0,
             change: None,
+            reread: None,
             outbid: Epoch(0),
             join: join::Join::default(),
             reconcile: reconcile::Reconcile::default(),

@@ -60,6 +60,11 @@ impl<D: Payload> Attachment<D> {
         r.round += 1;
         r.flushing = false;
         r.comparing.clear();
+        if self.in_sync.len() == 1 {
+            // Nothing to differ from; and a chunk that its disk cannot read is the guest's to learn of.
+            r.todo.clear();
+            return;
+        }
         r.todo = r
             .regions
             .iter()
@@ -76,7 +81,10 @@ impl<D: Payload> Attachment<D> {
     }
 
     pub(super) fn advance_reconcile(&mut self) {
-        if self.change.is_some() || !self.in_sync.without(self.ready).is_empty() {
+        if self.change.is_some()
+            || !self.in_sync.without(self.ready).is_empty()
+            || self.former_round_writes()
+        {
             return;
         }
         while self.reconcile.comparing.len() < WINDOW {
@@ -106,6 +114,16 @@ impl<D: Payload> Attachment<D> {
             let round = r.round;
             self.start_flush(Origin::Reconciled { round });
         }
+    }
+
+    /// S9: round 1 sends the master's chunk to B and C; C has it, B's disk still holds it in its queue when the master
+    /// is ejected. Were B, the new master, read now, its old bytes would go to C, and then the late write would land on
+    /// B: two in-sync copies that differ for good. So what the last round wrote ends first.
+    fn former_round_writes(&self) -> bool {
+        let now = self.reconcile.round;
+        self.pending.iter().any(|(_, p)| {
+            p.kind == Kind::Write && matches!(p.origin, Origin::Reconcile { round, .. } if round != now)
+        })
     }
 
     fn chunk_span(&self, chunk: Chunk) -> Span {

@@ -1,0 +1,392 @@
+//! Schedules that broke a rule, each exact. What chance finds is in `tests/sim`.
+
+use super::*;
+use crate::replication::failure_mode::FailureMode;
+use crate::replication::ids::{CHUNK, Instance, REGION, Region, VolumeId};
+use crate::replication::message::Request;
+use crate::replication::record::{Base, CopyEntry, State};
+
+#[derive(Clone, Debug, PartialEq)]
+struct Bytes(Vec<u8>);
+
+impl Payload for Bytes {
+    fn same(&self, other: &Self) -> bool {
+        self == other
+    }
+
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+}
+
+const MS: u64 = 1_000_000;
+const SPAN: Span = Span {
+    offset: 0,
+    len: 512,
+};
+
+fn write(span: Span) -> Op {
+    Op::Write { span, fua: false }
+}
+
+fn boot(copy: usize) -> BootId {
+    BootId([copy as u8; 16])
+}
+
+/// An attachment on node 0 and the answers of its copies, given one by one.
+struct Bench {
+    a: Attachment<Bytes>,
+    now: Nanos,
+    seen: Vec<Action<Bytes>>,
+}
+
+impl Bench {
+    fn record(copies: usize, state: State) -> Record {
+        let entry = |n: usize| CopyEntry {
+            copy_id: CopyId([n as u8; 16]),
+            node: NodeName(format!("n{n}")),
+            status: CopyStatus::InSync,
+            base: Base {
+                since: Epoch(1),
+                last: None,
+            },
+            boot_id: Some(boot(n)),
+        };
+        Record {
+            volume_id: VolumeId([9; 16]),
+            size: REGION,
+            block_size: 512,
+            replicas_wanted: copies as u8 - 1,
+            failure_mode: FailureMode::AlwaysOn,
+            suspend_deadline_ms: 30_000,
+            compress: false,
+            epoch: Epoch(1),
+            epoch_tag: Tag(1),
+            state,
+            attachment: None,
+            master: CopyId([0; 16]),
+            copies: (0..copies).map(entry).collect(),
+            lineage: vec![(Epoch(1), Tag(1))],
+        }
+    }
+
+    fn new(record: Record) -> Self {
+        let me = record::Attachment {
+            node: NodeName("n0".into()),
+            boot_id: boot(0),
+            instance: Instance([7; 16]),
+        };
+        let now = Nanos(1_000 * MS);
+        let timing = Timing::DEFAULT;
+        let a = Attachment::new(me, record, 1, Proof::None, timing, 1, now);
+        Self {
+            a,
+            now,
+            seen: Vec::new(),
+        }
+    }
+
+    /// Joined and configured; `regions` are what each copy has in its log.
+    fn attached(copies: usize, state: State, regions: &[Region]) -> Self {
+        let mut b = Self::new(Self::record(copies, state));
+        for copy in 0..copies {
+            b.a.on_connected(b.now, copy, boot(copy));
+            let disk = DiskState {
+                promised: Epoch(2),
+                probe: false,
+                epoch: Epoch(1),
+                tag: Tag(1),
+                boot_id: boot(copy),
+                clean: state == State::Clean,
+                regions: regions.to_vec(),
+            };
+            b.says(copy, Message::PromiseAck(disk));
+        }
+        b.swapped();
+        for copy in 0..copies {
+            b.says(copy, Message::AttachAck { epoch: Epoch(2) });
+        }
+        b
+    }
+
+    fn serving(copies: usize) -> Self {
+        let mut b = Self::attached(copies, State::Clean, &[]);
+        assert_eq!(*b.a.phase(), Phase::Serving);
+        b.tick(0);
+        b.take();
+        b
+    }
+
+    fn says(&mut self, copy: usize, message: Message) {
+        self.a.on_message(self.now, copy, message, None);
+    }
+
+    fn acks(&mut self, copy: usize, seq: Seq, status: Status) {
+        self.a.on_ack(self.now, copy, seq, status);
+    }
+
+    fn tick(&mut self, ms: u64) {
+        self.now = self.now.after(Nanos(ms * MS));
+        self.a.on_tick(self.now);
+    }
+
+    /// What was decided since the last look.
+    fn take(&mut self) -> Vec<Action<Bytes>> {
+        while let Some(action) = self.a.poll() {
+            self.seen.push(action);
+        }
+        std::mem::take(&mut self.seen)
+    }
+
+    /// The record proposed last.
+    fn proposed(&mut self) -> Option<Record> {
+        let found = self.take();
+        let last = found.iter().rev().find_map(|a| match a {
+            Action::Cas { record, .. } => Some((**record).clone()),
+            _ => None,
+        });
+        self.seen = found;
+        last
+    }
+
+    fn swapped(&mut self) {
+        let revision = self.a.revision + 1;
+        self.a.on_cas(self.now, CasOutcome::Done(revision));
+    }
+
+    fn submit(&mut self, id: u64, op: Op) {
+        let data = match op {
+            Op::Write { span, .. } => Some(Bytes(vec![id as u8; span.len as usize])),
+            _ => None,
+        };
+        self.a.submit(self.now, RequestId(id), op, data);
+    }
+}
+
+fn sent(actions: &[Action<Bytes>], copy: usize) -> Vec<Message> {
+    let to = |a: &Action<Bytes>| match a {
+        Action::Send { to, message, .. } if to.has(copy) => Some(message.clone()),
+        _ => None,
+    };
+    actions.iter().filter_map(to).collect()
+}
+
+fn writes(actions: &[Action<Bytes>], copy: usize) -> Vec<Request> {
+    let all = sent(actions, copy).into_iter();
+    all.filter_map(|m| match m {
+        Message::Write(r) => Some(r),
+        _ => None,
+    })
+    .collect()
+}
+
+fn completed(actions: &[Action<Bytes>]) -> Vec<(u64, Outcome)> {
+    let of = |a: &Action<Bytes>| match a {
+        Action::Complete { id, outcome, .. } => Some((id.0, *outcome)),
+        _ => None,
+    };
+    actions.iter().filter_map(of).collect()
+}
+
+#[test]
+fn an_ejected_copy_whose_connection_comes_late_is_not_configured_again() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    // Dialled for ever by a peer that does not answer; meanwhile it is ejected.
+    b.tick(500);
+    assert!(b.proposed().is_some());
+    b.swapped();
+    b.take();
+    b.a.on_connected(b.now, 1, boot(1));
+    let actions = b.take();
+    assert_eq!(sent(&actions, 1), []);
+    assert!(actions.iter().any(|a| matches!(a, Action::Hangup(1))));
+}
+
+#[test]
+fn a_record_read_before_our_own_swap_and_answered_after_it_fences_nobody() {
+    let mut b = Bench::serving(2);
+    let before = (b.a.record().clone(), b.a.revision);
+    b.a.on_refused(b.now, 1, Refusal::Stale { promised: Epoch(2) });
+    assert!(b.take().iter().any(|a| matches!(a, Action::ReadRecord)));
+    b.tick(500);
+    b.swapped();
+    b.a.on_record(b.now, Some(before));
+    assert_eq!(*b.a.phase(), Phase::Serving);
+}
+
+#[test]
+fn an_attachment_that_ended_while_its_claim_was_under_way_stays_ended() {
+    let mut b = Bench::new(Bench::record(1, State::Clean));
+    b.a.on_connected(b.now, 0, boot(0));
+    let disk = DiskState {
+        promised: Epoch(2),
+        probe: false,
+        epoch: Epoch(1),
+        tag: Tag(1),
+        boot_id: boot(0),
+        clean: true,
+        regions: Vec::new(),
+    };
+    b.says(0, Message::PromiseAck(disk));
+    assert_eq!(*b.a.phase(), Phase::Claiming);
+    b.a.detach(b.now);
+    b.take();
+    b.swapped();
+    assert!(matches!(b.a.phase(), Phase::Fenced(_)));
+    assert!(b.take().is_empty());
+}
+
+#[test]
+fn a_registry_that_does_not_answer_is_asked_again_later_and_once() {
+    let mut b = Bench::serving(2);
+    for _ in 0..3 {
+        b.a.on_record_unavailable(b.now);
+    }
+    assert!(b.take().is_empty());
+    b.tick(200);
+    let reads = |all: Vec<Action<Bytes>>| all.iter().filter(|a| matches!(a, Action::ReadRecord)).count();
+    assert_eq!(reads(b.take()), 1);
+    b.tick(200);
+    assert_eq!(reads(b.take()), 0);
+}
+
+#[test]
+fn a_failed_read_of_the_record_does_not_repeat_a_cas_that_is_under_way() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.tick(500);
+    assert!(b.proposed().is_some());
+    b.take();
+    b.a.on_record_unavailable(b.now);
+    b.tick(1_000);
+    assert!(b.proposed().is_none());
+}
+
+#[test]
+fn a_write_held_during_a_suspension_is_not_overtaken_by_a_later_one() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.tick(500);
+    b.tick(1_100);
+    assert!(b.a.why_not_serving().is_some(), "the registry is slow");
+    b.submit(1, write(SPAN));
+    b.take();
+    b.swapped();
+    b.submit(2, write(SPAN));
+    b.tick(50);
+    let actions = b.take();
+    let first = actions.iter().find_map(|a| match a {
+        Action::Send { data, .. } => data.clone(),
+        _ => None,
+    });
+    assert_eq!(first.unwrap().0[0], 1);
+}
+
+#[test]
+fn a_full_disk_suspends_until_the_deadline_and_is_tried_one_attempt_at_a_time() {
+    let mut b = Bench::serving(1);
+    b.submit(1, write(SPAN));
+    let seq = writes(&b.take(), 0)[0].seq;
+    b.acks(0, seq, Status::NoSpace);
+    b.tick(50);
+    assert_eq!(writes(&b.take(), 0).len(), 1);
+    assert!(b.a.why_not_serving().is_some());
+    // Not answered yet: reconnected, it is sent once more, and no tick repeats it.
+    b.acks(0, seq, Status::NoSpace);
+    b.says(0, Message::AttachAck { epoch: Epoch(2) });
+    b.tick(50);
+    assert_eq!(writes(&b.take(), 0).len(), 1);
+    let mut outcome = None;
+    for _ in 0..700 {
+        b.acks(0, seq, Status::NoSpace);
+        b.says(0, Message::HeartbeatAck { epoch: Epoch(2), sent: b.now });
+        b.tick(50);
+        outcome = outcome.or(completed(&b.take()).first().copied());
+        if outcome.is_some() {
+            break;
+        }
+        b.says(0, Message::AttachAck { epoch: Epoch(2) });
+        b.a.peers[0].link = Link::Up;
+    }
+    assert_eq!(outcome, Some((1, Outcome::IoError)));
+}
+
+#[test]
+fn a_new_round_of_reconciliation_waits_for_what_the_last_one_wrote() {
+    let mut b = Bench::attached(3, State::Active, &[Region(0)]);
+    assert_eq!(*b.a.phase(), Phase::Reconciling);
+    b.a.on_tick(b.now);
+    let actions = b.take();
+    for copy in 0..3 {
+        let first = sent(&actions, copy).into_iter().find_map(|m| match m {
+            Message::Read(r) if r.span.offset == 0 => Some(r.seq),
+            _ => None,
+        });
+        let message = Message::ReadReply {
+            seq: first.unwrap(),
+            status: Status::Ok,
+        };
+        let bytes = Bytes(vec![u8::from(copy == 0); CHUNK as usize]);
+        b.a.on_message(b.now, copy, message, Some(bytes));
+    }
+    let late = writes(&b.take(), 1)[0].seq;
+    b.acks(2, late, Status::Ok);
+    // The master is lost while its bytes wait in the disk queue of copy 1.
+    b.a.on_refused(b.now, 0, Refusal::Failed);
+    assert!(b.proposed().is_some());
+    b.swapped();
+    let reads = |b: &mut Bench| {
+        let all = sent(&b.take(), 1);
+        all.iter().filter(|m| matches!(m, Message::Read(_))).count()
+    };
+    // Those of the last round that are asked again of the new master have no effect.
+    reads(&mut b);
+    b.tick(50);
+    assert_eq!(reads(&mut b), 0);
+    b.acks(1, late, Status::Ok);
+    assert!(reads(&mut b) > 0);
+}
+
+/// Detaching, flushed, and the copies told.
+fn leaving(copies: usize) -> Bench {
+    let mut b = Bench::serving(copies);
+    b.a.detach(b.now);
+    let flush = sent(&b.take(), 0).into_iter().find_map(|m| match m {
+        Message::Flush { seq, .. } => Some(seq),
+        _ => None,
+    });
+    for copy in 0..copies {
+        b.acks(copy, flush.unwrap(), Status::Ok);
+    }
+    b
+}
+
+#[test]
+fn a_copy_whose_connection_lost_the_detach_is_told_again() {
+    let mut b = leaving(2);
+    b.says(0, Message::DetachAck { epoch: Epoch(2) });
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.take();
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    let again = sent(&b.take(), 1);
+    assert!(again.contains(&Message::Detach { epoch: Epoch(2) }));
+    b.says(1, Message::DetachAck { epoch: Epoch(2) });
+    assert_eq!(b.proposed().unwrap().state, State::Clean);
+}
+
+#[test]
+fn a_copy_that_has_detached_hears_nothing_more_while_the_registry_is_slow() {
+    let mut b = leaving(2);
+    b.says(0, Message::DetachAck { epoch: Epoch(2) });
+    b.says(1, Message::DetachAck { epoch: Epoch(2) });
+    b.take();
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.a.on_connected(b.now, 1, boot(1));
+    (0..10).for_each(|_| b.tick(300));
+    let after = b.take();
+    assert_eq!((sent(&after, 0), sent(&after, 1)), (vec![], vec![]));
+    b.swapped();
+    assert_eq!(*b.a.phase(), Phase::Left);
+}

@@ -1,0 +1,364 @@
+//! One copy's disk: a page cache over stable storage, the superblock, the activity log and the bitmaps.
+//!
+//! A write takes effect sector by sector at some moment between its start and its end. A crash of the process leaves
+//! what took effect; a power cut takes back, sector by sector, whatever no completed sync covers.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::rc::Rc;
+
+use lockstep::replication::attachment::Payload;
+use lockstep::replication::copy_state::{BITMAPS_MAX, CopyState};
+use lockstep::replication::dirty_map::DirtyMap;
+use lockstep::replication::ids::{CHUNK, REGION, Region, SECTOR, Span};
+use lockstep::replication::replica::{DiskOp, DiskResult, Ticket};
+
+use super::rng::Rng;
+
+/// A request's bytes, one stamp a sector; 0 is a sector of zeros.
+#[derive(Clone, Debug)]
+pub struct Stamps(pub Rc<Vec<u64>>);
+
+impl Payload for Stamps {
+    fn same(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+
+    fn count(&self) -> usize {
+        self.0.len() * SECTOR as usize
+    }
+}
+
+pub fn sectors(span: Span) -> std::ops::Range<usize> {
+    (span.offset / SECTOR) as usize..(span.end() / SECTOR) as usize
+}
+
+/// A value that no sync has made durable yet.
+struct Unsynced {
+    ticket: Ticket,
+    /// When its write was reported done, in the disk's own count; `None` before.
+    done: Option<u64>,
+    value: u64,
+}
+
+/// How an operation will end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    Done,
+    Error,
+    Full,
+}
+
+pub enum Running {
+    Write {
+        span: Span,
+        values: Rc<Vec<u64>>,
+        dsync: bool,
+        applied: bool,
+    },
+    Read {
+        span: Span,
+        early: Option<Vec<u64>>,
+    },
+    Sync {
+        mark: u64,
+    },
+    Grow,
+    Superblock(Box<CopyState>),
+    Log {
+        add: Vec<Region>,
+        retire: Vec<Region>,
+    },
+    Bitmaps(Vec<(usize, Region, Vec<bool>)>),
+}
+
+pub struct Disk {
+    /// What a read returns.
+    pub cache: Vec<u64>,
+    /// What survives a power cut for certain.
+    pub durable: Vec<u64>,
+    unsynced: BTreeMap<usize, Vec<Unsynced>>,
+    count: u64,
+    pub superblock: CopyState,
+    pub log: BTreeSet<Region>,
+    maps: Vec<Vec<bool>>,
+    pub running: HashMap<Ticket, (Running, Fate)>,
+    /// Full until this moment.
+    pub full_until: u64,
+    /// A write or sync failed: nothing that this disk holds is relied on.
+    pub failed: bool,
+}
+
+impl Disk {
+    pub fn new(superblock: CopyState) -> Self {
+        let sectors = (superblock.size / SECTOR) as usize;
+        let chunks = superblock.size.div_ceil(CHUNK) as usize;
+        Self {
+            cache: vec![0; sectors],
+            durable: vec![0; sectors],
+            unsynced: BTreeMap::new(),
+            count: 0,
+            superblock,
+            log: BTreeSet::new(),
+            maps: vec![vec![false; chunks]; BITMAPS_MAX],
+            running: HashMap::new(),
+            full_until: 0,
+            failed: false,
+        }
+    }
+
+    /// Takes an operation in. `bits` tells the replica's bitmaps in memory.
+    pub fn start<'a>(
+        &mut self,
+        ticket: Ticket,
+        op: DiskOp<Stamps>,
+        fate: Fate,
+        bits: impl Fn(usize) -> Option<&'a DirtyMap>,
+    ) {
+        let running = match op {
+            DiskOp::Write { span, data, dsync } => {
+                self.s16(span);
+                Running::Write {
+                    span,
+                    values: data.0,
+                    dsync,
+                    applied: false,
+                }
+            }
+            DiskOp::Zero { span, dsync, .. } => {
+                self.s16(span);
+                Running::Write {
+                    span,
+                    values: Rc::new(vec![0; sectors(span).len()]),
+                    dsync,
+                    applied: false,
+                }
+            }
+            DiskOp::Read { span, .. } => Running::Read { span, early: None },
+            DiskOp::Sync => Running::Sync { mark: self.count },
+            DiskOp::Grow { .. } => Running::Grow,
+            DiskOp::Superblock(state) => Running::Superblock(state),
+            DiskOp::Log(txn) => Running::Log {
+                add: txn.add,
+                retire: txn.retire,
+            },
+            DiskOp::Bitmaps(regions) => {
+                let chunks = self.maps[0].len();
+                let mut parts = Vec::new();
+                for slot in 0..BITMAPS_MAX {
+                    let Some(map) = bits(slot) else { continue };
+                    for &region in &regions {
+                        let part = chunks_of(region, chunks)
+                            .map(|c| map.is_set(lockstep::replication::ids::Chunk(c as u32)));
+                        parts.push((slot, region, part.collect()));
+                    }
+                }
+                Running::Bitmaps(parts)
+            }
+        };
+        let before = self.running.insert(ticket, (running, fate));
+        assert!(before.is_none(), "a ticket names one operation");
+    }
+
+    fn s16(&self, span: Span) {
+        for (other, _) in self.running.values() {
+            if let Running::Write { span: busy, .. } = other {
+                assert!(
+                    !busy.overlaps(span),
+                    "S16: {span:?} and {busy:?} are written at once"
+                );
+            }
+        }
+    }
+
+    pub fn writes_running(&self) -> usize {
+        let writes = |(op, _): &&(Running, Fate)| matches!(op, Running::Write { .. });
+        self.running.values().filter(writes).count()
+    }
+
+    /// The moment in which an operation takes effect, before it is reported.
+    pub fn take_effect(&mut self, ticket: Ticket) {
+        let Some((op, fate)) = self.running.get_mut(&ticket) else {
+            return;
+        };
+        match op {
+            Running::Write {
+                span,
+                values,
+                applied,
+                ..
+            } if !*applied && *fate == Fate::Done => {
+                *applied = true;
+                let (span, values) = (*span, values.clone());
+                self.put(ticket, span, |i| Some(values[i]));
+            }
+            Running::Read { span, early } => *early = Some(self.cache[sectors(*span)].to_vec()),
+            _ => {}
+        }
+    }
+
+    fn put(&mut self, ticket: Ticket, span: Span, value: impl Fn(usize) -> Option<u64>) {
+        for (i, s) in sectors(span).enumerate() {
+            if let Some(value) = value(i) {
+                self.cache[s] = value;
+                self.unsynced.entry(s).or_default().push(Unsynced {
+                    ticket,
+                    done: None,
+                    value,
+                });
+            }
+        }
+    }
+
+    fn harden(&mut self, s: usize, upto: impl Fn(&Unsynced) -> bool) {
+        let Some(list) = self.unsynced.get_mut(&s) else {
+            return;
+        };
+        if let Some(last) = list.iter().rposition(upto) {
+            self.durable[s] = list[last].value;
+            list.drain(..=last);
+        }
+        if list.is_empty() {
+            self.unsynced.remove(&s);
+        }
+    }
+
+    /// The operation ends: its result, for the replica.
+    pub fn end(&mut self, ticket: Ticket) -> Option<DiskResult<Stamps>> {
+        self.take_effect(ticket);
+        let (op, fate) = self.running.remove(&ticket)?;
+        match fate {
+            Fate::Full => return Some(DiskResult::NoSpace),
+            Fate::Error => {
+                self.failed |= !matches!(op, Running::Read { .. });
+                return Some(DiskResult::Error);
+            }
+            Fate::Done => {}
+        }
+        let mut data = None;
+        match op {
+            Running::Write { span, dsync, .. } => {
+                self.count += 1;
+                let count = self.count;
+                for s in sectors(span) {
+                    for u in self.unsynced.get_mut(&s).into_iter().flatten() {
+                        if u.ticket == ticket && u.done.is_none() {
+                            u.done = Some(count);
+                        }
+                    }
+                    if dsync {
+                        self.harden(s, |u| u.ticket == ticket);
+                    }
+                }
+            }
+            Running::Read { early, .. } => {
+                data = early.map(|values| Stamps(Rc::new(values)));
+            }
+            Running::Sync { mark } => {
+                let dirty: Vec<usize> = self.unsynced.keys().copied().collect();
+                for s in dirty {
+                    self.harden(s, |u| u.done.is_some_and(|d| d <= mark));
+                }
+            }
+            Running::Grow => {}
+            other => self.persist(other),
+        }
+        Some(DiskResult::Done(data))
+    }
+
+    fn persist(&mut self, op: Running) {
+        match op {
+            Running::Superblock(state) => {
+                let old = &self.superblock;
+                assert!(
+                    state.epoch >= old.epoch && state.promised >= old.promised,
+                    "S2: epoch {} promised {} after epoch {} promised {}",
+                    state.epoch,
+                    state.promised,
+                    old.epoch,
+                    old.promised
+                );
+                self.superblock = *state;
+            }
+            Running::Log { add, retire } => {
+                self.log.extend(add);
+                self.log.retain(|r| !retire.contains(r));
+            }
+            Running::Bitmaps(parts) => {
+                for (slot, region, bits) in parts {
+                    let chunks = self.maps[slot].len();
+                    for (c, bit) in chunks_of(region, chunks).zip(bits) {
+                        self.maps[slot][c] = bit;
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The process ends: what was under way happened or not, sector by sector.
+    pub fn crash(&mut self, rng: &mut Rng) {
+        let mut running: Vec<(Ticket, (Running, Fate))> = self.running.drain().collect();
+        running.sort_unstable_by_key(|(ticket, _)| *ticket);
+        for (ticket, (op, fate)) in running {
+            if fate != Fate::Done {
+                continue;
+            }
+            match op {
+                Running::Write {
+                    span,
+                    values,
+                    applied: false,
+                    ..
+                } => {
+                    let took: Vec<bool> = values.iter().map(|_| rng.one_in(2)).collect();
+                    self.put(ticket, span, |i| took[i].then_some(values[i]));
+                }
+                Running::Bitmaps(parts) => {
+                    let kept = parts.into_iter().filter(|_| rng.one_in(2)).collect();
+                    self.persist(Running::Bitmaps(kept));
+                }
+                other if rng.one_in(2) => self.persist(other),
+                _ => {}
+            }
+        }
+        // Tickets are given anew by the next process.
+        for u in self.unsynced.values_mut().flatten() {
+            u.ticket = lockstep::replication::ids::Seq(0);
+            u.done.get_or_insert(self.count);
+        }
+    }
+
+    /// The machine loses power: after [`Self::crash`], any subset of what is not durable is gone.
+    pub fn power_cut(&mut self, rng: &mut Rng) {
+        let all = rng.one_in(3);
+        for (s, list) in std::mem::take(&mut self.unsynced) {
+            let survivor = if all {
+                0
+            } else {
+                rng.below(list.len() as u64 + 1) as usize
+            };
+            if survivor > 0 {
+                self.durable[s] = list[survivor - 1].value;
+            }
+            self.cache[s] = self.durable[s];
+        }
+    }
+
+    /// The bitmaps of the slots that the superblock names.
+    pub fn maps(&self) -> [Option<DirtyMap>; BITMAPS_MAX] {
+        std::array::from_fn(|slot| {
+            self.superblock.bitmaps[slot]?;
+            let mut words = vec![0u64; self.maps[slot].len().div_ceil(64)];
+            for (c, _) in self.maps[slot].iter().enumerate().filter(|(_, set)| **set) {
+                words[c / 64] |= 1 << (c % 64);
+            }
+            Some(DirtyMap::from_words(self.superblock.size, words))
+        })
+    }
+}
+
+fn chunks_of(region: Region, chunks: usize) -> std::ops::Range<usize> {
+    let per = (REGION / CHUNK) as usize;
+    let first = region.0 as usize * per;
+    first.min(chunks)..(first + per).min(chunks)
+}
