@@ -17,19 +17,24 @@ use crate::cluster::config::NodeConfig;
 use crate::cluster::events::{EventLog, What};
 use crate::cluster::fault::Fault;
 use crate::cluster::host::{
-    AttachRequest, AttachmentStatus, Capacity, CopyState as CopyView, Host, HostError, LocalCopy, Phase,
+    AttachRequest, AttachmentStatus, Capacity, CopyState as CopyView, Host, HostError, LocalCopy,
+    Phase,
 };
 use crate::cluster::join::Membership;
 use crate::cluster::metrics::Metrics;
 use crate::cluster::store::Registrar;
 use crate::copy::{LogImage, NodeDir, NodeDirError, Store, StoreError};
-use crate::engine::{AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, VolumeStatus};
+use crate::engine::{
+    AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, VolumeStatus,
+};
 use crate::guest::{BlockSize, DeviceConfig, Server};
 use crate::registry::{CasError, Revision};
 use crate::replication::attachment::{self, CasOutcome};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
 use crate::replication::dirty_map::DirtyMap;
-use crate::replication::ids::{CHUNK, CopyId, Epoch, NodeName, REGION, REGIONS_MAX, Region, Tag, VolumeId};
+use crate::replication::ids::{
+    CHUNK, CopyId, Epoch, NodeName, REGION, REGIONS_MAX, Region, Tag, VolumeId,
+};
 use crate::replication::message::Proof;
 use crate::replication::record::{self, CopyStatus as InRecord, Record};
 
@@ -46,9 +51,9 @@ const SIGNAL_LOOK: Duration = Duration::from_millis(50);
 /// Why it cannot start, for the person who started it.
 pub fn run(config: NodeConfig) -> Result<(), Fault> {
     // Before any thread starts and anything can be lost.
-    let mut signals =
-        Signals::new([SIGTERM, SIGINT]).map_err(|e| Fault::internal(format!("signals cannot be handled: {e}")))?;
-    let registry = config.registry.open().map_err(|e| Fault::try_again(e.to_string()))?;
+    let mut signals = Signals::new([SIGTERM, SIGINT])
+        .map_err(|e| Fault::internal(format!("signals cannot be handled: {e}")))?;
+    let registry = cluster::join::open_registry(&config)?;
     let mut dir = NodeDir::open(&config.data_dir, &config.name, None).map_err(dir_fault)?;
     let membership = cluster::join::join(config, registry)?;
     dir.join(membership.cluster).map_err(dir_fault)?;
@@ -128,7 +133,9 @@ pub struct NodeHost {
 
 /// A poisoned lock means that another thread panicked between two whole operations; the map is still whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 impl NodeHost {
@@ -171,7 +178,8 @@ impl NodeHost {
     }
 
     fn open(&self, volume: VolumeId) -> Result<(), String> {
-        let (store, loaded) = Store::open(&self.dir.volume_dir(volume)).map_err(|e| e.to_string())?;
+        let (store, loaded) =
+            Store::open(&self.dir.volume_dir(volume)).map_err(|e| e.to_string())?;
         for warning in &loaded.warnings {
             log::warn!("volume {volume}: {warning}");
         }
@@ -183,11 +191,14 @@ impl NodeHost {
                 let all = state.size.div_ceil(REGION) as usize;
                 let regions: Vec<Region> = (0..all.min(REGIONS_MAX) as u32).map(Region).collect();
                 for write in metadata.reset_log(&regions) {
-                    write_meta(&store, &write).map_err(|e| format!("its log cannot be written anew: {e}"))?;
+                    write_meta(&store, &write)
+                        .map_err(|e| format!("its log cannot be written anew: {e}"))?;
                 }
                 if all > REGIONS_MAX && !state.clean {
                     // More may differ than a log can say: only a full sync makes it usable again.
-                    log::error!("volume {volume}: the activity log is damaged; the copy needs a full sync");
+                    log::error!(
+                        "volume {volume}: the activity log is damaged; the copy needs a full sync"
+                    );
                     state.standing = Standing::Inconsistent;
                 }
                 regions
@@ -201,7 +212,13 @@ impl NodeHost {
                 *map = Some(DirtyMap::from_words(state.size, words));
             }
         }
-        self.engine.open(OpenCopy { store, metadata, state, regions, maps });
+        self.engine.open(OpenCopy {
+            store,
+            metadata,
+            state,
+            regions,
+            maps,
+        });
         Ok(())
     }
 
@@ -243,23 +260,36 @@ fn write_meta(store: &Store, write: &crate::copy::MetaWrite) -> std::io::Result<
     store.meta.sync_data()
 }
 
-fn note_events(events: &Receiver<crate::engine::Event>, log: &EventLog, names: &cluster::store::Store) {
+fn note_events(
+    events: &Receiver<crate::engine::Event>,
+    log: &EventLog,
+    names: &cluster::store::Store,
+) {
     let mut known: HashMap<VolumeId, String> = HashMap::new();
     while let Ok(event) = events.recv() {
         let name = known.entry(event.volume).or_insert_with(|| {
             let spec = names.spec(event.volume).ok().flatten();
-            spec.map_or_else(|| event.volume.to_string(), |(spec, _)| spec.full_name().to_string())
+            spec.map_or_else(
+                || event.volume.to_string(),
+                |(spec, _)| spec.full_name().to_string(),
+            )
         });
         let (from, to) = event.text.split_once(" -> ").unwrap_or(("", ""));
         let to = to.split(' ').next().unwrap_or_default();
-        log.push(What::volume(&*name, from, to, event.rule).epoch(event.epoch).text(event.text.clone()));
+        log.push(
+            What::volume(&*name, from, to, event.rule)
+                .epoch(event.epoch)
+                .text(event.text.clone()),
+        );
     }
 }
 
 fn store_error(error: StoreError) -> HostError {
     match error {
         StoreError::NoSpace { .. } => HostError::NoSpace(error.to_string()),
-        StoreError::Exists { .. } | StoreError::InUse { .. } => HostError::Refused(error.to_string()),
+        StoreError::Exists { .. } | StoreError::InUse { .. } => {
+            HostError::Refused(error.to_string())
+        }
         _ => HostError::Io(error.to_string()),
     }
 }
@@ -302,7 +332,10 @@ fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStatus {
 
 fn capacity(path: &Path) -> Capacity {
     match rustix::fs::statvfs(path) {
-        Ok(fs) => Capacity { total: fs.f_blocks * fs.f_frsize, free: fs.f_bavail * fs.f_frsize },
+        Ok(fs) => Capacity {
+            total: fs.f_blocks * fs.f_frsize,
+            free: fs.f_bavail * fs.f_frsize,
+        },
         Err(e) => {
             log::warn!("the space of {} is not known: {e}", path.display());
             Capacity::default()
@@ -320,7 +353,12 @@ impl Host for NodeHost {
         tag: Tag,
     ) -> Result<(), HostError> {
         let engine = &self.engine;
-        if let Some(have) = engine.status().1.into_iter().find(|c| c.state.volume_id == volume) {
+        if let Some(have) = engine
+            .status()
+            .1
+            .into_iter()
+            .find(|c| c.state.volume_id == volume)
+        {
             return match have.state.copy_id == copy {
                 true => Ok(()),
                 false => Err(HostError::Refused(format!(
@@ -340,9 +378,16 @@ impl Host for NodeHost {
             clean: true,
             bitmaps: [None; BITMAPS_MAX],
         };
-        let (store, loaded) = Store::create(&self.dir.volume_dir(volume), &state, false).map_err(store_error)?;
+        let (store, loaded) =
+            Store::create(&self.dir.volume_dir(volume), &state, false).map_err(store_error)?;
         let maps = [const { None }; BITMAPS_MAX];
-        engine.open(OpenCopy { store, metadata: loaded.metadata, state, regions: Vec::new(), maps });
+        engine.open(OpenCopy {
+            store,
+            metadata: loaded.metadata,
+            state,
+            regions: Vec::new(),
+            maps,
+        });
         Ok(())
     }
 
@@ -358,17 +403,24 @@ impl Host for NodeHost {
 
     fn local_copies(&self) -> Vec<LocalCopy> {
         let engine = &self.engine;
-        let open = engine.status().1.into_iter().map(|CopyStatus { volume, state, allocated, .. }| LocalCopy {
-            volume,
-            copy: state.copy_id,
-            epoch: state.epoch,
-            standing: match state.standing {
-                Standing::InSync => "in sync".into(),
-                Standing::Inconsistent => "inconsistent: its sync has not ended".into(),
-                Standing::Failed => "failed: its disk refused a write or a flush".into(),
+        let open = engine.status().1.into_iter().map(
+            |CopyStatus {
+                 volume,
+                 state,
+                 allocated,
+                 ..
+             }| LocalCopy {
+                volume,
+                copy: state.copy_id,
+                epoch: state.epoch,
+                standing: match state.standing {
+                    Standing::InSync => "in sync".into(),
+                    Standing::Inconsistent => "inconsistent: its sync has not ended".into(),
+                    Standing::Failed => "failed: its disk refused a write or a flush".into(),
+                },
+                allocated,
             },
-            allocated,
-        });
+        );
         let broken = lock(&self.broken);
         let broken = broken.iter().map(|(volume, why)| LocalCopy {
             volume: *volume,
@@ -391,7 +443,11 @@ impl Host for NodeHost {
         let config = DeviceConfig {
             volume: request.name.clone(),
             size: record.size,
-            block_size: if record.block_size == 4096 { BlockSize::B4096 } else { BlockSize::B512 },
+            block_size: if record.block_size == 4096 {
+                BlockSize::B4096
+            } else {
+                BlockSize::B512
+            },
             num_queues: request.num_queues,
             seg_max: SEG_MAX,
             read_only: request.read_only,
@@ -399,9 +455,12 @@ impl Host for NodeHost {
         };
         // The socket first: it may be taken, and then nothing has happened.
         let plane = Box::new(engine.plane(request.volume));
-        let mut server =
-            Server::spawn(config, &request.socket, plane).map_err(|e| HostError::Refused(e.to_string()))?;
-        let mine = record.attachment.as_ref().is_some_and(|a| a.node == self.me.node);
+        let mut server = Server::spawn(config, &request.socket, plane)
+            .map_err(|e| HostError::Refused(e.to_string()))?;
+        let mine = record
+            .attachment
+            .as_ref()
+            .is_some_and(|a| a.node == self.me.node);
         let attach = AttachVolume {
             volume: request.volume,
             name: request.name,
@@ -412,7 +471,11 @@ impl Host for NodeHost {
                 instance: self.me.instance,
             },
             // The lock on this node's directory is ours, so the process that held it has ended (PROTOCOL 5).
-            proof: if mine { Proof::PredecessorDead } else { Proof::None },
+            proof: if mine {
+                Proof::PredecessorDead
+            } else {
+                Proof::None
+            },
             read_only: request.read_only,
             record: request.record,
         };
@@ -420,12 +483,20 @@ impl Host for NodeHost {
             server.stop();
             return Err(HostError::Refused(why));
         }
-        served.insert(request.volume, Served { server, socket: request.socket });
+        served.insert(
+            request.volume,
+            Served {
+                server,
+                socket: request.socket,
+            },
+        );
         Ok(())
     }
 
     fn detach(&self, volume: VolumeId, force: bool) -> Result<(), HostError> {
-        let connected = lock(&self.served).get(&volume).is_some_and(|s| s.server.connected());
+        let connected = lock(&self.served)
+            .get(&volume)
+            .is_some_and(|s| s.server.connected());
         if connected && !force {
             return Err(HostError::Connected);
         }
@@ -433,7 +504,8 @@ impl Host for NodeHost {
     }
 
     fn record_changed(&self, volume: VolumeId, record: &Record, revision: Revision) {
-        self.engine.record(volume, Some((record.clone(), revision.0)));
+        self.engine
+            .record(volume, Some((record.clone(), revision.0)));
     }
 
     fn peers_changed(&self, peers: &[(NodeName, SocketAddr)]) {
@@ -443,7 +515,9 @@ impl Host for NodeHost {
     fn attachments(&self) -> Vec<AttachmentStatus> {
         let all = self.engine.status().0;
         let served = lock(&self.served);
-        all.into_iter().filter_map(|status| Some(describe(&status, served.get(&status.volume)?))).collect()
+        all.into_iter()
+            .filter_map(|status| Some(describe(&status, served.get(&status.volume)?)))
+            .collect()
     }
 
     fn capacity(&self) -> Capacity {

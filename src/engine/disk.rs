@@ -28,6 +28,23 @@ pub struct Token {
     pub volume: usize,
     /// The replica's ticket.
     pub ticket: Seq,
+    /// What it is and how many bytes it moves, for the counters.
+    pub work: Work,
+}
+
+/// Kinds of disk operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Data read.
+    Read(u32),
+    /// Data written.
+    Write(u32),
+    /// Data made zero.
+    Discard(u32),
+    /// fdatasync of the data.
+    Flush,
+    /// Superblock, log or bitmaps.
+    Meta,
 }
 
 /// One finished operation.
@@ -127,11 +144,6 @@ impl Disk {
             done: VecDeque::new(),
             now: Nanos::default(),
         })
-    }
-
-    /// Operations under way.
-    pub fn running(&self) -> usize {
-        self.running.len()
     }
 
     /// Writes `data` at `span`; durably when `dsync`.

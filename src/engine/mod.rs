@@ -73,9 +73,17 @@ impl Engine {
         for index in 0..workers {
             let (registry, events) = (registry.clone(), events.clone());
             let me = me.clone();
-            all.push(worker::Worker::spawn(worker::Setup { index, workers, me, registry, events })?);
+            all.push(worker::Worker::spawn(worker::Setup {
+                index,
+                workers,
+                me,
+                registry,
+                events,
+            })?);
         }
-        let handle = Handle { workers: all.iter().map(|w| w.mailbox.clone()).collect() };
+        let handle = Handle {
+            workers: all.iter().map(|w| w.mailbox.clone()).collect(),
+        };
         for mailbox in &handle.workers {
             mailbox.send(Command::Siblings(handle.workers.clone()));
         }
@@ -84,7 +92,13 @@ impl Engine {
         std::thread::Builder::new()
             .name("registry".into())
             .spawn(move || serve_registry(&requests, &*records, &mailboxes))?;
-        Ok((Self { workers: all, handle }, received))
+        Ok((
+            Self {
+                workers: all,
+                handle,
+            },
+            received,
+        ))
     }
 
     /// The way to it.

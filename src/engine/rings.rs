@@ -54,14 +54,6 @@ pub struct Rings {
     pub stats: Layer,
 }
 
-/// What to register with, or take out of, the poll: kick descriptors of ring `index`.
-pub enum Watch {
-    /// Watch this ring's kick.
-    Add(u16),
-    /// Stop watching it; the descriptor is still open.
-    Remove(u16),
-}
-
 impl Rings {
     /// No ring yet. `serial` is the volume's id, `size` its bytes.
     pub fn new(name: String, serial: Serial, size: u64, read_only: bool) -> Self {
@@ -344,11 +336,6 @@ impl Rings {
             }
         }
         out
-    }
-
-    /// A stop waits for requests.
-    pub fn is_stopping(&self) -> bool {
-        self.slots.iter().flatten().any(|s| s.stopping.is_some())
     }
 }
 

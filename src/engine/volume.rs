@@ -10,15 +10,15 @@ use super::command::{
     VolumeStatus,
 };
 use super::context::Context;
-use super::disk::{Completion, DataFile, Token};
+use super::disk::{Completion, DataFile, Token, Work};
 use super::rings::Rings;
 use crate::cluster::metrics::{Layer, VolumeMetrics};
 use crate::copy::layout::WORDS_PER_PAGE;
 use crate::copy::{BITS_PER_PAGE, MetaWrite, Metadata, Store};
 use crate::guest::Serial;
-use crate::replication::attachment::{Action as Do, Attachment, CopySet, Phase};
-use crate::replication::ids::{CHUNK, CopyId, Epoch, Nanos, REGION, Region, VolumeId};
-use crate::replication::message::{Message, Refusal};
+use crate::replication::attachment::{Action as Do, Attachment, Op, Phase};
+use crate::replication::ids::{CHUNK, CopyId, Epoch, Nanos, REGION, Region, Seq, VolumeId};
+use crate::replication::message::{Message, Refusal, Status};
 use crate::replication::replica::{
     Action as CopyDo, DiskOp, DiskResult, Replica, SessionId, Ticket,
 };
@@ -37,16 +37,18 @@ pub struct LocalCopy {
     store: Store,
     data: DataFile,
     meta: DataFile,
-    /// Operations of several writes: how many are left, and whether one failed.
-    split: HashMap<Ticket, (usize, Option<DiskFailure>)>,
+    /// Metadata operations under way, of one or several writes each.
+    batches: HashMap<Ticket, Batch>,
     looked: Nanos,
     stats: Layer,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum DiskFailure {
-    NoSpace,
-    Other,
+/// Writes that make one metadata operation.
+struct Batch {
+    left: usize,
+    failed: bool,
+    /// To be written when the others are durable.
+    then: Option<MetaWrite>,
 }
 
 /// The volume served from here.
@@ -137,7 +139,7 @@ impl Volume {
             store,
             data,
             meta,
-            split: HashMap::new(),
+            batches: HashMap::new(),
             looked: ctx.now,
             stats: Layer::default(),
         });
@@ -190,9 +192,10 @@ impl Volume {
     }
 
     /// A disk operation ended.
-    pub fn on_disk(&mut self, ctx: &Context, done: Completion) {
+    pub fn on_disk(&mut self, ctx: &mut Context, done: Completion) {
         let Some(copy) = &mut self.copy else { return };
         let ticket = done.token.ticket;
+        copy.count(&done, ctx.now);
         let mut result = match done.result {
             Ok(data) => DiskResult::Done(data),
             Err(error) => {
@@ -203,22 +206,24 @@ impl Volume {
                 }
             }
         };
-        if let Some((left, failed)) = copy.split.get_mut(&ticket) {
-            *left -= 1;
-            match result {
-                DiskResult::Done(_) => {}
-                DiskResult::NoSpace => *failed = failed.or(Some(DiskFailure::NoSpace)),
-                DiskResult::Error => *failed = Some(DiskFailure::Other),
-            }
-            if *left > 0 {
+        if let Some(batch) = copy.batches.get_mut(&ticket) {
+            batch.left -= 1;
+            batch.failed |= !matches!(result, DiskResult::Done(_));
+            if batch.left > 0 {
                 return;
             }
-            result = match failed {
-                None => DiskResult::Done(None),
-                Some(DiskFailure::NoSpace) => DiskResult::NoSpace,
-                Some(DiskFailure::Other) => DiskResult::Error,
-            };
-            copy.split.remove(&ticket);
+            if let (Some(write), false) = (batch.then.take(), batch.failed) {
+                batch.left = 1;
+                return ctx
+                    .disk
+                    .meta(done.token, &copy.meta, write.offset, write.bytes);
+            }
+            if batch.failed {
+                // Metadata that may or may not be on the disk: whatever the reason, the copy is
+                // dead.
+                result = DiskResult::Error;
+            }
+            copy.batches.remove(&ticket);
         }
         copy.replica.on_disk(ctx.now, ticket, result);
     }
@@ -279,29 +284,30 @@ impl Volume {
     }
 
     fn start_disk(&mut self, ctx: &mut Context, ticket: Ticket, op: DiskOp<Bytes>) {
+        let work = match &op {
+            DiskOp::Write { span, .. } => Work::Write(span.len),
+            DiskOp::Read { span, .. } => Work::Read(span.len),
+            DiskOp::Zero { span, .. } => Work::Discard(span.len),
+            DiskOp::Sync => Work::Flush,
+            _ => Work::Meta,
+        };
         let token = Token {
             volume: self.at,
             ticket,
+            work,
         };
         let Some(copy) = &mut self.copy else { return };
         match op {
             DiskOp::Write { span, data, dsync } => {
-                copy.stats.write.total += 1;
-                copy.stats.write.bytes += u64::from(span.len);
                 ctx.disk.write(token, &copy.data, span, data, dsync);
             }
             DiskOp::Read { span, into } => {
-                copy.stats.read.total += 1;
-                copy.stats.read.bytes += u64::from(span.len);
                 ctx.disk.read(token, &copy.data, span, into);
             }
             DiskOp::Zero { span, .. } => {
-                copy.stats.discard.total += 1;
-                copy.stats.discard.bytes += u64::from(span.len);
                 ctx.disk.zero(token, &copy.data, span);
             }
             DiskOp::Sync => {
-                copy.stats.flush.total += 1;
                 ctx.disk.sync(token, &copy.data);
             }
             DiskOp::Grow { size } => {
@@ -317,16 +323,19 @@ impl Volume {
                 copy.replica.on_disk(ctx.now, ticket, result);
             }
             DiskOp::Superblock(state) => {
-                let write = copy.metadata.superblock(&state);
-                copy.write_meta(ctx, token, vec![write]);
+                // Into both halves, one after the other: were only one to say it and to rot later,
+                // the other would bring an older promise back (S2).
+                let first = copy.metadata.superblock(&state);
+                let second = copy.metadata.superblock(&state);
+                copy.write_meta(ctx, token, vec![first], Some(second));
             }
             DiskOp::Log(txn) => {
                 let writes = copy.metadata.log(&txn.add, &txn.retire);
-                copy.write_meta(ctx, token, writes);
+                copy.write_meta(ctx, token, writes, None);
             }
             DiskOp::Bitmaps(regions) => {
                 let writes = copy.bitmap_pages(&regions);
-                copy.write_meta(ctx, token, writes);
+                copy.write_meta(ctx, token, writes, None);
             }
         }
     }
@@ -389,6 +398,7 @@ impl Volume {
     /// A message from a copy on another node.
     pub fn from_copy(&mut self, ctx: &Context, copy: usize, message: Message, data: Option<Bytes>) {
         if let Some(s) = &mut self.serving {
+            s.count_answered(ctx.now, &message);
             s.attachment.on_message(ctx.now, copy, message, data);
         }
     }
@@ -441,7 +451,6 @@ impl Volume {
                     }
                 }
                 if !remote.is_empty() {
-                    s.count_sent(remote, &message);
                     let compress = s.attachment.record().compress;
                     ctx.send_set(remote, &s.links, &message, data.as_ref(), compress);
                 }
@@ -760,29 +769,65 @@ impl Serving {
         self.rings.disconnect();
     }
 
-    fn count_sent(&mut self, to: CopySet, message: &Message) {
-        let n = to.len() as u64;
-        let (op, bytes) = match message {
-            Message::Write(r) => (&mut self.network.write, r.span.len),
-            Message::WriteZeroes { .. } => (&mut self.network.write, 0),
-            Message::Discard(_) => (&mut self.network.discard, 0),
-            Message::Read(r) => (&mut self.network.read, r.span.len),
-            Message::Flush { .. } => (&mut self.network.flush, 0),
-            _ => return,
+    /// Answers of a copy on another node, for the counters.
+    fn count_answered(&mut self, now: Nanos, message: &Message) {
+        match message {
+            Message::AckVec { acks, .. } => {
+                acks.iter()
+                    .for_each(|(seq, status)| self.count_answer(now, *seq, *status));
+            }
+            Message::ReadReply { seq, status } => self.count_answer(now, *seq, *status),
+            _ => {}
+        }
+    }
+
+    fn count_answer(&mut self, now: Nanos, seq: Seq, status: Status) {
+        let Some((op, submitted)) = self.attachment.under_way(seq) else {
+            return;
         };
-        op.total += n;
-        op.bytes += n * u64::from(bytes);
+        let (counter, bytes) = match op {
+            Op::Read(span) => (&mut self.network.read, span.len),
+            Op::Write { span, .. } => (&mut self.network.write, span.len),
+            Op::Zero { span, .. } => (&mut self.network.discard, span.len),
+            Op::Flush => (&mut self.network.flush, 0),
+        };
+        counter.total += 1;
+        counter.bytes += u64::from(bytes);
+        counter.errors += u64::from(status != Status::Ok);
+        counter.seconds.observe(seconds(now.since(submitted)));
     }
 }
 
 impl LocalCopy {
-    fn write_meta(&mut self, ctx: &mut Context, token: Token, writes: Vec<MetaWrite>) {
+    fn count(&mut self, done: &Completion, now: Nanos) {
+        let (op, bytes) = match done.token.work {
+            Work::Read(len) => (&mut self.stats.read, len),
+            Work::Write(len) => (&mut self.stats.write, len),
+            Work::Discard(len) => (&mut self.stats.discard, len),
+            Work::Flush => (&mut self.stats.flush, 0),
+            Work::Meta => return,
+        };
+        op.total += 1;
+        op.bytes += u64::from(bytes);
+        op.errors += u64::from(done.result.is_err());
+        op.seconds.observe(seconds(now.since(done.started)));
+    }
+
+    fn write_meta(
+        &mut self,
+        ctx: &mut Context,
+        token: Token,
+        writes: Vec<MetaWrite>,
+        then: Option<MetaWrite>,
+    ) {
         if writes.is_empty() {
             return self
                 .replica
                 .on_disk(ctx.now, token.ticket, DiskResult::Done(None));
         }
-        self.split.insert(token.ticket, (writes.len(), None));
+        let (left, failed) = (writes.len(), false);
+        self.batches
+            .insert(token.ticket, Batch { left, failed, then });
         for write in writes {
             ctx.disk.meta(token, &self.meta, write.offset, write.bytes);
         }
@@ -818,6 +863,10 @@ impl LocalCopy {
         }
         writes
     }
+}
+
+fn seconds(span: Nanos) -> f64 {
+    span.0 as f64 / 1e9
 }
 
 /// The metric's label for why a copy was ejected.

@@ -209,7 +209,7 @@ impl Loop {
         loop {
             while let Some(done) = self.ctx.disk.completed() {
                 let at = done.token.volume;
-                self.volumes[at].on_disk(&self.ctx, done);
+                self.volumes[at].on_disk(&mut self.ctx, done);
                 self.touch(at);
             }
             if self.touched.is_empty() {

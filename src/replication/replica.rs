@@ -935,7 +935,7 @@ impl<D> Replica<D> {
                 let epoch = config.epoch;
                 self.event(
                     "8 configuration",
-                    format!("epoch {epoch}, {} missing", config.missing.len()),
+                    format!("epoch {epoch}, {} bitmaps kept", config.missing.len()),
                 );
                 self.reply(
                     session,

@@ -227,7 +227,12 @@ impl World {
         let copies = rng.pick(&[1, 2, 2, 2, 3, 3, 3, 4]) as usize;
         let remote = rng.one_in(3);
         let count = copies + usize::from(remote || copies == 1 && rng.one_in(2));
-        let size = rng.pick(&[8 * CHUNK, 8 * CHUNK, REGION + 4 * CHUNK, 2 * REGION + SECTOR * 24]);
+        let size = rng.pick(&[
+            8 * CHUNK,
+            8 * CHUNK,
+            REGION + 4 * CHUNK,
+            2 * REGION + SECTOR * 24,
+        ]);
         let wanted = (copies - 1) as u8;
         let mode = rng.pick(&[
             FailureMode::Hard,
@@ -367,7 +372,12 @@ impl World {
     }
 
     fn say(&mut self, text: impl FnOnce(&Self) -> String) {
-        let line = format!("{:>10} us #{} {}", self.now / 1_000, self.moment, text(self));
+        let line = format!(
+            "{:>10} us #{} {}",
+            self.now / 1_000,
+            self.moment,
+            text(self)
+        );
         if self.verbose {
             eprintln!("{line}");
         }
@@ -410,9 +420,11 @@ impl World {
             self.atts
                 .last()
                 .map(|a| (a.machine.status(), a.machine.why_not_serving())),
-            self.atts
-                .last()
-                .map(|a| a.asked.iter().map(|(id, q)| (*id, q.op)).collect::<Vec<_>>())
+            self.atts.last().map(|a| a
+                .asked
+                .iter()
+                .map(|(id, q)| (*id, q.op))
+                .collect::<Vec<_>>())
         );
         self.verify();
         self.leave();
@@ -478,7 +490,9 @@ impl World {
         let a = &self.atts[i];
         let others = self.atts.iter().filter(|a| !a.over).count();
         let r = &self.registry.record;
-        let serves = r.failure_mode.serves(r.replicas_wanted, r.in_sync().count());
+        let serves = r
+            .failure_mode
+            .serves(r.replicas_wanted, r.in_sync().count());
         others == 1
             && *a.machine.phase() == Phase::Serving
             && a.asked.is_empty()
@@ -532,7 +546,13 @@ impl World {
     /// A clean detach at the end: logs empty, copies clean and durable.
     fn leave(&mut self) {
         let i = self.live().unwrap();
-        if self.is_dead() || self.nodes.iter().filter_map(|n| n.disk.as_ref()).any(|d| d.failed) {
+        if self.is_dead()
+            || self
+                .nodes
+                .iter()
+                .filter_map(|n| n.disk.as_ref())
+                .any(|d| d.failed)
+        {
             return;
         }
         self.atts[i].leaving = true;
@@ -984,7 +1004,10 @@ impl World {
         let newer_served = self.atts[a + 1..].iter().any(|o| o.served);
         match asked.op {
             Op::Read(span) => {
-                assert!(!newer_served, "S8: a read at an attachment after a newer one served");
+                assert!(
+                    !newer_served,
+                    "S8: a read at an attachment after a newer one served"
+                );
                 let data = data.expect("a read brings its bytes");
                 for (i, s) in sectors(span).enumerate() {
                     let read = self.oracle.may_read(s, data.0[i], asked.start, now);
@@ -1064,7 +1087,11 @@ impl World {
                     Message::PromiseAck(disk) if !disk.probe => {
                         self.nodes[n].fenced = true;
                         let disk = self.nodes[n].disk.as_ref().unwrap();
-                        assert_eq!(disk.writes_running(), 0, "S7: promised with writes under way");
+                        assert_eq!(
+                            disk.writes_running(),
+                            0,
+                            "S7: promised with writes under way"
+                        );
                     }
                     Message::AttachAck { .. } => self.nodes[n].fenced = false,
                     Message::Nack(refusal) => {
@@ -1098,7 +1125,10 @@ impl World {
         }
         let node = &mut self.nodes[n];
         if let DiskOp::Write { span, .. } | DiskOp::Zero { span, .. } = &op {
-            assert!(!node.fenced, "S7: a write after the promise, before an attach");
+            assert!(
+                !node.fenced,
+                "S7: a write after the promise, before an attach"
+            );
             let disk = node.disk.as_ref().unwrap();
             assert!(
                 self.copies == 1 || span.regions().all(|r| disk.log.contains(&r)),
@@ -1381,7 +1411,9 @@ impl World {
             .attachment
             .as_ref()
             .and_then(|a| self.nodes.iter().position(|n| n.name == a.node));
-        let up: Vec<usize> = (0..self.nodes.len()).filter(|n| self.nodes[*n].up).collect();
+        let up: Vec<usize> = (0..self.nodes.len())
+            .filter(|n| self.nodes[*n].up)
+            .collect();
         if up.is_empty() {
             return;
         }
@@ -1414,7 +1446,10 @@ impl World {
             instance: node.instance,
         };
         // One attachment a node, and the one before is over: its lock is free.
-        let mine = record.attachment.as_ref().is_some_and(|a| a.node == me.node);
+        let mine = record
+            .attachment
+            .as_ref()
+            .is_some_and(|a| a.node == me.node);
         let proof = if mine {
             Proof::PredecessorDead
         } else {
@@ -1462,7 +1497,11 @@ impl World {
             self.budget = self.budget.saturating_sub(1);
             let start = self.rng.pick(&self.hot.clone()) as u64 + self.rng.below(10);
             let all = self.registry.record.size / SECTOR;
-            let len = if self.rng.one_in(12) { 64 } else { self.rng.between(1, 6) };
+            let len = if self.rng.one_in(12) {
+                64
+            } else {
+                self.rng.between(1, 6)
+            };
             let len = len.min(all - start);
             let span = Span {
                 offset: start * SECTOR,

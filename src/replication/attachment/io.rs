@@ -32,6 +32,19 @@ impl<D: Payload> Attachment<D> {
         }
     }
 
+    /// What the request `seq` is and when it was taken in, while it is under way.
+    pub fn under_way(&mut self, seq: Seq) -> Option<(Op, Nanos)> {
+        let p = self.pending.get_mut(seq)?;
+        let (span, fua) = (p.span, p.fua);
+        let op = match p.kind {
+            Kind::Read => Op::Read(span),
+            Kind::Write => Op::Write { span, fua },
+            Kind::Zero { unmap } => Op::Zero { span, unmap, fua },
+            Kind::Flush { .. } => Op::Flush,
+        };
+        Some((op, p.submitted))
+    }
+
     /// Whether the failure mode allows serving with the copies in sync now (PROTOCOL 7).
     pub fn mode_serves(&self) -> bool {
         self.record

@@ -245,7 +245,11 @@ fn a_registry_that_does_not_answer_is_asked_again_later_and_once() {
     }
     assert!(b.take().is_empty());
     b.tick(200);
-    let reads = |all: Vec<Action<Bytes>>| all.iter().filter(|a| matches!(a, Action::ReadRecord)).count();
+    let reads = |all: Vec<Action<Bytes>>| {
+        all.iter()
+            .filter(|a| matches!(a, Action::ReadRecord))
+            .count()
+    };
     assert_eq!(reads(b.take()), 1);
     b.tick(200);
     assert_eq!(reads(b.take()), 0);
@@ -300,7 +304,13 @@ fn a_full_disk_suspends_until_the_deadline_and_is_tried_one_attempt_at_a_time() 
     let mut outcome = None;
     for _ in 0..700 {
         b.acks(0, seq, Status::NoSpace);
-        b.says(0, Message::HeartbeatAck { epoch: Epoch(2), sent: b.now });
+        b.says(
+            0,
+            Message::HeartbeatAck {
+                epoch: Epoch(2),
+                sent: b.now,
+            },
+        );
         b.tick(50);
         outcome = outcome.or(completed(&b.take()).first().copied());
         if outcome.is_some() {
