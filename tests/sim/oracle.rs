@@ -185,14 +185,13 @@ impl Oracle {
         }
         // S9: seen once with nothing under way, it stays until the next write.
         let quiet = list.iter().all(|w| w.before(start));
-        if quiet && list.len() > 1 && list.iter().any(|w| matches!(w.end, End::Maybe(_))) {
+        if quiet && list.iter().filter(|w| allowed(w)).count() > 1 {
             self.collapses += 1;
             let list = self.of(s);
             let mut seen = *list.iter().rfind(|w| w.value == value).unwrap();
             (seen.start, seen.end, seen.told) = (start, End::Ok(start), Some(start));
             seen.durable = false;
-            // What is durable may come back by a later power cut; the rest is decided against.
-            list.retain(|w| w.durable);
+            // What it decided against stays known: a later power cut may bring it back.
             list.push(seen);
         }
         Ok(())

@@ -224,17 +224,25 @@ impl<D: Payload> Attachment<D> {
         let Some(p) = self.pending.remove(seq) else {
             return;
         };
-        let outcome = if p.failed.is_some() {
+        let mut outcome = if p.failed.is_some() {
             Outcome::IoError
         } else {
             Outcome::Ok
         };
+        if matches!(p.kind, Kind::Write | Kind::Zero { .. }) && !p.fua {
+            self.newest = self.newest.max(seq);
+        }
         if let Kind::Flush { covers } = p.kind
             && outcome == Outcome::Ok
         {
             // S5, S13: every in-sync copy has it on stable storage; regions may retire up to here.
             self.stable = self.stable.max(Seq(covers.0 - 1));
             self.pressure = false;
+            // S5: write completed, the only copy's machine loses power and the write, flush: this flush is not what
+            // makes that write durable, and the guest has to know.
+            if matches!(p.origin, Origin::Guest(_)) && std::mem::take(&mut self.lost_unflushed) {
+                outcome = Outcome::IoError;
+            }
         }
         if matches!(p.kind, Kind::Write | Kind::Zero { .. })
             && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned)

@@ -2,7 +2,7 @@
 //! master (5), every change of the record.
 
 use super::{
-    Action, Attachment, CasOutcome, Change, CopySet, Link, Payload, Peer, Phase, Purpose, Revision,
+    Action, Attachment, CasOutcome, Change, CopySet, Kind, Link, Payload, Peer, Phase, Purpose, Revision,
 };
 use crate::replication::ids::{BootId, Epoch, Nanos};
 use crate::replication::message::{Message, Refusal};
@@ -18,7 +18,8 @@ impl Peer {
             heard: now,
             beat: Nanos(0),
             lease: None,
-            boot_id: None,
+            gap: false,
+            accepted: None,
             vote: None,
             detached: false,
             why: String::new(),
@@ -65,22 +66,53 @@ impl<D: Payload> Attachment<D> {
         peer.link = Link::Up;
         peer.heard = now;
         peer.lease = None;
-        peer.boot_id = Some(boot_id);
         if self.peers[copy].detached {
             // It has flushed and let go: nothing is left to be said to it.
         } else if self.owns() {
-            let known = self.record.copies[copy].boot_id;
-            if known.is_some_and(|b| b != boot_id) && self.in_sync.len() > 1 {
-                // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
-                self.lose(copy, "its machine was restarted");
-            } else {
-                let message = Message::Attach(self.configuration());
-                self.send(CopySet::one(copy), message, None);
-            }
+            self.configure_again(copy, boot_id);
         } else {
             self.ask_promise(copy);
         }
         self.advance();
+    }
+
+    fn configure_again(&mut self, copy: usize, boot_id: BootId) {
+        let known = self.peers[copy]
+            .accepted
+            .or(self.record.copies[copy].boot_id);
+        let gap = known.is_some_and(|b| b != boot_id);
+        self.peers[copy].gap = gap;
+        let whole = |c: usize| c != copy && !self.peers[c].gap;
+        if gap && self.in_sync.iter().any(whole) {
+            // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
+            return self.lose(copy, "its machine was restarted");
+        }
+        if gap {
+            self.accept_gap(copy, boot_id);
+        }
+        let message = Message::Attach(self.configuration());
+        self.send(CopySet::one(copy), message, None);
+    }
+
+    /// No in-sync copy without a gap is left (PROTOCOL 5): the first one back serves on, the others, which may have lost
+    /// other writes than it, are ejected in its favour. Were all of them waited for, none would ever be taken.
+    fn accept_gap(&mut self, copy: usize, boot_id: BootId) {
+        self.peers[copy].gap = false;
+        self.peers[copy].accepted = Some(boot_id);
+        // S3: what it acknowledged before the power cut says nothing now.
+        for seq in self.pending.in_order() {
+            if let Some(p) = self.pending.get_mut(seq)
+                && p.kind != Kind::Read
+            {
+                p.waiting.insert(copy);
+            }
+        }
+        self.lost_unflushed |= self.newest > self.stable;
+        let node = self.record.copies[copy].node.clone();
+        self.event(
+            "5 power cut",
+            format!("the copy on {node} serves on without what no flush had covered"),
+        );
     }
 
     /// The connection to `copy` broke, or could not be made.
@@ -269,6 +301,11 @@ impl<D: Payload> Attachment<D> {
         for copy in out.iter() {
             next.copies[copy].status = CopyStatus::Missing;
             next.copies[copy].base.last = Some(self.record.epoch);
+        }
+        for copy in left.iter() {
+            if let Some(accepted) = self.peers[copy].accepted {
+                next.copies[copy].boot_id = Some(accepted);
+            }
         }
         if out.has(self.master) {
             let master = self.choose_master(left.and(self.ready));

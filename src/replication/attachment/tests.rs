@@ -390,3 +390,44 @@ fn a_copy_that_has_detached_hears_nothing_more_while_the_registry_is_slow() {
     b.swapped();
     assert_eq!(*b.a.phase(), Phase::Left);
 }
+
+#[test]
+fn when_every_copy_lost_power_one_serves_on_and_the_next_flush_fails() {
+    let mut b = Bench::serving(2);
+    b.submit(1, write(SPAN));
+    let first = writes(&b.take(), 0)[0].seq;
+    b.acks(0, first, Status::Ok);
+    b.acks(1, first, Status::Ok);
+    b.submit(2, write(SPAN));
+    let second = writes(&b.take(), 0)[0].seq;
+    b.acks(0, second, Status::Ok);
+    b.a.on_disconnected(b.now, 0, "power");
+    b.a.on_disconnected(b.now, 1, "power");
+    b.take();
+    b.a.on_connected(b.now, 1, boot(11));
+    assert_eq!(sent(&b.take(), 1), [], "copy 0 may have no gap");
+    b.a.on_connected(b.now, 0, boot(10));
+    b.a.on_connected(b.now, 1, boot(11));
+    let actions = b.take();
+    assert_eq!((sent(&actions, 0).len(), sent(&actions, 1).len()), (1, 0));
+    b.says(0, Message::AttachAck { epoch: Epoch(2) });
+    let next = b.proposed().unwrap();
+    assert_eq!(next.in_sync().count(), 1);
+    assert_eq!(next.copies[0].boot_id, Some(boot(10)));
+    // The acknowledgement from before the power cut does not count: the write went out again.
+    assert_eq!(writes(&b.take(), 0)[0].seq, second);
+    b.swapped();
+    assert_eq!(completed(&b.take()), []);
+    b.acks(0, second, Status::Ok);
+    assert_eq!(completed(&b.take()), [(2, Outcome::Ok)]);
+    for (id, outcome) in [(3, Outcome::IoError), (4, Outcome::Ok)] {
+        b.submit(id, Op::Flush);
+        b.tick(50);
+        let seq = sent(&b.take(), 0).into_iter().find_map(|m| match m {
+            Message::Flush { seq, .. } => Some(seq),
+            _ => None,
+        });
+        b.acks(0, seq.unwrap(), Status::Ok);
+        assert_eq!(completed(&b.take()), [(id, outcome)]);
+    }
+}
