@@ -137,6 +137,15 @@ impl Oracle {
         }
     }
 
+    /// A flush of `by` failed: the guest knows that what a power cut took may be gone.
+    pub fn flush_failed(&mut self, by: usize) {
+        for w in self.sectors.values_mut().flatten() {
+            if w.by == by && matches!(w.end, End::Maybe(_)) && !w.durable {
+                w.told = None;
+            }
+        }
+    }
+
     /// Every in-sync copy lost power at or before `now`: a sector has any value since the last completed flush (S10).
     pub fn power_lost(&mut self, now: Moment) {
         let all: Vec<usize> = self.sectors.keys().copied().collect();

@@ -927,7 +927,11 @@ impl World {
                 self.say(|_| format!("att {a}: [{rule}] {text}"));
             }
             Action::Ended => {
-                if *self.atts[a].machine.phase() == Phase::Left {
+                let machine = &self.atts[a].machine;
+                // Unless somebody attached since, and this one hears late that it has left.
+                if *machine.phase() == Phase::Left
+                    && machine.record().epoch == self.registry.record.epoch
+                {
                     self.left();
                 }
                 self.end_att(a);
@@ -969,6 +973,9 @@ impl World {
                 || self.gapped.iter().any(|g| *g)
                 || self.atts[a].leaving
                 || suspended >= deadline && machine.status().suspended_for.is_some();
+            if asked.op == Op::Flush {
+                self.oracle.flush_failed(a);
+            }
             assert!(excused, "S17: {:?} failed before the deadline", asked.op);
             self.say(|_| format!("att {a}: {} fails {:?}", id.0, asked.op));
             return;
