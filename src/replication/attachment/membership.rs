@@ -250,7 +250,7 @@ impl<D: Payload> Attachment<D> {
         let ejecting = self
             .change
             .as_ref()
-            .is_some_and(|c| c.purpose == Purpose::Eject);
+            .is_some_and(|c| c.proposed.copies[copy].status != CopyStatus::InSync);
         if !ejecting {
             // Back in time: nothing was decided against it yet.
             self.failing.remove(copy);
@@ -339,6 +339,7 @@ impl<D: Payload> Attachment<D> {
             since,
             asked: true,
             unknown: false,
+            in_doubt: false,
             retry: since,
         });
     }
@@ -353,6 +354,19 @@ impl<D: Payload> Attachment<D> {
             return;
         };
         if change.asked || self.now < change.retry {
+            return;
+        }
+        // Not swapped, for certain, and decided on what held then: the copy to be ejected may be back, the one it was to
+        // be ejected in favour of may have failed. Decided anew, or the last good copy is put out.
+        if change.purpose == Purpose::Eject && !change.in_doubt {
+            let since = change.since;
+            self.change = None;
+            self.propose_again(Purpose::Eject);
+            self.propose_ejection();
+            match &mut self.change {
+                Some(change) => change.since = since,
+                None => self.weigh_serving(),
+            }
             return;
         }
         change.asked = true;
@@ -383,7 +397,7 @@ impl<D: Payload> Attachment<D> {
             CasOutcome::Done(revision) => self.commit(revision),
             CasOutcome::Conflict(found) => self.compare(found),
             // Never assume: read it back until it is known (PROTOCOL 2.6).
-            CasOutcome::Ambiguous => change.unknown = true,
+            CasOutcome::Ambiguous => (change.unknown, change.in_doubt) = (true, true),
             CasOutcome::Unavailable => {}
         }
         self.advance();
@@ -475,8 +489,8 @@ impl<D: Payload> Attachment<D> {
             Purpose::Claim => self.begin_join(),
             Purpose::Activate => self.propose_activation(),
             Purpose::Release => self.propose_release(),
-            // Decided anew from what holds now.
-            Purpose::Eject | Purpose::Raise => {}
+            // Decided anew from what holds now: one that takes requests again is back in time.
+            Purpose::Eject | Purpose::Raise => self.failing = self.failing.without(self.ready),
         }
     }
 

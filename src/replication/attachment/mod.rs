@@ -343,6 +343,8 @@ struct Change {
     asked: bool,
     /// The answer was ambiguous: read before anything else.
     unknown: bool,
+    /// An answer was ambiguous once: that attempt may still arrive, so the proposal stays.
+    in_doubt: bool,
     /// When to ask again.
     retry: Nanos,
 }

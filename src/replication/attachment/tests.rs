@@ -431,3 +431,21 @@ fn when_every_copy_lost_power_one_serves_on_and_the_next_flush_fails() {
         assert_eq!(completed(&b.take()), [(id, outcome)]);
     }
 }
+
+#[test]
+fn an_ejection_the_registry_did_not_take_is_decided_anew() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.tick(500);
+    assert_eq!(b.proposed().unwrap().copies[1].status, CopyStatus::Missing);
+    b.a.on_cas(b.now, CasOutcome::Unavailable);
+    b.take();
+    // Copy 1 is back with all that was completed; the disk of copy 0 fails.
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    b.a.on_refused(b.now, 0, Refusal::Failed);
+    b.tick(300);
+    let next = b.proposed().unwrap();
+    assert_eq!(next.copies[0].status, CopyStatus::Missing);
+    assert_eq!(next.copies[1].status, CopyStatus::InSync);
+}
