@@ -198,6 +198,8 @@ pub struct Replica<D> {
     flushing: Option<Vec<(SessionId, Seq)>>,
     flush_next: Vec<(SessionId, Seq)>,
     look_for_idle: bool,
+    /// Sessions to be refused for the failed disk once it works on nothing any more.
+    ending: Vec<SessionId>,
     actions: VecDeque<Action<D>>,
 }
 
@@ -240,6 +242,7 @@ impl<D> Replica<D> {
             flushing: None,
             flush_next: Vec::new(),
             look_for_idle: false,
+            ending: Vec::new(),
             actions: VecDeque::new(),
         }
     }
@@ -319,6 +322,7 @@ impl<D> Replica<D> {
             self.promised_to = None;
         }
         self.inbox.retain(|(s, ..)| *s != session);
+        self.ending.retain(|s| *s != session);
     }
 
     /// Time passed.
@@ -383,6 +387,11 @@ impl<D> Replica<D> {
 
     /// The batch of events is over: start the log transaction that its writes need.
     pub fn end_turn(&mut self) {
+        if !self.ending.is_empty() && !self.disk_works() {
+            for session in std::mem::take(&mut self.ending) {
+                self.refuse(session, Refusal::Failed);
+            }
+        }
         if self.serial.is_some() {
             return self.advance_serial();
         }
@@ -398,7 +407,7 @@ impl<D> Replica<D> {
 
     fn dispatch(&mut self, session: SessionId, message: Message, data: Option<D>) {
         if self.state.standing == Standing::Failed {
-            return self.refuse(session, Refusal::Failed);
+            return self.refuse_failed(session);
         }
         match message {
             Message::Promise(promise) => return self.promise(session, promise),
@@ -969,14 +978,24 @@ impl<D> Replica<D> {
         }
         self.state.standing = Standing::Failed;
         self.event("3 failed disk", why.into());
+        for w in &self.queue {
+            let (session, seq, status) = (w.session, w.request.seq, Status::Io);
+            self.actions.push_back(Action::Ack {
+                session,
+                seq,
+                status,
+            });
+        }
         self.drop_queue();
-        self.flushing = None;
-        self.flush_next.clear();
+        let flushes = self.flushing.take().into_iter().flatten();
+        for (session, seq) in flushes.chain(std::mem::take(&mut self.flush_next)).collect::<Vec<_>>() {
+            self.ack(session, seq, Status::Io);
+        }
         if let Some(session) = self.bound.take() {
-            self.refuse(session, Refusal::Failed);
+            self.refuse_failed(session);
         }
         for (session, ..) in std::mem::take(&mut self.inbox) {
-            self.refuse(session, Refusal::Failed);
+            self.refuse_failed(session);
         }
         if let Some(
             Serial::Promise { session, .. }
@@ -984,7 +1003,25 @@ impl<D> Replica<D> {
             | Serial::Detach { session, .. },
         ) = self.serial.replace(Serial::Failing)
         {
+            self.refuse_failed(session);
+        }
+    }
+
+    /// Whether the disk works on data of somebody's request.
+    fn disk_works(&self) -> bool {
+        self.ops
+            .iter()
+            .any(|(_, op)| matches!(op, Op::Data { .. } | Op::Read { .. }))
+    }
+
+    /// Refuses the session, but not before the disk's last answer has gone out: write 1 fails while write 2, from the
+    /// guest's memory, is in the disk queue; were the session ended at once, the answer to write 2 would be lost, and the
+    /// attachment in this process could never tell the guest that its memory is free (S19).
+    fn refuse_failed(&mut self, session: SessionId) {
+        if !self.disk_works() {
             self.refuse(session, Refusal::Failed);
+        } else if !self.ending.contains(&session) {
+            self.ending.push(session);
         }
     }
 

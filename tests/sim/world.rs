@@ -118,6 +118,8 @@ struct Weather {
     every_ms: u64,
     kinds: Vec<Fault>,
     disk_faults: bool,
+    /// Also the last in-sync copy's disk may die: then every request must still end.
+    last_disk: bool,
     slow_disk: u64,
     ambiguous: u64,
     registry_down: u64,
@@ -304,6 +306,7 @@ impl World {
             every_ms: rng.pick(&[300, 800, 2_000, 5_000]),
             kinds,
             disk_faults: rng.one_in(4),
+            last_disk: rng.one_in(4),
             slow_disk: rng.pick(&[0, 0, 50, 400]),
             ambiguous: rng.pick(&[0, 3, 10]),
             registry_down: rng.pick(&[0, 0, 5]),
@@ -401,6 +404,10 @@ impl World {
         }
         if self.is_dead() {
             self.seen.dead += 1;
+            for a in self.atts.iter().filter(|a| !a.over) {
+                let open: Vec<_> = a.asked.values().map(|q| q.op).collect();
+                assert!(open.is_empty(), "S19: no answer to {open:?} from a dead volume");
+            }
             return self.finish();
         }
         assert!(
@@ -1153,7 +1160,7 @@ impl World {
             .filter(|c| *c != n && self.is_in_sync(*c) && status.copies[*c].connected)
             .filter(|c| !self.nodes[*c].disk.as_ref().unwrap().failed)
             .count();
-        if healthy > 0 { Fate::Error } else { Fate::Done }
+        if healthy > 0 || self.weather.last_disk { Fate::Error } else { Fate::Done }
     }
 
     // ---- the registry

@@ -520,8 +520,12 @@ impl<D: Payload> Attachment<D> {
             self.complete(done.id, Outcome::IoError, None);
         }
         // What the copies still work on keeps its place (S16) and is answered; only the guest stops waiting.
-        // Not those at the copy of this process: its disk may be using the guest's memory.
-        let local = self.local.map_or(CopySet::EMPTY, CopySet::one);
+        // Not those at the copy of this process: its disk may be using the guest's memory. Unless that copy has failed:
+        // it says so only when its disk has let go of everything.
+        let local = self
+            .local
+            .filter(|c| !self.peers[*c].refused)
+            .map_or(CopySet::EMPTY, CopySet::one);
         for seq in self.pending.in_order() {
             let Some(p) = self.pending.get_mut(seq) else {
                 continue;

@@ -20,6 +20,7 @@ impl Peer {
             lease: None,
             gap: false,
             accepted: None,
+            refused: false,
             vote: None,
             detached: false,
             why: String::new(),
@@ -66,6 +67,7 @@ impl<D: Payload> Attachment<D> {
         peer.link = Link::Up;
         peer.heard = now;
         peer.lease = None;
+        peer.refused = false;
         if self.peers[copy].detached {
             // It has flushed and let go: nothing is left to be said to it.
         } else if self.owns() {
@@ -272,7 +274,10 @@ impl<D: Payload> Attachment<D> {
                 self.outbid = self.outbid.max(promised);
                 self.outbid_by(copy);
             }
-            other => self.lose(copy, &other.to_string()),
+            other => {
+                self.peers[copy].refused = other == Refusal::Failed;
+                self.lose(copy, &other.to_string())
+            }
         }
     }
 

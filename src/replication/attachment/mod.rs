@@ -243,6 +243,8 @@ struct Peer {
     gap: bool,
     /// The boot under which it is used in spite of that.
     accepted: Option<BootId>,
+    /// It answered that its disk has failed, on its last connection.
+    refused: bool,
     vote: Option<Vote>,
     detached: bool,
     /// Why it was lost last.

@@ -449,3 +449,22 @@ fn an_ejection_the_registry_did_not_take_is_decided_anew() {
     assert_eq!(next.copies[0].status, CopyStatus::Missing);
     assert_eq!(next.copies[1].status, CopyStatus::InSync);
 }
+
+#[test]
+fn a_request_at_the_failed_copy_of_this_node_ends_at_the_deadline() {
+    let mut b = Bench::serving(1);
+    b.submit(1, write(SPAN));
+    b.a.on_refused(b.now, 0, Refusal::Failed);
+    b.take();
+    let mut ended = Vec::new();
+    for _ in 0..700 {
+        b.tick(50);
+        let actions = b.take();
+        ended.extend(completed(&actions));
+        if actions.iter().any(|a| matches!(a, Action::Dial { .. })) {
+            b.a.on_connected(b.now, 0, boot(0));
+            b.says(0, Message::Nack(Refusal::Failed));
+        }
+    }
+    assert_eq!(ended, [(1, Outcome::IoError)]);
+}
