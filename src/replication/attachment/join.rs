@@ -134,6 +134,16 @@ impl<D: Payload> Attachment<D> {
     }
 
     pub(super) fn tick_join(&mut self) {
+        // Connected, asked, and its machine lost power: nobody resets the connection, and nothing else is sent on it that
+        // could time out. Only a new one finds the copy again.
+        for copy in self.in_sync.iter() {
+            let peer = &self.peers[copy];
+            let silent = self.now.since(peer.heard.max(self.join.since));
+            if peer.link == Link::Up && peer.vote.is_none() && silent >= self.timing.join {
+                self.actions.push_back(super::Action::Hangup(copy));
+                self.unlink(copy, "no answer to the request for its promise");
+            }
+        }
         self.tally();
     }
 

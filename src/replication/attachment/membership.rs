@@ -127,7 +127,7 @@ impl<D: Payload> Attachment<D> {
         self.advance();
     }
 
-    fn unlink(&mut self, copy: usize, why: &str) {
+    pub(super) fn unlink(&mut self, copy: usize, why: &str) {
         let now = self.now;
         self.ready.remove(copy);
         let peer = &mut self.peers[copy];

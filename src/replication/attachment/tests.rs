@@ -468,3 +468,16 @@ fn a_request_at_the_failed_copy_of_this_node_ends_at_the_deadline() {
     }
     assert_eq!(ended, [(1, Outcome::IoError)]);
 }
+
+#[test]
+fn a_silent_connection_is_made_anew_while_joining() {
+    let mut b = Bench::new(Bench::record(2, State::Active));
+    b.a.on_connected(b.now, 0, boot(0));
+    b.take();
+    b.tick(3_000);
+    assert!(b.take().iter().any(|a| matches!(a, Action::Hangup(0))));
+    b.tick(50);
+    let dials = b.take();
+    let again = |a: &Action<Bytes>| matches!(a, Action::Dial { copy: 0, .. });
+    assert!(dials.iter().any(again));
+}
