@@ -309,7 +309,7 @@ impl<D: Payload> Attachment<D> {
 
     /// The copy asked cannot answer: ask another in-sync one; the last one's error is the guest's.
     fn read_elsewhere(&mut self, seq: Seq) {
-        let candidates = self.in_sync.and(self.ready).without(self.failing);
+        let (candidates, ready) = (self.in_sync.without(self.failing), self.ready);
         let Some(p) = self.pending.get_mut(seq) else {
             return;
         };
@@ -318,11 +318,13 @@ impl<D: Payload> Attachment<D> {
             let copy = p.waiting.iter().next().unwrap_or_default();
             return self.lose(copy, "its disk failed a read during reconciliation");
         }
-        match candidates.without(p.tried).iter().next() {
+        // One whose connection is down for a moment answers when it is back, or is ejected: a pause, no error.
+        let left = candidates.without(p.tried);
+        match left.and(ready).iter().chain(left.iter()).next() {
             Some(next) => {
                 p.tried.insert(next);
                 p.waiting = CopySet::one(next);
-                self.transmit(seq, CopySet::one(next));
+                self.transmit(seq, CopySet::one(next).and(ready));
             }
             None => {
                 let Some(p) = self.pending.remove(seq) else {

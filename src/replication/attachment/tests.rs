@@ -481,3 +481,21 @@ fn a_silent_connection_is_made_anew_while_joining() {
     let again = |a: &Action<Bytes>| matches!(a, Action::Dial { copy: 0, .. });
     assert!(dials.iter().any(again));
 }
+
+#[test]
+fn a_read_that_the_master_cannot_answer_waits_for_a_copy_that_is_away_for_a_moment() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.submit(1, Op::Read(SPAN));
+    let seq = match sent(&b.take(), 0)[0] {
+        Message::Read(r) => r.seq,
+        _ => unreachable!(),
+    };
+    let status = Status::Io;
+    b.says(0, Message::ReadReply { seq, status });
+    assert_eq!(completed(&b.take()), []);
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    let asked = sent(&b.take(), 1);
+    assert!(asked.iter().any(|m| matches!(m, Message::Read(_))));
+}
