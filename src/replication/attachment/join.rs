@@ -79,6 +79,10 @@ impl<D: Payload> Attachment<D> {
                     format!("the copy on {node} cannot be used: {why}"),
                 );
                 self.peers[copy].why = why;
+                if disk.epoch > self.record.epoch {
+                    // Most likely the record changed since it was read. If every copy is ahead of ours, nobody else says so.
+                    self.actions.push_back(super::Action::ReadRecord);
+                }
                 Vote::Out
             }
             None if disk.probe => Vote::Probed,
