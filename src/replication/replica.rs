@@ -943,7 +943,10 @@ impl<D> Replica<D> {
                 attach,
             }) => {
                 self.bound = Some(session);
-                let claimant = self.promised_to.as_ref().is_some_and(|(s, _)| *s == session);
+                let claimant = self
+                    .promised_to
+                    .as_ref()
+                    .is_some_and(|(s, _)| *s == session);
                 if self.unclaimed.take().is_some_and(|e| config.epoch > e) && !claimant {
                     // S8: Y was promised e + 1 and never took the volume, X went above it and is attached. Were Y still
                     // taken for the attachment, its next attempt would be promised without the grace, X being alive.
@@ -998,7 +1001,10 @@ impl<D> Replica<D> {
         }
         self.drop_queue();
         let flushes = self.flushing.take().into_iter().flatten();
-        for (session, seq) in flushes.chain(std::mem::take(&mut self.flush_next)).collect::<Vec<_>>() {
+        for (session, seq) in flushes
+            .chain(std::mem::take(&mut self.flush_next))
+            .collect::<Vec<_>>()
+        {
             self.ack(session, seq, Status::Io);
         }
         if let Some(session) = self.bound.take() {
@@ -1149,15 +1155,24 @@ mod tests {
     fn a_candidate_that_never_took_the_volume_is_not_taken_for_its_attachment() {
         let mut r = replica();
         let released = Proof::Released(Epoch(1));
-        assert!(matches!(ask(&mut r, 1, 2, "x", released), Message::PromiseAck(_)));
+        assert!(matches!(
+            ask(&mut r, 1, 2, "x", released),
+            Message::PromiseAck(_)
+        ));
         assert!(matches!(attach(&mut r, 1, 2), Message::AttachAck { .. }));
         // Partitioned from x for longer than the grace: y is promised 3, loses the CAS, goes away. x goes above it.
         r.on_tick(T0.after(Nanos::from_ms(4_000)));
-        assert!(matches!(ask(&mut r, 2, 3, "y", Proof::None), Message::PromiseAck(_)));
+        assert!(matches!(
+            ask(&mut r, 2, 3, "y", Proof::None),
+            Message::PromiseAck(_)
+        ));
         r.on_close(r.now, SessionId(2));
         assert!(matches!(attach(&mut r, 3, 4), Message::AttachAck { .. }));
         let again = ask(&mut r, 4, 5, "y", Proof::None);
-        assert!(matches!(again, Message::Nack(Refusal::Attached { .. })), "{again:?}");
+        assert!(
+            matches!(again, Message::Nack(Refusal::Attached { .. })),
+            "{again:?}"
+        );
     }
 
     #[test]
@@ -1202,7 +1217,16 @@ mod tests {
         assert!(!until(&mut r).iter().any(closed));
         r.on_disk(T0, tickets[1], DiskResult::Done(None));
         let end = until(&mut r);
-        let acked = |a: &Action<()>| matches!(a, Action::Ack { seq: Seq(2), status: Status::Ok, .. });
+        let acked = |a: &Action<()>| {
+            matches!(
+                a,
+                Action::Ack {
+                    seq: Seq(2),
+                    status: Status::Ok,
+                    ..
+                }
+            )
+        };
         assert!(end.iter().position(acked).unwrap() < end.iter().position(closed).unwrap());
     }
 }

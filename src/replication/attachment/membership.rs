@@ -2,7 +2,8 @@
 //! master (5), every change of the record.
 
 use super::{
-    Action, Attachment, CasOutcome, Change, CopySet, Kind, Link, Payload, Peer, Phase, Purpose, Revision,
+    Action, Attachment, CasOutcome, Change, CopySet, Kind, Link, Payload, Peer, Phase, Purpose,
+    Revision,
 };
 use crate::replication::ids::{BootId, Epoch, Nanos};
 use crate::replication::message::{Message, Refusal};
@@ -416,7 +417,9 @@ impl<D: Payload> Attachment<D> {
         }
         if let Some(change) = &mut self.change {
             if change.asked && !change.unknown {
-                // A CAS is under way and will say more.
+                // A CAS is under way and will say more. Unless it was swapped before this change and answers after it:
+                // then nobody says it again, and an operator's policy would not be taken.
+                self.reread = Some(now);
                 return;
             }
             change.asked = false;

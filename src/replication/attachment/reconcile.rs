@@ -122,7 +122,8 @@ impl<D: Payload> Attachment<D> {
     fn former_round_writes(&self) -> bool {
         let now = self.reconcile.round;
         self.pending.iter().any(|(_, p)| {
-            p.kind == Kind::Write && matches!(p.origin, Origin::Reconcile { round, .. } if round != now)
+            p.kind == Kind::Write
+                && matches!(p.origin, Origin::Reconcile { round, .. } if round != now)
         })
     }
 

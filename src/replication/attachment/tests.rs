@@ -245,7 +245,11 @@ fn a_registry_that_does_not_answer_is_asked_again_later_and_once() {
     }
     assert!(b.take().is_empty());
     b.tick(200);
-    let reads = |all: Vec<Action<Bytes>>| all.iter().filter(|a| matches!(a, Action::ReadRecord)).count();
+    let reads = |all: Vec<Action<Bytes>>| {
+        all.iter()
+            .filter(|a| matches!(a, Action::ReadRecord))
+            .count()
+    };
     assert_eq!(reads(b.take()), 1);
     b.tick(200);
     assert_eq!(reads(b.take()), 0);
@@ -300,7 +304,13 @@ fn a_full_disk_suspends_until_the_deadline_and_is_tried_one_attempt_at_a_time() 
     let mut outcome = None;
     for _ in 0..700 {
         b.acks(0, seq, Status::NoSpace);
-        b.says(0, Message::HeartbeatAck { epoch: Epoch(2), sent: b.now });
+        b.says(
+            0,
+            Message::HeartbeatAck {
+                epoch: Epoch(2),
+                sent: b.now,
+            },
+        );
         b.tick(50);
         outcome = outcome.or(completed(&b.take()).first().copied());
         if outcome.is_some() {
@@ -498,4 +508,21 @@ fn a_read_that_the_master_cannot_answer_waits_for_a_copy_that_is_away_for_a_mome
     b.says(1, Message::AttachAck { epoch: Epoch(2) });
     let asked = sent(&b.take(), 1);
     assert!(asked.iter().any(|m| matches!(m, Message::Read(_))));
+}
+
+#[test]
+fn a_policy_that_arrives_between_a_swap_and_its_answer_is_taken() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.tick(500);
+    let mut record = b.proposed().unwrap();
+    record.failure_mode = FailureMode::Hard;
+    let revision = b.a.revision + 2;
+    b.a.on_record(b.now, Some((record.clone(), revision)));
+    b.swapped();
+    b.take();
+    b.tick(50);
+    assert!(b.take().iter().any(|a| matches!(a, Action::ReadRecord)));
+    b.a.on_record(b.now, Some((record, revision)));
+    assert!(!b.a.mode_serves());
 }
