@@ -85,7 +85,10 @@ fn whatever_fails_no_rule_of_the_protocol_is_broken() {
         eprintln!("seed {seed}: {rule}");
     }
     let seen = total.into_inner().unwrap();
-    eprintln!("{} of {count} seeds broke a rule; seen: {seen:?}", broken.len());
+    eprintln!(
+        "{} of {count} seeds broke a rule; seen: {seen:?}",
+        broken.len()
+    );
     if let Some((_, why)) = broken.first() {
         panic!("{why}");
     }

@@ -95,9 +95,7 @@ impl Oracle {
             .iter()
             .map(|w| {
                 list.iter().any(|o| {
-                    o.durable
-                        && matches!(o.end, End::Ok(at) if at < floor)
-                        && w.before(o.start)
+                    o.durable && matches!(o.end, End::Ok(at) if at < floor) && w.before(o.start)
                 })
             })
             .collect();
@@ -157,7 +155,10 @@ impl Oracle {
                 }
             }
             // What is durable may be all that is left.
-            let open = self.of(s).iter().any(|w| matches!(w.end, End::Maybe(at) if at == now));
+            let open = self
+                .of(s)
+                .iter()
+                .any(|w| matches!(w.end, End::Maybe(at) if at == now));
             if open {
                 for w in self.of(s) {
                     if w.durable {
@@ -178,7 +179,13 @@ impl Oracle {
     }
 
     /// Whether a read of `s` in the interval may return `value`.
-    pub fn may_read(&mut self, s: usize, value: u64, start: Moment, end: Moment) -> Result<(), String> {
+    pub fn may_read(
+        &mut self,
+        s: usize,
+        value: u64,
+        start: Moment,
+        end: Moment,
+    ) -> Result<(), String> {
         let list = self.of(s);
         let allowed = |w: &Write| {
             w.start <= end
@@ -189,7 +196,10 @@ impl Oracle {
         if !list.iter().any(|w| w.value == value && allowed(w)) {
             return Err(format!(
                 "sector {s} read {value} in {start}..{end}; allowed: {:?}; history: {list:?}",
-                list.iter().filter(|w| allowed(w)).map(|w| w.value).collect::<Vec<_>>()
+                list.iter()
+                    .filter(|w| allowed(w))
+                    .map(|w| w.value)
+                    .collect::<Vec<_>>()
             ));
         }
         // S9: seen once with nothing under way, it stays until the next write.

@@ -60,10 +60,7 @@ impl Registry {
             next.epoch >= old.epoch && (!changed || next.epoch > old.epoch),
             "S1: a change of attachment, master or in-sync set without an epoch of its own"
         );
-        let was = |id| {
-            old.copy(id)
-                .is_some_and(|c| c.status == CopyStatus::InSync)
-        };
+        let was = |id| old.copy(id).is_some_and(|c| c.status == CopyStatus::InSync);
         assert!(
             was(next.master) && next.copy(next.master).unwrap().status == CopyStatus::InSync,
             "S6: the master was not in the committed in-sync set"

@@ -168,8 +168,7 @@ pub struct Seen {
     pub ambiguous: u64,
     pub reconciled_differing: u64,
     pub power_losses: u64,
-    pub lease_waits: u64,
-    pub resends: u64,
+    pub connections: u64,
     pub detaches: u64,
     pub dead: u64,
     pub collapses: u64,
@@ -185,8 +184,7 @@ impl Seen {
         self.ambiguous += o.ambiguous;
         self.reconciled_differing += o.reconciled_differing;
         self.power_losses += o.power_losses;
-        self.lease_waits += o.lease_waits;
-        self.resends += o.resends;
+        self.connections += o.connections;
         self.detaches += o.detaches;
         self.dead += o.dead;
         self.collapses += o.collapses;
@@ -210,6 +208,7 @@ pub struct World {
     oracle: Oracle,
     weather: Weather,
     faults: bool,
+    calm_since: u64,
     guest_stopped: bool,
     verifying: bool,
     disk_errors: bool,
@@ -229,7 +228,12 @@ impl World {
         let copies = rng.pick(&[1, 2, 2, 2, 3, 3, 3, 4]) as usize;
         let remote = rng.one_in(3);
         let count = copies + usize::from(remote || copies == 1 && rng.one_in(2));
-        let size = rng.pick(&[8 * CHUNK, 8 * CHUNK, REGION + 4 * CHUNK, 2 * REGION + SECTOR * 24]);
+        let size = rng.pick(&[
+            8 * CHUNK,
+            8 * CHUNK,
+            REGION + 4 * CHUNK,
+            2 * REGION + SECTOR * 24,
+        ]);
         let wanted = (copies - 1) as u8;
         let mode = rng.pick(&[
             FailureMode::Hard,
@@ -339,6 +343,7 @@ impl World {
             fua: !weather.writeback,
             weather,
             faults: true,
+            calm_since: 0,
             guest_stopped: false,
             verifying: false,
             disk_errors: false,
@@ -370,7 +375,12 @@ impl World {
     }
 
     fn say(&mut self, text: impl FnOnce(&Self) -> String) {
-        let line = format!("{:>10} us #{} {}", self.now / 1_000, self.moment, text(self));
+        let line = format!(
+            "{:>10} us #{} {}",
+            self.now / 1_000,
+            self.moment,
+            text(self)
+        );
         if self.verbose {
             eprintln!("{line}");
         }
@@ -406,7 +416,10 @@ impl World {
             self.seen.dead += 1;
             for a in self.atts.iter().filter(|a| !a.over) {
                 let open: Vec<_> = a.asked.values().map(|q| q.op).collect();
-                assert!(open.is_empty(), "S19: no answer to {open:?} from a dead volume");
+                assert!(
+                    open.is_empty(),
+                    "S19: no answer to {open:?} from a dead volume"
+                );
             }
             return self.finish();
         }
@@ -417,9 +430,11 @@ impl World {
             self.atts
                 .last()
                 .map(|a| (a.machine.status(), a.machine.why_not_serving())),
-            self.atts
-                .last()
-                .map(|a| a.asked.iter().map(|(id, q)| (*id, q.op)).collect::<Vec<_>>())
+            self.atts.last().map(|a| a
+                .asked
+                .iter()
+                .map(|(id, q)| (*id, q.op))
+                .collect::<Vec<_>>())
         );
         self.verify();
         self.leave();
@@ -449,6 +464,7 @@ impl World {
     fn calm(&mut self) {
         self.say(|_| "---- calm".into());
         self.faults = false;
+        self.calm_since = self.now;
         self.guest_stopped = true;
         self.partitions.heal();
         self.registry_down_until = 0;
@@ -485,8 +501,19 @@ impl World {
         let a = &self.atts[i];
         let others = self.atts.iter().filter(|a| !a.over).count();
         let r = &self.registry.record;
-        let serves = r.failure_mode.serves(r.replicas_wanted, r.in_sync().count());
+        let serves = r
+            .failure_mode
+            .serves(r.replicas_wanted, r.in_sync().count());
+        // S14 speaks of healthy copies: one that nobody has missed yet is none.
+        let healthy = a
+            .machine
+            .status()
+            .copies
+            .iter()
+            .all(|c| c.connected || c.status != CopyStatus::InSync);
         others == 1
+            && healthy
+            && self.now >= self.calm_since + 4_000 * MS
             && *a.machine.phase() == Phase::Serving
             && a.asked.is_empty()
             && a.machine.is_idle()
@@ -539,7 +566,13 @@ impl World {
     /// A clean detach at the end: logs empty, copies clean and durable.
     fn leave(&mut self) {
         let i = self.live().unwrap();
-        if self.is_dead() || self.nodes.iter().filter_map(|n| n.disk.as_ref()).any(|d| d.failed) {
+        if self.is_dead()
+            || self
+                .nodes
+                .iter()
+                .filter_map(|n| n.disk.as_ref())
+                .any(|d| d.failed)
+        {
             return;
         }
         self.atts[i].leaving = true;
@@ -865,7 +898,7 @@ impl World {
             last_to_att: self.now,
         });
         self.atts[a].links[copy] = Some(s);
-        self.seen.resends += 1;
+        self.seen.connections += 1;
         let boot = self.nodes[copy].boot;
         self.say(|_| format!("att {a}: connected to copy {copy} by session {s}"));
         self.atts[a].machine.on_connected(now, copy, boot);
@@ -998,7 +1031,10 @@ impl World {
         let newer_served = self.atts[a + 1..].iter().any(|o| o.served);
         match asked.op {
             Op::Read(span) => {
-                assert!(!newer_served, "S8: a read at an attachment after a newer one served");
+                assert!(
+                    !newer_served,
+                    "S8: a read at an attachment after a newer one served"
+                );
                 let data = data.expect("a read brings its bytes");
                 for (i, s) in sectors(span).enumerate() {
                     let read = self.oracle.may_read(s, data.0[i], asked.start, now);
@@ -1078,7 +1114,11 @@ impl World {
                     Message::PromiseAck(disk) if !disk.probe => {
                         self.nodes[n].fenced = true;
                         let disk = self.nodes[n].disk.as_ref().unwrap();
-                        assert_eq!(disk.writes_running(), 0, "S7: promised with writes under way");
+                        assert_eq!(
+                            disk.writes_running(),
+                            0,
+                            "S7: promised with writes under way"
+                        );
                     }
                     Message::AttachAck { .. } => self.nodes[n].fenced = false,
                     Message::Nack(refusal) => {
@@ -1112,7 +1152,10 @@ impl World {
         }
         let node = &mut self.nodes[n];
         if let DiskOp::Write { span, .. } | DiskOp::Zero { span, .. } = &op {
-            assert!(!node.fenced, "S7: a write after the promise, before an attach");
+            assert!(
+                !node.fenced,
+                "S7: a write after the promise, before an attach"
+            );
             let disk = node.disk.as_ref().unwrap();
             assert!(
                 self.copies == 1 || span.regions().all(|r| disk.log.contains(&r)),
@@ -1160,7 +1203,11 @@ impl World {
             .filter(|c| *c != n && self.is_in_sync(*c) && status.copies[*c].connected)
             .filter(|c| !self.nodes[*c].disk.as_ref().unwrap().failed)
             .count();
-        if healthy > 0 || self.weather.last_disk { Fate::Error } else { Fate::Done }
+        if healthy > 0 || self.weather.last_disk {
+            Fate::Error
+        } else {
+            Fate::Done
+        }
     }
 
     // ---- the registry
@@ -1395,7 +1442,9 @@ impl World {
             .attachment
             .as_ref()
             .and_then(|a| self.nodes.iter().position(|n| n.name == a.node));
-        let up: Vec<usize> = (0..self.nodes.len()).filter(|n| self.nodes[*n].up).collect();
+        let up: Vec<usize> = (0..self.nodes.len())
+            .filter(|n| self.nodes[*n].up)
+            .collect();
         if up.is_empty() {
             return;
         }
@@ -1428,7 +1477,10 @@ impl World {
             instance: node.instance,
         };
         // One attachment a node, and the one before is over: its lock is free.
-        let mine = record.attachment.as_ref().is_some_and(|a| a.node == me.node);
+        let mine = record
+            .attachment
+            .as_ref()
+            .is_some_and(|a| a.node == me.node);
         let proof = if mine {
             Proof::PredecessorDead
         } else {
@@ -1476,7 +1528,11 @@ impl World {
             self.budget = self.budget.saturating_sub(1);
             let start = self.rng.pick(&self.hot.clone()) as u64 + self.rng.below(10);
             let all = self.registry.record.size / SECTOR;
-            let len = if self.rng.one_in(12) { 64 } else { self.rng.between(1, 6) };
+            let len = if self.rng.one_in(12) {
+                64
+            } else {
+                self.rng.between(1, 6)
+            };
             let len = len.min(all - start);
             let span = Span {
                 offset: start * SECTOR,
