@@ -824,7 +824,7 @@ impl World {
             acks,
             log_pressure: replica.log_pressure(),
         };
-        self.to_att(session as usize, message, None);
+        self.tell_att(session as usize, message, None);
     }
 
     // ---- the network
@@ -843,7 +843,7 @@ impl World {
         base
     }
 
-    fn to_copy(&mut self, s: usize, message: Message, data: Option<Stamps>) {
+    fn tell_copy(&mut self, s: usize, message: Message, data: Option<Stamps>) {
         let (a, c) = (self.atts[self.sessions[s].att].node, self.sessions[s].copy);
         let at = (self.now + self.delay(a, c))
             .max(self.sessions[s].last_to_copy)
@@ -852,7 +852,7 @@ impl World {
         self.at(at, Ev::ToCopy(s, message, data));
     }
 
-    fn to_att(&mut self, s: usize, message: Message, data: Option<Stamps>) {
+    fn tell_att(&mut self, s: usize, message: Message, data: Option<Stamps>) {
         let (a, c) = (self.atts[self.sessions[s].att].node, self.sessions[s].copy);
         let at = (self.now + self.delay(a, c))
             .max(self.sessions[s].last_to_att)
@@ -926,7 +926,7 @@ impl World {
             Action::Send { to, message, data } => {
                 for copy in to.iter() {
                     if let Some(s) = self.atts[a].links[copy] {
-                        self.to_copy(s, message.clone(), data.clone());
+                        self.tell_copy(s, message.clone(), data.clone());
                     }
                 }
             }
@@ -1126,7 +1126,7 @@ impl World {
                     }
                     _ => {}
                 }
-                self.to_att(session.0 as usize, message, data);
+                self.tell_att(session.0 as usize, message, data);
             }
             CopyAction::Disk(ticket, op) => self.disk_op(n, ticket, op),
             CopyAction::Close(session) => {
