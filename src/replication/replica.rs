@@ -188,6 +188,8 @@ pub struct Replica<D> {
     holder: Option<Holder>,
     /// The session that holds the newest promise and has not attached yet.
     promised_to: Option<(SessionId, Holder)>,
+    /// The epoch of the newest promise, until somebody attaches.
+    unclaimed: Option<Epoch>,
     heard: Nanos,
     released: bool,
     queue: VecDeque<Queued<D>>,
@@ -198,6 +200,8 @@ pub struct Replica<D> {
     flushing: Option<Vec<(SessionId, Seq)>>,
     flush_next: Vec<(SessionId, Seq)>,
     look_for_idle: bool,
+    /// Sessions to be refused for the failed disk once it works on nothing any more.
+    ending: Vec<SessionId>,
     actions: VecDeque<Action<D>>,
 }
 
@@ -229,6 +233,7 @@ impl<D> Replica<D> {
             bound: None,
             holder: None,
             promised_to: None,
+            unclaimed: None,
             // Whom this process never heard may have been heard by the one before it: the grace counts from here.
             heard: now,
             released: false,
@@ -240,6 +245,7 @@ impl<D> Replica<D> {
             flushing: None,
             flush_next: Vec::new(),
             look_for_idle: false,
+            ending: Vec::new(),
             actions: VecDeque::new(),
         }
     }
@@ -319,6 +325,7 @@ impl<D> Replica<D> {
             self.promised_to = None;
         }
         self.inbox.retain(|(s, ..)| *s != session);
+        self.ending.retain(|s| *s != session);
     }
 
     /// Time passed.
@@ -383,6 +390,11 @@ impl<D> Replica<D> {
 
     /// The batch of events is over: start the log transaction that its writes need.
     pub fn end_turn(&mut self) {
+        if !self.ending.is_empty() && !self.disk_works() {
+            for session in std::mem::take(&mut self.ending) {
+                self.refuse(session, Refusal::Failed);
+            }
+        }
         if self.serial.is_some() {
             return self.advance_serial();
         }
@@ -398,7 +410,7 @@ impl<D> Replica<D> {
 
     fn dispatch(&mut self, session: SessionId, message: Message, data: Option<D>) {
         if self.state.standing == Standing::Failed {
-            return self.refuse(session, Refusal::Failed);
+            return self.refuse_failed(session);
         }
         match message {
             Message::Promise(promise) => return self.promise(session, promise),
@@ -919,6 +931,7 @@ impl<D> Replica<D> {
                 }
                 self.holder = Some(holder.clone());
                 self.promised_to = Some((session, holder));
+                self.unclaimed = Some(promise.epoch);
                 self.released = false;
                 self.heard = self.now;
                 let answer = self.disk_state(promise.epoch, false);
@@ -930,6 +943,15 @@ impl<D> Replica<D> {
                 attach,
             }) => {
                 self.bound = Some(session);
+                let claimant = self
+                    .promised_to
+                    .as_ref()
+                    .is_some_and(|(s, _)| *s == session);
+                if self.unclaimed.take().is_some_and(|e| config.epoch > e) && !claimant {
+                    // S8: Y was promised e + 1 and never took the volume, X went above it and is attached. Were Y still
+                    // taken for the attachment, its next attempt would be promised without the grace, X being alive.
+                    self.holder = None;
+                }
                 self.promised_to = None;
                 self.heard = self.now;
                 let epoch = config.epoch;
@@ -969,14 +991,27 @@ impl<D> Replica<D> {
         }
         self.state.standing = Standing::Failed;
         self.event("3 failed disk", why.into());
+        for w in &self.queue {
+            let (session, seq, status) = (w.session, w.request.seq, Status::Io);
+            self.actions.push_back(Action::Ack {
+                session,
+                seq,
+                status,
+            });
+        }
         self.drop_queue();
-        self.flushing = None;
-        self.flush_next.clear();
+        let flushes = self.flushing.take().into_iter().flatten();
+        for (session, seq) in flushes
+            .chain(std::mem::take(&mut self.flush_next))
+            .collect::<Vec<_>>()
+        {
+            self.ack(session, seq, Status::Io);
+        }
         if let Some(session) = self.bound.take() {
-            self.refuse(session, Refusal::Failed);
+            self.refuse_failed(session);
         }
         for (session, ..) in std::mem::take(&mut self.inbox) {
-            self.refuse(session, Refusal::Failed);
+            self.refuse_failed(session);
         }
         if let Some(
             Serial::Promise { session, .. }
@@ -984,7 +1019,25 @@ impl<D> Replica<D> {
             | Serial::Detach { session, .. },
         ) = self.serial.replace(Serial::Failing)
         {
+            self.refuse_failed(session);
+        }
+    }
+
+    /// Whether the disk works on data of somebody's request.
+    fn disk_works(&self) -> bool {
+        self.ops
+            .iter()
+            .any(|(_, op)| matches!(op, Op::Data { .. } | Op::Read { .. }))
+    }
+
+    /// Refuses the session, but not before the disk's last answer has gone out: write 1 fails while write 2, from the
+    /// guest's memory, is in the disk queue; were the session ended at once, the answer to write 2 would be lost, and the
+    /// attachment in this process could never tell the guest that its memory is free (S19).
+    fn refuse_failed(&mut self, session: SessionId) {
+        if !self.disk_works() {
             self.refuse(session, Refusal::Failed);
+        } else if !self.ending.contains(&session) {
+            self.ending.push(session);
         }
     }
 
@@ -1034,4 +1087,146 @@ fn name(message: &Message) -> String {
         .next()
         .unwrap_or_default()
         .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replication::ids::{CopyId, Tag, VolumeId};
+
+    const T0: Nanos = Nanos(10_000_000_000);
+
+    fn replica() -> Replica<()> {
+        let state = CopyState {
+            volume_id: VolumeId([1; 16]),
+            copy_id: CopyId([2; 16]),
+            size: 1 << 20,
+            epoch: Epoch(1),
+            tag: Tag(1),
+            promised: Epoch(1),
+            standing: Standing::InSync,
+            clean: true,
+            bitmaps: [None; BITMAPS_MAX],
+        };
+        let maps = std::array::from_fn(|_| None);
+        Replica::new(state, &[], maps, BootId([3; 16]), Timing::DEFAULT, T0)
+    }
+
+    /// Lets the disk do everything; gives what was said.
+    fn settle(r: &mut Replica<()>) -> Vec<Message> {
+        let mut said = Vec::new();
+        loop {
+            r.end_turn();
+            let Some(action) = r.poll() else { break };
+            match action {
+                Action::Disk(ticket, _) => r.on_disk(r.now, ticket, DiskResult::Done(None)),
+                Action::Reply { message, .. } => said.push(message),
+                _ => {}
+            }
+        }
+        said
+    }
+
+    fn ask(r: &mut Replica<()>, session: u64, epoch: u64, node: &str, proof: Proof) -> Message {
+        let promise = Promise {
+            epoch: Epoch(epoch),
+            candidate: NodeName(node.into()),
+            instance: Instance([node.as_bytes()[0]; 16]),
+            proof,
+            probe: false,
+        };
+        r.on_message(r.now, SessionId(session), Message::Promise(promise), None);
+        settle(r).pop().unwrap()
+    }
+
+    fn attach(r: &mut Replica<()>, session: u64, epoch: u64) -> Message {
+        let config = Configuration {
+            epoch: Epoch(epoch),
+            tag: Tag(epoch),
+            size: 1 << 20,
+            logged: true,
+            missing: Vec::new(),
+        };
+        r.on_message(r.now, SessionId(session), Message::Attach(config), None);
+        settle(r).pop().unwrap()
+    }
+
+    #[test]
+    fn a_candidate_that_never_took_the_volume_is_not_taken_for_its_attachment() {
+        let mut r = replica();
+        let released = Proof::Released(Epoch(1));
+        assert!(matches!(
+            ask(&mut r, 1, 2, "x", released),
+            Message::PromiseAck(_)
+        ));
+        assert!(matches!(attach(&mut r, 1, 2), Message::AttachAck { .. }));
+        // Partitioned from x for longer than the grace: y is promised 3, loses the CAS, goes away. x goes above it.
+        r.on_tick(T0.after(Nanos::from_ms(4_000)));
+        assert!(matches!(
+            ask(&mut r, 2, 3, "y", Proof::None),
+            Message::PromiseAck(_)
+        ));
+        r.on_close(r.now, SessionId(2));
+        assert!(matches!(attach(&mut r, 3, 4), Message::AttachAck { .. }));
+        let again = ask(&mut r, 4, 5, "y", Proof::None);
+        assert!(
+            matches!(again, Message::Nack(Refusal::Attached { .. })),
+            "{again:?}"
+        );
+    }
+
+    #[test]
+    fn a_failed_copy_answers_what_its_disk_works_on_before_it_ends_the_session() {
+        let mut r = replica();
+        let released = Proof::Released(Epoch(1));
+        ask(&mut r, 1, 2, "x", released);
+        attach(&mut r, 1, 2);
+        let mut tickets = Vec::new();
+        for seq in [1, 2] {
+            let span = Span {
+                offset: seq * 4096,
+                len: 512,
+            };
+            let request = Request {
+                epoch: Epoch(2),
+                seq: Seq(seq),
+                span,
+                fua: false,
+            };
+            r.on_message(T0, SessionId(1), Message::Write(request), Some(()));
+        }
+        r.end_turn();
+        let mut log = None;
+        while let Some(action) = r.poll() {
+            if let Action::Disk(ticket, DiskOp::Log(_)) = action {
+                log = Some(ticket);
+            }
+        }
+        r.on_disk(T0, log.unwrap(), DiskResult::Done(None));
+        while let Some(action) = r.poll() {
+            if let Action::Disk(ticket, DiskOp::Write { .. }) = action {
+                tickets.push(ticket);
+            }
+        }
+        r.on_disk(T0, tickets[0], DiskResult::Error);
+        let closed = |a: &Action<()>| matches!(a, Action::Close(_));
+        let until = |r: &mut Replica<()>| -> Vec<Action<()>> {
+            r.end_turn();
+            std::iter::from_fn(|| r.poll()).collect()
+        };
+        assert!(!until(&mut r).iter().any(closed));
+        r.on_disk(T0, tickets[1], DiskResult::Done(None));
+        let end = until(&mut r);
+        let acked = |a: &Action<()>| {
+            matches!(
+                a,
+                Action::Ack {
+                    seq: Seq(2),
+                    status: Status::Ok,
+                    ..
+                }
+            )
+        };
+        assert!(end.iter().position(acked).unwrap() < end.iter().position(closed).unwrap());
+    }
 }

@@ -135,6 +135,15 @@ impl Oracle {
         }
     }
 
+    /// A flush of `by` failed: the guest knows that what a power cut took may be gone.
+    pub fn flush_failed(&mut self, by: usize) {
+        for w in self.sectors.values_mut().flatten() {
+            if w.by == by && matches!(w.end, End::Maybe(_)) && !w.durable {
+                w.told = None;
+            }
+        }
+    }
+
     /// Every in-sync copy lost power at or before `now`: a sector has any value since the last completed flush (S10).
     pub fn power_lost(&mut self, now: Moment) {
         let all: Vec<usize> = self.sectors.keys().copied().collect();
@@ -195,14 +204,13 @@ impl Oracle {
         }
         // S9: seen once with nothing under way, it stays until the next write.
         let quiet = list.iter().all(|w| w.before(start));
-        if quiet && list.len() > 1 && list.iter().any(|w| matches!(w.end, End::Maybe(_))) {
+        if quiet && list.iter().filter(|w| allowed(w)).count() > 1 {
             self.collapses += 1;
             let list = self.of(s);
             let mut seen = *list.iter().rfind(|w| w.value == value).unwrap();
             (seen.start, seen.end, seen.told) = (start, End::Ok(start), Some(start));
             seen.durable = false;
-            // What is durable may come back by a later power cut; the rest is decided against.
-            list.retain(|w| w.durable);
+            // What it decided against stays known: a later power cut may bring it back.
             list.push(seen);
         }
         Ok(())

@@ -118,6 +118,8 @@ struct Weather {
     every_ms: u64,
     kinds: Vec<Fault>,
     disk_faults: bool,
+    /// Also the last in-sync copy's disk may die: then every request must still end.
+    last_disk: bool,
     slow_disk: u64,
     ambiguous: u64,
     registry_down: u64,
@@ -166,8 +168,7 @@ pub struct Seen {
     pub ambiguous: u64,
     pub reconciled_differing: u64,
     pub power_losses: u64,
-    pub lease_waits: u64,
-    pub resends: u64,
+    pub connections: u64,
     pub detaches: u64,
     pub dead: u64,
     pub collapses: u64,
@@ -183,8 +184,7 @@ impl Seen {
         self.ambiguous += o.ambiguous;
         self.reconciled_differing += o.reconciled_differing;
         self.power_losses += o.power_losses;
-        self.lease_waits += o.lease_waits;
-        self.resends += o.resends;
+        self.connections += o.connections;
         self.detaches += o.detaches;
         self.dead += o.dead;
         self.collapses += o.collapses;
@@ -208,6 +208,7 @@ pub struct World {
     oracle: Oracle,
     weather: Weather,
     faults: bool,
+    calm_since: u64,
     guest_stopped: bool,
     verifying: bool,
     disk_errors: bool,
@@ -309,6 +310,7 @@ impl World {
             every_ms: rng.pick(&[300, 800, 2_000, 5_000]),
             kinds,
             disk_faults: rng.one_in(4),
+            last_disk: rng.one_in(4),
             slow_disk: rng.pick(&[0, 0, 50, 400]),
             ambiguous: rng.pick(&[0, 3, 10]),
             registry_down: rng.pick(&[0, 0, 5]),
@@ -341,6 +343,7 @@ impl World {
             fua: !weather.writeback,
             weather,
             faults: true,
+            calm_since: 0,
             guest_stopped: false,
             verifying: false,
             disk_errors: false,
@@ -411,6 +414,13 @@ impl World {
         }
         if self.is_dead() {
             self.seen.dead += 1;
+            for a in self.atts.iter().filter(|a| !a.over) {
+                let open: Vec<_> = a.asked.values().map(|q| q.op).collect();
+                assert!(
+                    open.is_empty(),
+                    "S19: no answer to {open:?} from a dead volume"
+                );
+            }
             return self.finish();
         }
         assert!(
@@ -454,6 +464,7 @@ impl World {
     fn calm(&mut self) {
         self.say(|_| "---- calm".into());
         self.faults = false;
+        self.calm_since = self.now;
         self.guest_stopped = true;
         self.partitions.heal();
         self.registry_down_until = 0;
@@ -493,7 +504,16 @@ impl World {
         let serves = r
             .failure_mode
             .serves(r.replicas_wanted, r.in_sync().count());
+        // S14 speaks of healthy copies: one that nobody has missed yet is none.
+        let healthy = a
+            .machine
+            .status()
+            .copies
+            .iter()
+            .all(|c| c.connected || c.status != CopyStatus::InSync);
         others == 1
+            && healthy
+            && self.now >= self.calm_since + 4_000 * MS
             && *a.machine.phase() == Phase::Serving
             && a.asked.is_empty()
             && a.machine.is_idle()
@@ -804,7 +824,7 @@ impl World {
             acks,
             log_pressure: replica.log_pressure(),
         };
-        self.to_att(session as usize, message, None);
+        self.tell_att(session as usize, message, None);
     }
 
     // ---- the network
@@ -823,7 +843,7 @@ impl World {
         base
     }
 
-    fn to_copy(&mut self, s: usize, message: Message, data: Option<Stamps>) {
+    fn tell_copy(&mut self, s: usize, message: Message, data: Option<Stamps>) {
         let (a, c) = (self.atts[self.sessions[s].att].node, self.sessions[s].copy);
         let at = (self.now + self.delay(a, c))
             .max(self.sessions[s].last_to_copy)
@@ -832,7 +852,7 @@ impl World {
         self.at(at, Ev::ToCopy(s, message, data));
     }
 
-    fn to_att(&mut self, s: usize, message: Message, data: Option<Stamps>) {
+    fn tell_att(&mut self, s: usize, message: Message, data: Option<Stamps>) {
         let (a, c) = (self.atts[self.sessions[s].att].node, self.sessions[s].copy);
         let at = (self.now + self.delay(a, c))
             .max(self.sessions[s].last_to_att)
@@ -878,7 +898,7 @@ impl World {
             last_to_att: self.now,
         });
         self.atts[a].links[copy] = Some(s);
-        self.seen.resends += 1;
+        self.seen.connections += 1;
         let boot = self.nodes[copy].boot;
         self.say(|_| format!("att {a}: connected to copy {copy} by session {s}"));
         self.atts[a].machine.on_connected(now, copy, boot);
@@ -906,7 +926,7 @@ impl World {
             Action::Send { to, message, data } => {
                 for copy in to.iter() {
                     if let Some(s) = self.atts[a].links[copy] {
-                        self.to_copy(s, message.clone(), data.clone());
+                        self.tell_copy(s, message.clone(), data.clone());
                     }
                 }
             }
@@ -947,7 +967,11 @@ impl World {
                 self.say(|_| format!("att {a}: [{rule}] {text}"));
             }
             Action::Ended => {
-                if *self.atts[a].machine.phase() == Phase::Left {
+                let machine = &self.atts[a].machine;
+                // Unless somebody attached since, and this one hears late that it has left.
+                if *machine.phase() == Phase::Left
+                    && machine.record().epoch == self.registry.record.epoch
+                {
                     self.left();
                 }
                 self.end_att(a);
@@ -989,6 +1013,9 @@ impl World {
                 || self.gapped.iter().any(|g| *g)
                 || self.atts[a].leaving
                 || suspended >= deadline && machine.status().suspended_for.is_some();
+            if asked.op == Op::Flush {
+                self.oracle.flush_failed(a);
+            }
             assert!(excused, "S17: {:?} failed before the deadline", asked.op);
             self.say(|_| format!("att {a}: {} fails {:?}", id.0, asked.op));
             return;
@@ -1018,6 +1045,11 @@ impl World {
                 self.check_applied(by, id.0, span, fua, asked.start);
                 for s in sectors(span) {
                     self.oracle.complete(s, by, id.0, now, fua);
+                }
+                // Acknowledged, then the last copies lost power, and nobody could know when this was completed.
+                let cut = |c: usize| !self.is_in_sync(c) || self.nodes[c].cut > asked.start;
+                if (0..self.copies).all(cut) {
+                    self.oracle.power_lost(now);
                 }
             }
             Op::Flush => {
@@ -1099,7 +1131,7 @@ impl World {
                     }
                     _ => {}
                 }
-                self.to_att(session.0 as usize, message, data);
+                self.tell_att(session.0 as usize, message, data);
             }
             CopyAction::Disk(ticket, op) => self.disk_op(n, ticket, op),
             CopyAction::Close(session) => {
@@ -1176,7 +1208,11 @@ impl World {
             .filter(|c| *c != n && self.is_in_sync(*c) && status.copies[*c].connected)
             .filter(|c| !self.nodes[*c].disk.as_ref().unwrap().failed)
             .count();
-        if healthy > 0 { Fate::Error } else { Fate::Done }
+        if healthy > 0 || self.weather.last_disk {
+            Fate::Error
+        } else {
+            Fate::Done
+        }
     }
 
     // ---- the registry

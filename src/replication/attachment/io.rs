@@ -237,17 +237,25 @@ impl<D: Payload> Attachment<D> {
         let Some(p) = self.pending.remove(seq) else {
             return;
         };
-        let outcome = if p.failed.is_some() {
+        let mut outcome = if p.failed.is_some() {
             Outcome::IoError
         } else {
             Outcome::Ok
         };
+        if matches!(p.kind, Kind::Write | Kind::Zero { .. }) && !p.fua {
+            self.newest = self.newest.max(seq);
+        }
         if let Kind::Flush { covers } = p.kind
             && outcome == Outcome::Ok
         {
             // S5, S13: every in-sync copy has it on stable storage; regions may retire up to here.
             self.stable = self.stable.max(Seq(covers.0 - 1));
             self.pressure = false;
+            // S5: write completed, the only copy's machine loses power and the write, flush: this flush is not what
+            // makes that write durable, and the guest has to know.
+            if matches!(p.origin, Origin::Guest(_)) && std::mem::take(&mut self.lost_unflushed) {
+                outcome = Outcome::IoError;
+            }
         }
         if matches!(p.kind, Kind::Write | Kind::Zero { .. })
             && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned)
@@ -314,7 +322,7 @@ impl<D: Payload> Attachment<D> {
 
     /// The copy asked cannot answer: ask another in-sync one; the last one's error is the guest's.
     fn read_elsewhere(&mut self, seq: Seq) {
-        let candidates = self.in_sync.and(self.ready).without(self.failing);
+        let (candidates, ready) = (self.in_sync.without(self.failing), self.ready);
         let Some(p) = self.pending.get_mut(seq) else {
             return;
         };
@@ -323,11 +331,13 @@ impl<D: Payload> Attachment<D> {
             let copy = p.waiting.iter().next().unwrap_or_default();
             return self.lose(copy, "its disk failed a read during reconciliation");
         }
-        match candidates.without(p.tried).iter().next() {
+        // One whose connection is down for a moment answers when it is back, or is ejected: a pause, no error.
+        let left = candidates.without(p.tried);
+        match left.and(ready).iter().chain(left.iter()).next() {
             Some(next) => {
                 p.tried.insert(next);
                 p.waiting = CopySet::one(next);
-                self.transmit(seq, CopySet::one(next));
+                self.transmit(seq, CopySet::one(next).and(ready));
             }
             None => {
                 let Some(p) = self.pending.remove(seq) else {
@@ -525,8 +535,12 @@ impl<D: Payload> Attachment<D> {
             self.complete(done.id, Outcome::IoError, None);
         }
         // What the copies still work on keeps its place (S16) and is answered; only the guest stops waiting.
-        // Not those at the copy of this process: its disk may be using the guest's memory.
-        let local = self.local.map_or(CopySet::EMPTY, CopySet::one);
+        // Not those at the copy of this process: its disk may be using the guest's memory. Unless that copy has failed:
+        // it says so only when its disk has let go of everything.
+        let local = self
+            .local
+            .filter(|c| !self.peers[*c].refused)
+            .map_or(CopySet::EMPTY, CopySet::one);
         for seq in self.pending.in_order() {
             let Some(p) = self.pending.get_mut(seq) else {
                 continue;

@@ -79,6 +79,10 @@ impl<D: Payload> Attachment<D> {
                     format!("the copy on {node} cannot be used: {why}"),
                 );
                 self.peers[copy].why = why;
+                if disk.epoch > self.record.epoch {
+                    // Most likely the record changed since it was read. If every copy is ahead of ours, nobody else says so.
+                    self.actions.push_back(super::Action::ReadRecord);
+                }
                 Vote::Out
             }
             None if disk.probe => Vote::Probed,
@@ -134,6 +138,16 @@ impl<D: Payload> Attachment<D> {
     }
 
     pub(super) fn tick_join(&mut self) {
+        // Connected, asked, and its machine lost power: nobody resets the connection, and nothing else is sent on it that
+        // could time out. Only a new one finds the copy again.
+        for copy in self.in_sync.iter() {
+            let peer = &self.peers[copy];
+            let silent = self.now.since(peer.heard.max(self.join.since));
+            if peer.link == Link::Up && peer.vote.is_none() && silent >= self.timing.join {
+                self.actions.push_back(super::Action::Hangup(copy));
+                self.unlink(copy, "no answer to the request for its promise");
+            }
+        }
         self.tally();
     }
 

@@ -2,7 +2,8 @@
 //! master (5), every change of the record.
 
 use super::{
-    Action, Attachment, CasOutcome, Change, CopySet, Link, Payload, Peer, Phase, Purpose, Revision,
+    Action, Attachment, CasOutcome, Change, CopySet, Kind, Link, Payload, Peer, Phase, Purpose,
+    Revision,
 };
 use crate::replication::ids::{BootId, Epoch, Nanos};
 use crate::replication::message::{Message, Refusal};
@@ -18,7 +19,9 @@ impl Peer {
             heard: now,
             beat: Nanos(0),
             lease: None,
-            boot_id: None,
+            gap: false,
+            accepted: None,
+            refused: false,
             vote: None,
             detached: false,
             why: String::new(),
@@ -65,22 +68,54 @@ impl<D: Payload> Attachment<D> {
         peer.link = Link::Up;
         peer.heard = now;
         peer.lease = None;
-        peer.boot_id = Some(boot_id);
+        peer.refused = false;
         if self.peers[copy].detached {
             // It has flushed and let go: nothing is left to be said to it.
         } else if self.owns() {
-            let known = self.record.copies[copy].boot_id;
-            if known.is_some_and(|b| b != boot_id) && self.in_sync.len() > 1 {
-                // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
-                self.lose(copy, "its machine was restarted");
-            } else {
-                let message = Message::Attach(self.configuration());
-                self.send(CopySet::one(copy), message, None);
-            }
+            self.configure_again(copy, boot_id);
         } else {
             self.ask_promise(copy);
         }
         self.advance();
+    }
+
+    fn configure_again(&mut self, copy: usize, boot_id: BootId) {
+        let known = self.peers[copy]
+            .accepted
+            .or(self.record.copies[copy].boot_id);
+        let gap = known.is_some_and(|b| b != boot_id);
+        self.peers[copy].gap = gap;
+        let whole = |c: usize| c != copy && !self.peers[c].gap;
+        if gap && self.in_sync.iter().any(whole) {
+            // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
+            return self.lose(copy, "its machine was restarted");
+        }
+        if gap {
+            self.accept_gap(copy, boot_id);
+        }
+        let message = Message::Attach(self.configuration());
+        self.send(CopySet::one(copy), message, None);
+    }
+
+    /// No in-sync copy without a gap is left (PROTOCOL 5): the first one back serves on, the others, which may have lost
+    /// other writes than it, are ejected in its favour. Were all of them waited for, none would ever be taken.
+    fn accept_gap(&mut self, copy: usize, boot_id: BootId) {
+        self.peers[copy].gap = false;
+        self.peers[copy].accepted = Some(boot_id);
+        // S3: what it acknowledged before the power cut says nothing now.
+        for seq in self.pending.in_order() {
+            if let Some(p) = self.pending.get_mut(seq)
+                && p.kind != Kind::Read
+            {
+                p.waiting.insert(copy);
+            }
+        }
+        self.lost_unflushed |= self.newest > self.stable;
+        let node = self.record.copies[copy].node.clone();
+        self.event(
+            "5 power cut",
+            format!("the copy on {node} serves on without what no flush had covered"),
+        );
     }
 
     /// The connection to `copy` broke, or could not be made.
@@ -93,7 +128,7 @@ impl<D: Payload> Attachment<D> {
         self.advance();
     }
 
-    fn unlink(&mut self, copy: usize, why: &str) {
+    pub(super) fn unlink(&mut self, copy: usize, why: &str) {
         let now = self.now;
         self.ready.remove(copy);
         let peer = &mut self.peers[copy];
@@ -218,7 +253,7 @@ impl<D: Payload> Attachment<D> {
         let ejecting = self
             .change
             .as_ref()
-            .is_some_and(|c| c.purpose == Purpose::Eject);
+            .is_some_and(|c| c.proposed.copies[copy].status != CopyStatus::InSync);
         if !ejecting {
             // Back in time: nothing was decided against it yet.
             self.failing.remove(copy);
@@ -240,7 +275,10 @@ impl<D: Payload> Attachment<D> {
                 self.outbid = self.outbid.max(promised);
                 self.outbid_by(copy);
             }
-            other => self.lose(copy, &other.to_string()),
+            other => {
+                self.peers[copy].refused = other == Refusal::Failed;
+                self.lose(copy, &other.to_string())
+            }
         }
     }
 
@@ -269,6 +307,11 @@ impl<D: Payload> Attachment<D> {
         for copy in out.iter() {
             next.copies[copy].status = CopyStatus::Missing;
             next.copies[copy].base.last = Some(self.record.epoch);
+        }
+        for copy in left.iter() {
+            if let Some(accepted) = self.peers[copy].accepted {
+                next.copies[copy].boot_id = Some(accepted);
+            }
         }
         if out.has(self.master) {
             let master = self.choose_master(left.and(self.ready));
@@ -302,6 +345,7 @@ impl<D: Payload> Attachment<D> {
             since,
             asked: true,
             unknown: false,
+            in_doubt: false,
             retry: since,
         });
     }
@@ -316,6 +360,19 @@ impl<D: Payload> Attachment<D> {
             return;
         };
         if change.asked || self.now < change.retry {
+            return;
+        }
+        // Not swapped, for certain, and decided on what held then: the copy to be ejected may be back, the one it was to
+        // be ejected in favour of may have failed. Decided anew, or the last good copy is put out.
+        if change.purpose == Purpose::Eject && !change.in_doubt {
+            let since = change.since;
+            self.change = None;
+            self.propose_again(Purpose::Eject);
+            self.propose_ejection();
+            match &mut self.change {
+                Some(change) => change.since = since,
+                None => self.weigh_serving(),
+            }
             return;
         }
         change.asked = true;
@@ -346,7 +403,7 @@ impl<D: Payload> Attachment<D> {
             CasOutcome::Done(revision) => self.commit(revision),
             CasOutcome::Conflict(found) => self.compare(found),
             // Never assume: read it back until it is known (PROTOCOL 2.6).
-            CasOutcome::Ambiguous => change.unknown = true,
+            CasOutcome::Ambiguous => (change.unknown, change.in_doubt) = (true, true),
             CasOutcome::Unavailable => {}
         }
         self.advance();
@@ -360,7 +417,9 @@ impl<D: Payload> Attachment<D> {
         }
         if let Some(change) = &mut self.change {
             if change.asked && !change.unknown {
-                // A CAS is under way and will say more.
+                // A CAS is under way and will say more. Unless it was swapped before this change and answers after it:
+                // then nobody says it again, and an operator's policy would not be taken.
+                self.reread = Some(now);
                 return;
             }
             change.asked = false;
@@ -438,8 +497,8 @@ impl<D: Payload> Attachment<D> {
             Purpose::Claim => self.begin_join(),
             Purpose::Activate => self.propose_activation(),
             Purpose::Release => self.propose_release(),
-            // Decided anew from what holds now.
-            Purpose::Eject | Purpose::Raise => {}
+            // Decided anew from what holds now: one that takes requests again is back in time.
+            Purpose::Eject | Purpose::Raise => self.failing = self.failing.without(self.ready),
         }
     }
 

@@ -239,7 +239,12 @@ struct Peer {
     beat: Nanos,
     /// When the newest acknowledged heartbeat was sent.
     lease: Option<Nanos>,
-    boot_id: Option<BootId>,
+    /// It came back under another boot than the one it was taken in under.
+    gap: bool,
+    /// The boot under which it is used in spite of that.
+    accepted: Option<BootId>,
+    /// It answered that its disk has failed, on its last connection.
+    refused: bool,
     vote: Option<Vote>,
     detached: bool,
     /// Why it was lost last.
@@ -340,6 +345,8 @@ struct Change {
     asked: bool,
     /// The answer was ambiguous: read before anything else.
     unknown: bool,
+    /// An answer was ambiguous once: that attempt may still arrive, so the proposal stays.
+    in_doubt: bool,
     /// When to ask again.
     retry: Nanos,
 }
@@ -377,6 +384,10 @@ pub struct Attachment<D> {
     done: VecDeque<Done<D>>,
     not_serving_since: Option<Nanos>,
     stable: Seq,
+    /// The newest write completed that was not written through.
+    newest: Seq,
+    /// A power cut may have taken completed writes back; the guest's next flush says so.
+    lost_unflushed: bool,
     unflushed: bool,
     flushed_at: Nanos,
     pressure: bool,
@@ -451,6 +462,8 @@ impl<D: Payload> Attachment<D> {
             done: VecDeque::new(),
             not_serving_since: Some(now),
             stable: Seq(0),
+            newest: Seq(0),
+            lost_unflushed: false,
             unflushed: false,
             flushed_at: now,
             pressure: false,

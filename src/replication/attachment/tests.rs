@@ -400,3 +400,129 @@ fn a_copy_that_has_detached_hears_nothing_more_while_the_registry_is_slow() {
     b.swapped();
     assert_eq!(*b.a.phase(), Phase::Left);
 }
+
+#[test]
+fn when_every_copy_lost_power_one_serves_on_and_the_next_flush_fails() {
+    let mut b = Bench::serving(2);
+    b.submit(1, write(SPAN));
+    let first = writes(&b.take(), 0)[0].seq;
+    b.acks(0, first, Status::Ok);
+    b.acks(1, first, Status::Ok);
+    b.submit(2, write(SPAN));
+    let second = writes(&b.take(), 0)[0].seq;
+    b.acks(0, second, Status::Ok);
+    b.a.on_disconnected(b.now, 0, "power");
+    b.a.on_disconnected(b.now, 1, "power");
+    b.take();
+    b.a.on_connected(b.now, 1, boot(11));
+    assert_eq!(sent(&b.take(), 1), [], "copy 0 may have no gap");
+    b.a.on_connected(b.now, 0, boot(10));
+    b.a.on_connected(b.now, 1, boot(11));
+    let actions = b.take();
+    assert_eq!((sent(&actions, 0).len(), sent(&actions, 1).len()), (1, 0));
+    b.says(0, Message::AttachAck { epoch: Epoch(2) });
+    let next = b.proposed().unwrap();
+    assert_eq!(next.in_sync().count(), 1);
+    assert_eq!(next.copies[0].boot_id, Some(boot(10)));
+    // The acknowledgement from before the power cut does not count: the write went out again.
+    assert_eq!(writes(&b.take(), 0)[0].seq, second);
+    b.swapped();
+    assert_eq!(completed(&b.take()), []);
+    b.acks(0, second, Status::Ok);
+    assert_eq!(completed(&b.take()), [(2, Outcome::Ok)]);
+    for (id, outcome) in [(3, Outcome::IoError), (4, Outcome::Ok)] {
+        b.submit(id, Op::Flush);
+        b.tick(50);
+        let seq = sent(&b.take(), 0).into_iter().find_map(|m| match m {
+            Message::Flush { seq, .. } => Some(seq),
+            _ => None,
+        });
+        b.acks(0, seq.unwrap(), Status::Ok);
+        assert_eq!(completed(&b.take()), [(id, outcome)]);
+    }
+}
+
+#[test]
+fn an_ejection_the_registry_did_not_take_is_decided_anew() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.tick(500);
+    assert_eq!(b.proposed().unwrap().copies[1].status, CopyStatus::Missing);
+    b.a.on_cas(b.now, CasOutcome::Unavailable);
+    b.take();
+    // Copy 1 is back with all that was completed; the disk of copy 0 fails.
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    b.a.on_refused(b.now, 0, Refusal::Failed);
+    b.tick(300);
+    let next = b.proposed().unwrap();
+    assert_eq!(next.copies[0].status, CopyStatus::Missing);
+    assert_eq!(next.copies[1].status, CopyStatus::InSync);
+}
+
+#[test]
+fn a_request_at_the_failed_copy_of_this_node_ends_at_the_deadline() {
+    let mut b = Bench::serving(1);
+    b.submit(1, write(SPAN));
+    b.a.on_refused(b.now, 0, Refusal::Failed);
+    b.take();
+    let mut ended = Vec::new();
+    for _ in 0..700 {
+        b.tick(50);
+        let actions = b.take();
+        ended.extend(completed(&actions));
+        if actions.iter().any(|a| matches!(a, Action::Dial { .. })) {
+            b.a.on_connected(b.now, 0, boot(0));
+            b.says(0, Message::Nack(Refusal::Failed));
+        }
+    }
+    assert_eq!(ended, [(1, Outcome::IoError)]);
+}
+
+#[test]
+fn a_silent_connection_is_made_anew_while_joining() {
+    let mut b = Bench::new(Bench::record(2, State::Active));
+    b.a.on_connected(b.now, 0, boot(0));
+    b.take();
+    b.tick(3_000);
+    assert!(b.take().iter().any(|a| matches!(a, Action::Hangup(0))));
+    b.tick(50);
+    let dials = b.take();
+    let again = |a: &Action<Bytes>| matches!(a, Action::Dial { copy: 0, .. });
+    assert!(dials.iter().any(again));
+}
+
+#[test]
+fn a_read_that_the_master_cannot_answer_waits_for_a_copy_that_is_away_for_a_moment() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.submit(1, Op::Read(SPAN));
+    let seq = match sent(&b.take(), 0)[0] {
+        Message::Read(r) => r.seq,
+        _ => unreachable!(),
+    };
+    let status = Status::Io;
+    b.says(0, Message::ReadReply { seq, status });
+    assert_eq!(completed(&b.take()), []);
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    let asked = sent(&b.take(), 1);
+    assert!(asked.iter().any(|m| matches!(m, Message::Read(_))));
+}
+
+#[test]
+fn a_policy_that_arrives_between_a_swap_and_its_answer_is_taken() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.tick(500);
+    let mut record = b.proposed().unwrap();
+    record.failure_mode = FailureMode::Hard;
+    let revision = b.a.revision + 2;
+    b.a.on_record(b.now, Some((record.clone(), revision)));
+    b.swapped();
+    b.take();
+    b.tick(50);
+    assert!(b.take().iter().any(|a| matches!(a, Action::ReadRecord)));
+    b.a.on_record(b.now, Some((record, revision)));
+    assert!(!b.a.mode_serves());
+}
