@@ -1046,6 +1046,11 @@ impl World {
                 for s in sectors(span) {
                     self.oracle.complete(s, by, id.0, now, fua);
                 }
+                // Acknowledged, then the last copies lost power, and nobody could know when this was completed.
+                let cut = |c: usize| !self.is_in_sync(c) || self.nodes[c].cut > asked.start;
+                if (0..self.copies).all(cut) {
+                    self.oracle.power_lost(now);
+                }
             }
             Op::Flush => {
                 let covered = self.oracle.covered(by, asked.start);

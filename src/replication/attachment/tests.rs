@@ -526,3 +526,21 @@ fn a_policy_that_arrives_between_a_swap_and_its_answer_is_taken() {
     b.a.on_record(b.now, Some((record, revision)));
     assert!(!b.a.mode_serves());
 }
+
+#[test]
+fn an_acknowledgement_of_a_copy_that_is_gone_does_not_complete_a_write_when_the_other_is_ejected() {
+    let mut b = Bench::serving(2);
+    b.submit(1, write(SPAN));
+    let seq = writes(&b.take(), 0)[0].seq;
+    b.acks(0, seq, Status::Ok);
+    b.a.on_refused(b.now, 1, Refusal::Failed);
+    assert!(b.proposed().is_some());
+    b.a.on_disconnected(b.now, 0, "power");
+    b.swapped();
+    assert_eq!(completed(&b.take()), []);
+    b.a.on_connected(b.now, 0, boot(10));
+    b.says(0, Message::AttachAck { epoch: Epoch(3) });
+    assert_eq!(writes(&b.take(), 0)[0].seq, seq);
+    b.acks(0, seq, Status::Ok);
+    assert_eq!(completed(&b.take()), [(1, Outcome::Ok)]);
+}
