@@ -544,3 +544,18 @@ fn an_acknowledgement_of_a_copy_that_is_gone_does_not_complete_a_write_when_the_
     b.acks(0, seq, Status::Ok);
     assert_eq!(completed(&b.take()), [(1, Outcome::Ok)]);
 }
+
+#[test]
+fn a_copy_that_lost_power_is_taken_when_the_only_other_one_has_failed() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "power");
+    b.a.on_refused(b.now, 0, Refusal::Failed);
+    b.take();
+    b.a.on_connected(b.now, 0, boot(0));
+    b.a.on_connected(b.now, 1, boot(11));
+    assert_eq!(sent(&b.take(), 1).len(), 1);
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    b.says(0, Message::Nack(Refusal::Failed));
+    let next = b.proposed().unwrap();
+    assert_eq!(next.master, CopyId([1; 16]));
+}
