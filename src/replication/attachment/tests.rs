@@ -559,3 +559,30 @@ fn a_copy_that_lost_power_is_taken_when_the_only_other_one_has_failed() {
     let next = b.proposed().unwrap();
     assert_eq!(next.master, CopyId([1; 16]));
 }
+
+#[test]
+fn an_outbid_candidate_steps_back_before_it_asks_for_more() {
+    let mut b = Bench::new(Bench::record(2, State::Clean));
+    for copy in 0..2 {
+        b.a.on_connected(b.now, copy, boot(copy));
+    }
+    b.take();
+    let mut waited = 0;
+    for round in 0..8 {
+        let promised = Epoch(2 + round);
+        b.says(0, Message::Nack(Refusal::Stale { promised }));
+        assert_eq!(sent(&b.take(), 1), [], "asked again at once");
+        loop {
+            b.tick(10);
+            waited += 10;
+            let asked = sent(&b.take(), 1).into_iter().any(|m| match m {
+                Message::Promise(p) => p.epoch > promised,
+                _ => false,
+            });
+            if asked {
+                break;
+            }
+        }
+    }
+    assert!(waited > 500, "waited {waited} ms in all");
+}
