@@ -357,6 +357,7 @@ impl<D: Payload> Attachment<D> {
 
     /// Copies left: reads that were theirs are asked again, nobody waits for their answers any more (PROTOCOL 5).
     pub(super) fn forget_copies(&mut self, out: CopySet) {
+        let absent = self.in_sync.without(self.ready);
         for seq in self.pending.in_order() {
             let Some(p) = self.pending.get_mut(seq) else {
                 continue;
@@ -365,6 +366,11 @@ impl<D: Payload> Attachment<D> {
                 continue;
             }
             p.waiting = p.waiting.without(out);
+            if p.kind != Kind::Read && p.waiting.is_empty() {
+                // S3: A acknowledges, B does not; A goes too, then B is ejected. Whether A still has the write, its machine
+                // may have lost power, is known when it is back: it gets the write again then.
+                p.waiting = absent;
+            }
             if p.kind == Kind::Read {
                 p.waiting = CopySet::one(self.master);
                 p.tried = p.waiting;

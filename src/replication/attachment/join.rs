@@ -5,6 +5,11 @@ use crate::replication::ids::{Epoch, Nanos};
 use crate::replication::message::{DiskState, Message, Promise, Proof, Refusal};
 use crate::replication::record::{CopyStatus, Record, State};
 
+/// The first step back of an outbid candidate is below twice this.
+const BACK_OFF: Nanos = Nanos::from_ms(25);
+/// The longest is below 25 ms × 2^6 = 1.6 s: a round of promises on a busy disk.
+const BACK_OFF_DOUBLINGS: u32 = 6;
+
 /// Where a takeover stands.
 #[derive(Debug, Default)]
 pub(super) struct Join {
@@ -13,6 +18,10 @@ pub(super) struct Join {
     /// Only asking whether the old attachment is heard; nobody promises yet.
     probing: bool,
     since: Nanos,
+    /// Outbid: ask again only then.
+    quiet_until: Nanos,
+    /// How often outbid, without a claim in between.
+    outbid: u32,
     /// What the copies held when they promised.
     regions: Vec<crate::replication::ids::Region>,
     /// All of them were left clean.
@@ -25,6 +34,10 @@ pub(super) struct Join {
 impl<D: Payload> Attachment<D> {
     /// Asks every in-sync copy, from the start.
     pub(super) fn begin_join(&mut self) {
+        self.begin_join_at(Nanos(0), self.join.outbid);
+    }
+
+    fn begin_join_at(&mut self, quiet_until: Nanos, outbid: u32) {
         if self.phase != Phase::Joining {
             self.set_phase(Phase::Joining, "5.1 join");
         }
@@ -33,6 +46,8 @@ impl<D: Payload> Attachment<D> {
             // A pre-vote disturbs nobody: without it, an attach in vain would fence a healthy attachment.
             probing: self.proof == Proof::None && self.record.attachment.is_some(),
             since: self.now,
+            quiet_until,
+            outbid,
             ..Join::default()
         };
         if self.record.attachment.is_none() {
@@ -51,7 +66,7 @@ impl<D: Payload> Attachment<D> {
     }
 
     pub(super) fn ask_promise(&mut self, copy: usize) {
-        if self.phase != Phase::Joining {
+        if self.phase != Phase::Joining || self.now < self.join.quiet_until {
             return;
         }
         let message = Message::Promise(Promise {
@@ -123,7 +138,7 @@ impl<D: Payload> Attachment<D> {
                 self.peers[copy].why = refusal.to_string();
                 self.actions.push_back(super::Action::ReadRecord);
                 if self.phase == Phase::Joining {
-                    self.begin_join();
+                    self.step_back();
                 }
             }
             Refusal::Attached { .. } => {
@@ -137,7 +152,24 @@ impl<D: Payload> Attachment<D> {
         }
     }
 
+    /// Two candidates that each ask for more as soon as the other was promised something never let each other have all
+    /// copies. So each steps back, for a time by chance that doubles each time; one of them gets through.
+    fn step_back(&mut self) {
+        let outbid = self.join.outbid + 1;
+        let span = BACK_OFF.0 << outbid.min(BACK_OFF_DOUBLINGS);
+        let wait = Nanos(self.random() % span);
+        self.begin_join_at(self.now.after(wait), outbid);
+    }
+
     pub(super) fn tick_join(&mut self) {
+        if self.now < self.join.quiet_until {
+            return;
+        }
+        if self.join.quiet_until > Nanos(0) {
+            self.join.quiet_until = Nanos(0);
+            self.join.since = self.now;
+            self.ask_all();
+        }
         // Connected, asked, and its machine lost power: nobody resets the connection, and nothing else is sent on it that
         // could time out. Only a new one finds the copy again.
         for copy in self.in_sync.iter() {

@@ -68,7 +68,6 @@ impl<D: Payload> Attachment<D> {
         peer.link = Link::Up;
         peer.heard = now;
         peer.lease = None;
-        peer.refused = false;
         if self.peers[copy].detached {
             // It has flushed and let go: nothing is left to be said to it.
         } else if self.owns() {
@@ -85,7 +84,8 @@ impl<D: Payload> Attachment<D> {
             .or(self.record.copies[copy].boot_id);
         let gap = known.is_some_and(|b| b != boot_id);
         self.peers[copy].gap = gap;
-        let whole = |c: usize| c != copy && !self.peers[c].gap;
+        // One whose disk failed is no better, it never comes back: waited for, it would keep the last copy out for ever.
+        let whole = |c: usize| c != copy && !self.peers[c].gap && !self.peers[c].refused;
         if gap && self.in_sync.iter().any(whole) {
             // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
             return self.lose(copy, "its machine was restarted");
@@ -259,6 +259,7 @@ impl<D: Payload> Attachment<D> {
             self.failing.remove(copy);
         }
         self.peers[copy].why.clear();
+        self.peers[copy].refused = false;
         self.peers[copy].beat = Nanos(0);
         self.resend(copy);
         self.tick_heartbeats();

@@ -243,7 +243,7 @@ struct Peer {
     gap: bool,
     /// The boot under which it is used in spite of that.
     accepted: Option<BootId>,
-    /// It answered that its disk has failed, on its last connection.
+    /// It answered that its disk has failed, and has taken no configuration since.
     refused: bool,
     vote: Option<Vote>,
     detached: bool,

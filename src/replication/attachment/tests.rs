@@ -526,3 +526,63 @@ fn a_policy_that_arrives_between_a_swap_and_its_answer_is_taken() {
     b.a.on_record(b.now, Some((record, revision)));
     assert!(!b.a.mode_serves());
 }
+
+#[test]
+fn an_acknowledgement_of_a_copy_that_is_gone_does_not_complete_a_write_when_the_other_is_ejected() {
+    let mut b = Bench::serving(2);
+    b.submit(1, write(SPAN));
+    let seq = writes(&b.take(), 0)[0].seq;
+    b.acks(0, seq, Status::Ok);
+    b.a.on_refused(b.now, 1, Refusal::Failed);
+    assert!(b.proposed().is_some());
+    b.a.on_disconnected(b.now, 0, "power");
+    b.swapped();
+    assert_eq!(completed(&b.take()), []);
+    b.a.on_connected(b.now, 0, boot(10));
+    b.says(0, Message::AttachAck { epoch: Epoch(3) });
+    assert_eq!(writes(&b.take(), 0)[0].seq, seq);
+    b.acks(0, seq, Status::Ok);
+    assert_eq!(completed(&b.take()), [(1, Outcome::Ok)]);
+}
+
+#[test]
+fn a_copy_that_lost_power_is_taken_when_the_only_other_one_has_failed() {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "power");
+    b.a.on_refused(b.now, 0, Refusal::Failed);
+    b.take();
+    b.a.on_connected(b.now, 0, boot(0));
+    b.a.on_connected(b.now, 1, boot(11));
+    assert_eq!(sent(&b.take(), 1).len(), 1);
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    b.says(0, Message::Nack(Refusal::Failed));
+    let next = b.proposed().unwrap();
+    assert_eq!(next.master, CopyId([1; 16]));
+}
+
+#[test]
+fn an_outbid_candidate_steps_back_before_it_asks_for_more() {
+    let mut b = Bench::new(Bench::record(2, State::Clean));
+    for copy in 0..2 {
+        b.a.on_connected(b.now, copy, boot(copy));
+    }
+    b.take();
+    let mut waited = 0;
+    for round in 0..8 {
+        let promised = Epoch(2 + round);
+        b.says(0, Message::Nack(Refusal::Stale { promised }));
+        assert_eq!(sent(&b.take(), 1), [], "asked again at once");
+        loop {
+            b.tick(10);
+            waited += 10;
+            let asked = sent(&b.take(), 1).into_iter().any(|m| match m {
+                Message::Promise(p) => p.epoch > promised,
+                _ => false,
+            });
+            if asked {
+                break;
+            }
+        }
+    }
+    assert!(waited > 500, "waited {waited} ms in all");
+}
