@@ -1,0 +1,258 @@
+//! What a copy does one at a time, everything else of the session waiting behind it: promising, taking a configuration,
+//! leaving, failing (PROTOCOL 3, 5).
+
+use super::*;
+
+impl<D> Replica<D> {
+    /// Takes the serial step as far as it goes now.
+    pub(super) fn advance_serial(&mut self) {
+        let superblock_running = self
+            .ops
+            .iter()
+            .any(|(_, op)| matches!(op, Op::Superblock(_) | Op::Grow));
+        if superblock_running {
+            return;
+        }
+        match self.serial.take() {
+            Some(Serial::Promise { session, promise }) => {
+                let drained = self.data_in_flight == 0;
+                if drained {
+                    self.state.promised = promise.epoch;
+                }
+                self.serial = Some(Serial::Promise { session, promise });
+                if drained {
+                    self.write_superblock();
+                }
+            }
+            Some(Serial::Configure {
+                session,
+                config,
+                attach,
+            }) => {
+                // A write of a former connection that is still in the disk queue will be sent again: were it to land
+                // after the second one and after a later overlapping write, it would undo that one. It ends first.
+                if attach && self.data_in_flight > 0 {
+                    self.serial = Some(Serial::Configure {
+                        session,
+                        config,
+                        attach,
+                    });
+                } else {
+                    self.begin_configuration(session, config, attach);
+                }
+            }
+            Some(Serial::Detach { session, epoch }) => {
+                self.serial = Some(Serial::Detach { session, epoch });
+                if self.data_in_flight > 0 || !self.queue.is_empty() || self.log.running() {
+                    // What the log still wants is added first, so that emptying it finds nothing half-way.
+                    return self.start_transaction();
+                }
+                match self
+                    .log
+                    .transaction(self.now, false)
+                    .or_else(|| self.log.empty())
+                {
+                    Some(txn) => self.write_transaction(txn),
+                    None => {
+                        self.state.clean = true;
+                        self.write_superblock();
+                    }
+                }
+            }
+            Some(Serial::Failing) => {
+                self.serial = Some(Serial::Failing);
+                self.write_superblock();
+            }
+            None => {}
+        }
+    }
+
+    pub(super) fn begin_configuration(
+        &mut self,
+        session: SessionId,
+        config: Configuration,
+        attach: bool,
+    ) {
+        let grows = config.size > self.state.size;
+        let s = &mut self.state;
+        assert!(
+            config.epoch >= s.epoch && config.epoch >= s.promised,
+            "S2: no epoch ever decreases on a disk"
+        );
+        (s.epoch, s.tag, s.promised, s.size) =
+            (config.epoch, config.tag, config.epoch, config.size);
+        s.clean = false;
+        self.log.grow(config.size);
+        for (slot, map) in s.bitmaps.iter_mut().zip(&mut self.maps) {
+            if slot.is_some_and(|b| !config.missing.iter().any(|(copy, _)| *copy == b.copy_id)) {
+                *slot = None;
+                *map = None;
+            } else if let Some(map) = map {
+                map.grow(config.size);
+            }
+        }
+        for &(copy_id, last) in &config.missing {
+            if s.bitmaps.iter().flatten().any(|b| b.copy_id == copy_id) {
+                continue;
+            }
+            let Some(free) = s.bitmaps.iter().position(Option::is_none) else {
+                return self.refuse(
+                    session,
+                    Refusal::Protocol("more missing copies than bitmaps".into()),
+                );
+            };
+            // What the missing copy may lack of epochs up to its last is in this log: every write it did not
+            // acknowledge made its region active here first (PROTOCOL 2.6, S11).
+            let mut map = DirtyMap::new(config.size);
+            self.log
+                .regions()
+                .into_iter()
+                .for_each(|r| map.set_region(r, config.size));
+            s.bitmaps[free] = Some(Bitmap { copy_id, last });
+            self.maps[free] = Some(map);
+        }
+        self.logged = config.logged;
+        let size = config.size;
+        self.serial = Some(Serial::Configure {
+            session,
+            config,
+            attach,
+        });
+        if grows {
+            self.start(Op::Grow, DiskOp::Grow { size });
+        } else {
+            self.write_superblock();
+        }
+    }
+
+    pub(super) fn write_superblock(&mut self) {
+        let state = Box::new(self.state.clone());
+        self.start(Op::Superblock(state.standing), DiskOp::Superblock(state));
+    }
+
+    pub(super) fn superblock_written(&mut self) {
+        match self.serial.take() {
+            Some(Serial::Promise { session, promise }) => {
+                let holder = Holder {
+                    node: promise.candidate,
+                    instance: promise.instance,
+                };
+                if self
+                    .holder
+                    .as_ref()
+                    .is_none_or(|h| h.instance != holder.instance)
+                {
+                    self.log.renumber();
+                }
+                self.holder = Some(holder.clone());
+                self.promised_to = Some((session, holder));
+                self.unclaimed = Some(promise.epoch);
+                self.released = false;
+                self.heard = self.now;
+                let answer = self.disk_state(promise.epoch, false);
+                self.reply(session, Message::PromiseAck(answer));
+            }
+            Some(Serial::Configure {
+                session,
+                config,
+                attach,
+            }) => {
+                self.bound = Some(session);
+                let claimant = self
+                    .promised_to
+                    .as_ref()
+                    .is_some_and(|(s, _)| *s == session);
+                if self.unclaimed.take().is_some_and(|e| config.epoch > e) && !claimant {
+                    // S8: Y was promised e + 1 and never took the volume, X went above it and is attached. Were Y still
+                    // taken for the attachment, its next attempt would be promised without the grace, X being alive.
+                    self.holder = None;
+                }
+                self.promised_to = None;
+                self.heard = self.now;
+                let epoch = config.epoch;
+                self.event(
+                    "8 configuration",
+                    format!("epoch {epoch}, {} bitmaps kept", config.missing.len()),
+                );
+                self.reply(
+                    session,
+                    if attach {
+                        Message::AttachAck { epoch }
+                    } else {
+                        Message::EpochAck { epoch }
+                    },
+                );
+            }
+            Some(Serial::Detach { session, epoch }) => {
+                self.bound = None;
+                self.released = true;
+                self.event("5 clean detach", format!("released in epoch {epoch}"));
+                self.reply(session, Message::DetachAck { epoch });
+            }
+            Some(Serial::Failing) | None => {}
+        }
+        while self.serial.is_none() {
+            let Some((session, message, data)) = self.inbox.pop_front() else {
+                break;
+            };
+            self.dispatch(session, message, data);
+        }
+    }
+
+    /// This copy is dead for good: a failed write or flush is never retried (PROTOCOL 3).
+    pub(super) fn fail(&mut self, why: &'static str) {
+        if self.state.standing == Standing::Failed {
+            return;
+        }
+        self.state.standing = Standing::Failed;
+        self.event("3 failed disk", why.into());
+        for w in &self.queue {
+            let (session, seq, status) = (w.session, w.request.seq, Status::Io);
+            self.actions.push_back(Action::Ack {
+                session,
+                seq,
+                status,
+            });
+        }
+        self.drop_queue();
+        let flushes = self.flushing.take().into_iter().flatten();
+        for (session, seq) in flushes
+            .chain(std::mem::take(&mut self.flush_next))
+            .collect::<Vec<_>>()
+        {
+            self.ack(session, seq, Status::Io);
+        }
+        if let Some(session) = self.bound.take() {
+            self.refuse_failed(session);
+        }
+        for (session, ..) in std::mem::take(&mut self.inbox) {
+            self.refuse_failed(session);
+        }
+        if let Some(
+            Serial::Promise { session, .. }
+            | Serial::Configure { session, .. }
+            | Serial::Detach { session, .. },
+        ) = self.serial.replace(Serial::Failing)
+        {
+            self.refuse_failed(session);
+        }
+    }
+
+    /// Whether the disk works on data of somebody's request.
+    pub(super) fn disk_works(&self) -> bool {
+        self.ops
+            .iter()
+            .any(|(_, op)| matches!(op, Op::Data { .. } | Op::Read { .. }))
+    }
+
+    /// Refuses the session, but not before the disk's last answer has gone out: write 1 fails while write 2, from the
+    /// guest's memory, is in the disk queue; were the session ended at once, the answer to write 2 would be lost, and the
+    /// attachment in this process could never tell the guest that its memory is free (S19).
+    pub(super) fn refuse_failed(&mut self, session: SessionId) {
+        if !self.disk_works() {
+            self.refuse(session, Refusal::Failed);
+        } else if !self.ending.contains(&session) {
+            self.ending.push(session);
+        }
+    }
+}
