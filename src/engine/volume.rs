@@ -171,7 +171,7 @@ impl Volume {
     }
 
     /// A message from an attachment on another node.
-    pub fn from_attachment(
+    pub fn attachment_says(
         &mut self,
         ctx: &mut Context,
         session: SessionId,
@@ -396,7 +396,7 @@ impl Volume {
     }
 
     /// A message from a copy on another node.
-    pub fn from_copy(&mut self, ctx: &Context, copy: usize, message: Message, data: Option<Bytes>) {
+    pub fn copy_says(&mut self, ctx: &Context, copy: usize, message: Message, data: Option<Bytes>) {
         if let Some(s) = &mut self.serving {
             s.count_answered(ctx.now, &message);
             s.attachment.on_message(ctx.now, copy, message, data);

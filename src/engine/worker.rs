@@ -390,7 +390,7 @@ impl Loop {
                         return Ok(());
                     };
                     peer.conn.take(taken);
-                    self.volumes[volume].from_copy(&self.ctx, copy, message, data);
+                    self.volumes[volume].copy_says(&self.ctx, copy, message, data);
                     self.touch(volume);
                 }
                 Role::Attachment {
@@ -401,7 +401,7 @@ impl Loop {
                         return Ok(());
                     };
                     peer.conn.take(taken);
-                    self.volumes[volume].from_attachment(&mut self.ctx, session, message, data);
+                    self.volumes[volume].attachment_says(&mut self.ctx, session, message, data);
                     self.touch(volume);
                 }
                 Role::Stranger => {

@@ -27,7 +27,7 @@ impl DirtyMap {
         let mut map = Self { words, set: 0 };
         let chunks = size.div_ceil(CHUNK);
         map.words.resize(chunks.div_ceil(64) as usize, 0);
-        if chunks % 64 != 0
+        if !chunks.is_multiple_of(64)
             && let Some(last) = map.words.last_mut()
         {
             *last &= (1 << (chunks % 64)) - 1;
