@@ -52,6 +52,7 @@ enum Ev {
     Operator,
     Policy,
     Start(usize),
+    Elsewhere(usize),
     Attach(usize, u64, Box<(Record, Revision)>),
 }
 
@@ -140,9 +141,11 @@ enum Fault {
     SecondAttach,
     Detach,
     SlowNet,
+    /// The attachment's node sees nobody, its guest runs on, and the volume is attached elsewhere.
+    Isolate,
 }
 
-const FAULTS: [Fault; 12] = [
+const FAULTS: [Fault; 13] = [
     Fault::Reset,
     Fault::Partition,
     Fault::Pause,
@@ -155,6 +158,7 @@ const FAULTS: [Fault; 12] = [
     Fault::SecondAttach,
     Fault::Detach,
     Fault::SlowNet,
+    Fault::Isolate,
 ];
 
 /// What a suite of runs must have seen somewhere (PROTOCOL 9, non-vacuity).
@@ -205,6 +209,7 @@ pub struct World {
     slow_net_until: u64,
     registry: Registry,
     registry_down_until: u64,
+    isolated: (usize, u64),
     oracle: Oracle,
     weather: Weather,
     faults: bool,
@@ -306,6 +311,9 @@ impl World {
         if kinds.is_empty() {
             kinds.push(Fault::Reset);
         }
+        if rng.one_in(4) {
+            kinds = vec![Fault::Isolate, Fault::Isolate, Fault::Reset, Fault::Pause];
+        }
         let weather = Weather {
             every_ms: rng.pick(&[300, 800, 2_000, 5_000]),
             kinds,
@@ -338,8 +346,9 @@ impl World {
             slow_net_until: 0,
             registry: Registry::new(record),
             registry_down_until: 0,
+            isolated: (0, 0),
             oracle: Oracle::default(),
-            budget: rng.between(60, 400),
+            budget: rng.between(100, 800),
             fua: !weather.writeback,
             weather,
             faults: true,
@@ -468,6 +477,7 @@ impl World {
         self.guest_stopped = true;
         self.partitions.heal();
         self.registry_down_until = 0;
+        self.isolated.1 = 0;
         self.slow_net_until = 0;
         for n in 0..self.nodes.len() {
             self.nodes[n].paused_until = 0;
@@ -728,7 +738,7 @@ impl World {
                 self.atts[a].machine.on_cas(now, *outcome);
             }
             Ev::Read(a) => {
-                let answer = if self.registry_down_until > self.now {
+                let answer = if self.registry_gone(a) {
                     None
                 } else {
                     let r = &self.registry;
@@ -768,6 +778,12 @@ impl World {
                 return;
             }
             Ev::Start(n) => return self.start_node(n),
+            Ev::Elsewhere(n) => {
+                if self.faults {
+                    self.ask_attach(n);
+                }
+                return;
+            }
             Ev::Attach(n, process, found) => {
                 if self.nodes[n].process != process || !self.nodes[n].up {
                     return;
@@ -1217,6 +1233,11 @@ impl World {
 
     // ---- the registry
 
+    fn registry_gone(&self, a: usize) -> bool {
+        let (alone, until) = self.isolated;
+        self.registry_down_until > self.now || until > self.now && self.atts[a].node == alone
+    }
+
     fn registry_delay(&mut self) -> u64 {
         if self.faults && self.rng.one_in(15) {
             self.rng.between(20, 1_500) * MS
@@ -1250,7 +1271,7 @@ impl World {
 
     fn cas(&mut self, a: usize, expected: Revision, record: &Record) {
         let delay = self.registry_delay();
-        let outcome = if self.registry_down_until > self.now
+        let outcome = if self.registry_gone(a)
             || self.faults && self.rng.one_in(self.weather.registry_down)
         {
             CasOutcome::Unavailable
@@ -1430,6 +1451,23 @@ impl World {
                 }
             }
             Fault::SlowNet => self.slow_net_until = until,
+            Fault::Isolate => {
+                let Some(a) = self.live() else { return };
+                let (alone, until) = (self.atts[a].node, self.now + 8_000 * MS);
+                if self.rng.one_in(2) {
+                    // It sleeps through its own succession, reads on their way.
+                    self.nodes[alone].paused_until = until;
+                } else {
+                    for other in (0..self.nodes.len()).filter(|o| *o != alone) {
+                        self.partitions.cut(alone, other, until);
+                    }
+                    self.isolated = (alone, until);
+                }
+                for ms in [2_900, 3_100, 3_400, 4_000, 5_000] {
+                    let n = self.rng.below(self.nodes.len() as u64) as usize;
+                    self.after(ms * MS, Ev::Elsewhere(n));
+                }
+            }
         }
     }
 
