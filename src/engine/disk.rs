@@ -18,7 +18,7 @@ use crate::guest::{IoVec, copy_from_guest, copy_to_guest};
 use crate::replication::ids::{Nanos, Seq, Span};
 use crate::replication::in_flight::InFlight;
 
-/// Entries of the submission queue; more operations than this are submitted in several calls.
+/// Entries of the submission queue, and operations that the kernel has at once; more wait here.
 const ENTRIES: u32 = 1024;
 
 /// Names an operation to whoever asked for it.
@@ -126,6 +126,9 @@ pub struct Disk {
     /// Prepared and not yet in the submission queue.
     backlog: VecDeque<io_uring::squeue::Entry>,
     unsubmitted: bool,
+    /// Handed over and not completed. Kept at [`ENTRIES`], half of what the completion queue holds:
+    /// were that to overflow, completions would wait in the kernel for a call that never comes.
+    in_kernel: u32,
     done: VecDeque<Completion>,
     /// The turn's time.
     pub now: Nanos,
@@ -141,6 +144,7 @@ impl Disk {
             running: InFlight::default(),
             backlog: VecDeque::new(),
             unsubmitted: false,
+            in_kernel: 0,
             done: VecDeque::new(),
             now: Nanos::default(),
         })
@@ -321,21 +325,22 @@ impl Disk {
 
     /// Hands everything prepared to the kernel, in as few calls as the queue's size allows.
     pub fn submit(&mut self) -> io::Result<()> {
-        while self.unsubmitted || !self.backlog.is_empty() {
+        while self.unsubmitted || (!self.backlog.is_empty() && self.in_kernel < ENTRIES) {
             {
                 let mut queue = self.ring.submission();
-                while let Some(entry) = self.backlog.front() {
+                while let Some(entry) = self.backlog.front().filter(|_| self.in_kernel < ENTRIES) {
                     // SAFETY: the memory that the entry names is owned by `running` until its
                     // completion was taken from the ring.
                     if unsafe { queue.push(entry) }.is_err() {
                         break;
                     }
                     self.backlog.pop_front();
+                    self.in_kernel += 1;
                     self.unsubmitted = true;
                 }
             }
             match self.ring.submit() {
-                Ok(_) => self.unsubmitted = false,
+                Ok(_) => self.unsubmitted = !self.ring.submission().is_empty(),
                 // Completions must be taken first; they are, before the next turn's submit.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -355,6 +360,7 @@ impl Disk {
             .completion()
             .map(|c| (c.user_data(), c.result()))
             .collect();
+        self.in_kernel -= entries.len() as u32;
         for (id, result) in entries {
             if let Some(running) = self.running.remove(Seq(id)) {
                 let completion = running.complete(result);
@@ -368,8 +374,12 @@ impl Disk {
 impl Drop for Disk {
     /// The kernel must not write into memory that is given back.
     fn drop(&mut self) {
-        let _ = self.submit();
-        while !self.running.is_empty() && self.ring.submit_and_wait(1).is_ok() {
+        while !self.running.is_empty() {
+            if self.submit().is_err() || self.ring.submit_and_wait(1).is_err() {
+                // Nothing is known of the rest: keep its memory for ever.
+                std::mem::take(&mut self.running).leak();
+                return;
+            }
             while self.completed().is_some() {}
         }
     }

@@ -15,7 +15,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::command::{Command, Event, Mailbox, RegistryRequest, WorkerMetrics};
-use super::context::{Context, Identity, Role, VERSIONS, next_frame};
+use super::context::{Context, Identity, Peer, Role, VERSIONS, next_frame};
 use super::disk::Disk;
 use super::volume::Volume;
 use crate::replication::ids::{Nanos, VolumeId};
@@ -32,6 +32,8 @@ const FIRST: usize = 16;
 const TICK: Nanos = Nanos::from_ms(25);
 /// The same while nothing is attached and no attachment is connected.
 const IDLE_TICK: Nanos = Nanos::from_ms(500);
+/// Connections that have not greeted yet: peers greet at once, and each holds a buffer (S19).
+const STRANGERS: usize = 256;
 /// Reads of one connection in one turn; the others have their turn before it goes on.
 const READS: usize = 8;
 
@@ -40,6 +42,19 @@ pub struct Worker {
     /// Reaches it.
     pub mailbox: Mailbox,
     thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// A worker that panicked has broken one of its own rules, and its volumes would hang for ever. Ended
+/// at any moment nothing acknowledged is lost; so the whole process ends, and is started again.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            log::error!("a worker broke one of its own rules (see above); the node ends");
+            std::process::abort();
+        }
+    }
 }
 
 /// What a worker needs to start.
@@ -64,20 +79,31 @@ pub fn owner(volume: VolumeId, workers: usize) -> usize {
 
 impl Worker {
     /// Starts a worker thread.
+    ///
+    /// # Errors
+    ///
+    /// The system refuses a thread, a poll or an io_uring.
     pub fn spawn(setup: Setup) -> io::Result<Self> {
         let poll = Poll::new()?;
         let waker = Waker::new(poll.registry(), MAIL)?;
         let (mailbox, commands) = Mailbox::new(waker);
-        let thread = std::thread::Builder::new().name(format!("worker-{}", setup.index)).spawn(move || {
+        let (started, start) = std::sync::mpsc::sync_channel(1);
+        let name = format!("worker-{}", setup.index);
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            let _guard = AbortOnPanic;
             match Loop::new(setup, poll, commands) {
-                Ok(mut l) => l.run(),
-                Err(e) => log::error!("a worker could not start: {e} (is io_uring allowed here? see `lockstep doctor`)"),
+                Ok(mut l) => {
+                    let _ = started.send(Ok(()));
+                    l.run();
+                }
+                Err(e) => drop(started.send(Err(e))),
             }
         })?;
-        Ok(Self {
-            mailbox,
-            thread: Some(thread),
-        })
+        let thread = Some(thread);
+        match start.recv() {
+            Ok(result) => result.map(|()| Self { mailbox, thread }),
+            Err(_) => Err(io::Error::other("the worker ended before it began")),
+        }
     }
 
     /// Ends the thread.
@@ -98,6 +124,8 @@ struct Loop {
     /// Mailboxes of all workers, for connections that belong to another one.
     siblings: Vec<Mailbox>,
     listener: Option<TcpListener>,
+    /// Accepting failed; there may be more.
+    door_waits: bool,
     disk_event: EventFd,
     ctx: Context,
     volumes: Vec<Volume>,
@@ -136,6 +164,7 @@ impl Loop {
             commands,
             siblings: Vec::new(),
             listener: None,
+            door_waits: false,
             disk_event,
             ctx,
             volumes: Vec::new(),
@@ -269,6 +298,9 @@ impl Loop {
                 self.touched.push(at);
             }
         }
+        if std::mem::take(&mut self.door_waits) {
+            self.accept();
+        }
         for token in self.ctx.overdue() {
             self.end(token, "no greeting in time");
         }
@@ -282,7 +314,12 @@ impl Loop {
                 return;
             };
             match listener.accept() {
-                Ok((stream, _)) => {
+                Ok((stream, from)) => {
+                    let strangers = |p: &&Peer| matches!(p.role, Role::Stranger);
+                    if self.ctx.peers.values().filter(strangers).count() >= STRANGERS {
+                        log::warn!("a connection from {from} was dropped: {STRANGERS} others have not greeted");
+                        continue;
+                    }
                     let _ = stream.set_nodelay(true);
                     if let Err(e) = self.ctx.add(stream, Role::Stranger) {
                         log::warn!("a connection cannot be watched: {e}");
@@ -290,8 +327,11 @@ impl Loop {
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // No descriptor left, for instance: tried again at each tick, because what waits is
+                // not announced twice.
                 Err(e) => {
                     log::warn!("accepting a connection failed: {e}");
+                    self.door_waits = true;
                     return;
                 }
             }

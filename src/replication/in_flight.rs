@@ -95,6 +95,11 @@ impl<T> InFlight<T> {
         oldest.unwrap_or(Seq((self.count + 1) << SLOT_BITS))
     }
 
+    /// Gives up what is under way without dropping it: somebody else may still be using it.
+    pub fn leak(self) {
+        std::mem::forget(self);
+    }
+
     /// Requests under way.
     pub fn len(&self) -> usize {
         self.len
