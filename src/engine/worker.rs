@@ -317,7 +317,9 @@ impl Loop {
                 Ok((stream, from)) => {
                     let strangers = |p: &&Peer| matches!(p.role, Role::Stranger);
                     if self.ctx.peers.values().filter(strangers).count() >= STRANGERS {
-                        log::warn!("a connection from {from} was dropped: {STRANGERS} others have not greeted");
+                        log::warn!(
+                            "a connection from {from} was dropped: {STRANGERS} others have not greeted"
+                        );
                         continue;
                     }
                     let _ = stream.set_nodelay(true);

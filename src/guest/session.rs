@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -18,6 +18,11 @@ use vhost::vhost_user::{
     Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
 };
 
+use vhost_user_backend::{VringMutex, VringT};
+use virtio_queue::QueueT;
+use vm_memory::GuestMemoryAtomic;
+
+use super::GuestMem;
 use super::config::{Device, F_PROTOCOL_FEATURES};
 use super::plane::{DataPlane, RingStart};
 use super::table::{MAX_MEM_SLOTS, MemTable, SHARE_HINT, TableError};
@@ -30,17 +35,67 @@ struct UserAddrs {
     used: u64,
 }
 
-/// A ring as the front-end described it.
-#[derive(Debug, Default)]
+/// A ring as the front-end described it: size, base, descriptors and the enable switch in the crate's vring state,
+/// and beside it what that has no place for.
 struct Vring {
-    size: u16,
+    state: VringMutex<GuestMemoryAtomic<GuestMem>>,
+    /// SET_VRING_NUM came. The crate's queue has its largest size until then, and would take that for said.
+    sized: bool,
+    /// Not translated before the ring starts: the memory table may come later.
     addrs: Option<UserAddrs>,
-    base: u16,
-    kick: Option<OwnedFd>,
-    call: Option<OwnedFd>,
-    enabled: bool,
     /// The engine has it.
     running: bool,
+}
+
+impl Vring {
+    fn new(max_size: u16) -> Self {
+        // The engine's rings hold the memory that they were started with; this one stays empty.
+        let nothing = GuestMemoryAtomic::new(GuestMem::new());
+        let state =
+            VringMutex::new(nothing, max_size).expect("the largest ring size is a power of two");
+        Self {
+            state,
+            sized: false,
+            addrs: None,
+            running: false,
+        }
+    }
+
+    fn size(&self) -> u16 {
+        self.state.get_ref().get_queue().size()
+    }
+
+    fn base(&self) -> u16 {
+        self.state.queue_next_avail()
+    }
+
+    fn is_enabled(&self) -> bool {
+        self.state.get_ref().is_enabled()
+    }
+
+    fn has_kick(&self) -> bool {
+        self.state.get_ref().get_kick().is_some()
+    }
+
+    /// Gives out both descriptors, for the engine to own. None is left here: a ring that was stopped needs new ones.
+    fn take_notifiers(&self) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
+        let state = self.state.get_ref();
+        let kick = state.get_kick().as_ref().map(duplicate).transpose()?;
+        let call = state.get_call().as_ref().map(duplicate).transpose()?;
+        drop(state);
+        self.forget_notifiers();
+        Ok((kick, call))
+    }
+
+    fn forget_notifiers(&self) {
+        self.state.set_kick(None);
+        self.state.set_call(None);
+    }
+}
+
+fn duplicate(fd: &impl AsRawFd) -> io::Result<OwnedFd> {
+    // SAFETY: `fd` is borrowed for the call, so its descriptor stays open meanwhile.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }.try_clone_to_owned()
 }
 
 /// The state of one connection.
@@ -60,7 +115,7 @@ fn refuse(reason: impl Into<String>) -> Error {
 impl<'a> Session<'a> {
     pub(super) fn new(device: &'a Device, plane: &'a mut dyn DataPlane) -> Session<'a> {
         let vrings = (0..device.config.num_queues)
-            .map(|_| Vring::default())
+            .map(|_| Vring::new(device.max_ring_size()))
             .collect();
         Session {
             device,
@@ -104,7 +159,7 @@ impl<'a> Session<'a> {
     fn start_if_complete(&mut self, index: u32) -> Result<()> {
         let (at, number) = self.queue(index)?;
         let vring = &self.vrings[at];
-        let (false, Some(_), Some(addrs)) = (vring.running, &vring.kick, vring.addrs) else {
+        let (false, true, Some(addrs)) = (vring.running, vring.has_kick(), vring.addrs) else {
             return Ok(());
         };
         if self.table.is_empty() {
@@ -112,7 +167,7 @@ impl<'a> Session<'a> {
                 "queue {index} is started, but no memory was shared; {SHARE_HINT}"
             )));
         }
-        if vring.size == 0 {
+        if !vring.sized {
             return Err(refuse(format!("queue {index} is started without a size")));
         }
         let translate = |what, addr| {
@@ -127,21 +182,22 @@ impl<'a> Session<'a> {
         let used = translate("used ring", addrs.used)?;
         let mem = self.table.mem();
 
-        let vring = &mut self.vrings[at];
-        let Some(kick) = vring.kick.take() else {
+        let notifiers = vring.take_notifiers();
+        let (Some(kick), call) = notifiers.map_err(|e| refuse(format!("queue {index}: {e}")))?
+        else {
             return Ok(());
         };
         let start = RingStart {
             index: number,
-            size: vring.size,
+            size: vring.size(),
             desc,
             avail,
             used,
-            next_avail: vring.base,
+            next_avail: vring.base(),
             features: self.acked,
-            enabled: vring.enabled,
+            enabled: vring.is_enabled(),
             kick,
-            call: vring.call.take(),
+            call,
             mem,
         };
         log::debug!(
@@ -150,7 +206,7 @@ impl<'a> Session<'a> {
             start.size,
             start.next_avail
         );
-        vring.running = true;
+        self.vrings[at].running = true;
         self.plane.start_ring(start).map_err(|e| {
             self.vrings[at].running = false;
             refuse(format!("queue {index} cannot start: {e}"))
@@ -161,15 +217,14 @@ impl<'a> Session<'a> {
     fn stop(&mut self, at: usize, number: u16) {
         let vring = &mut self.vrings[at];
         if std::mem::take(&mut vring.running) {
-            vring.base = self.plane.stop_ring(number);
+            let base = self.plane.stop_ring(number);
+            vring.state.set_queue_next_avail(base);
             log::debug!(
-                "volume {}: queue {number} stopped at {}",
-                self.device.config.volume,
-                vring.base
+                "volume {}: queue {number} stopped at {base}",
+                self.device.config.volume
             );
         }
-        vring.kick = None;
-        vring.call = None;
+        vring.forget_notifiers();
     }
 }
 
@@ -223,7 +278,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         log::info!("volume {}: the front-end resets the device", self.volume());
         for (at, number) in (0..self.vrings.len()).zip(0u16..) {
             self.stop(at, number);
-            self.vrings[at] = Vring::default();
+            self.vrings[at] = Vring::new(self.device.max_ring_size());
         }
         // Memory and protocol features belong to the connection and stay.
         self.acked = 0;
@@ -247,8 +302,10 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         if features & F_PROTOCOL_FEATURES == 0 {
             // Such a front-end cannot send ENABLE: its rings are enabled from the start.
             for (at, number) in (0..self.vrings.len()).zip(0u16..) {
-                if !std::mem::replace(&mut self.vrings[at].enabled, true) && self.vrings[at].running
-                {
+                let vring = &self.vrings[at];
+                let paused = !vring.is_enabled();
+                vring.state.set_enabled(true);
+                if paused && vring.running {
                     self.plane.set_enabled(number, true);
                 }
             }
@@ -291,7 +348,8 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         let (at, _) = self.queue(index)?;
         match u16::try_from(num) {
             Ok(size) if size.is_power_of_two() && size <= self.device.max_ring_size() => {
-                self.vrings[at].size = size;
+                self.vrings[at].state.set_queue_size(size);
+                self.vrings[at].sized = true;
                 Ok(())
             }
             _ => Err(refuse(format!(
@@ -329,7 +387,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let (at, _) = self.queue(index)?;
         // The upper half is for packed rings.
-        self.vrings[at].base = base as u16;
+        self.vrings[at].state.set_queue_next_avail(base as u16);
         Ok(())
     }
 
@@ -338,7 +396,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         self.stop(at, number);
         Ok(VhostUserVringState::new(
             index,
-            u32::from(self.vrings[at].base),
+            u32::from(self.vrings[at].base()),
         ))
     }
 
@@ -354,7 +412,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
             self.plane.set_kick(number, kick);
             return Ok(());
         }
-        self.vrings[at].kick = Some(kick);
+        self.vrings[at].state.set_kick(Some(kick.into()));
         self.start_if_complete(index.into())
     }
 
@@ -364,7 +422,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         if self.vrings[at].running {
             self.plane.set_call(number, call);
         } else {
-            self.vrings[at].call = call;
+            self.vrings[at].state.set_call(call.map(File::from));
         }
         Ok(())
     }
@@ -395,7 +453,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         let (at, number) = self.queue(index)?;
-        self.vrings[at].enabled = enable;
+        self.vrings[at].state.set_enabled(enable);
         if self.vrings[at].running {
             self.plane.set_enabled(number, enable);
             return Ok(());
