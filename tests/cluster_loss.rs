@@ -1,0 +1,163 @@
+//! A node is lost under load: nothing acknowledged is lost with it, and nothing fails that need not.
+
+mod cluster_support;
+
+use std::path::Path;
+
+use cluster_support::client::{Load, Plan};
+use cluster_support::oracle::Oracle;
+use cluster_support::{Cluster, copies, eventually};
+
+const SIZE: u64 = 32 << 20;
+
+fn in_memory(nodes: usize) -> Cluster {
+    Cluster::start_in(Path::new("/dev/shm"), nodes)
+}
+
+#[test]
+fn a_killed_replica_costs_no_request_and_is_out_of_the_in_sync_set() {
+    // Given a volume with two replicas under load,
+    let mut cluster = in_memory(3);
+    let create = "--size 32MiB --replicas 2 --master n1";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let epoch = cluster.volume(1, "vm1")["epoch"].as_u64().unwrap();
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    load.goes_on();
+    // when a replica's node is killed,
+    cluster.kill(3);
+    // then the load goes on and the volume says what it lost,
+    let volume = cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
+    load.goes_on();
+    assert_eq!(load.finish().failed, 0);
+    assert_eq!(copies(&volume, "in_sync"), ["n1", "n2"]);
+    assert_eq!(copies(&volume, "missing"), ["n3"]);
+    assert_eq!(volume["epoch"].as_u64().unwrap(), epoch + 1);
+    assert!(cluster.rules(1, "vm1").iter().any(|r| r == "2.6 eject"));
+    // and what is left of it is the same everywhere.
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1"), ["n1", "n2"]);
+}
+
+#[test]
+fn a_silent_replica_is_ejected_and_does_not_count_when_it_wakes() {
+    let mut cluster = in_memory(3);
+    let create = "--size 32MiB --replicas 2 --master n1";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    load.goes_on();
+    // When a replica's node stops without a word,
+    cluster.freeze(2);
+    cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
+    load.goes_on();
+    // and wakes later,
+    cluster.thaw(2);
+    load.goes_on();
+    // then nothing failed, and it is still out.
+    assert_eq!(load.finish().failed, 0);
+    let volume = cluster.volume(1, "vm1");
+    assert_eq!(copies(&volume, "missing"), ["n2"]);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1"), ["n1", "n3"]);
+}
+
+#[test]
+fn the_failure_mode_decides_whether_the_last_copy_serves() {
+    let mut cluster = in_memory(3);
+    let create = "--size 32MiB --replicas 2 --master n1";
+    let socket = cluster.serve(
+        "on",
+        &format!("{create} --failure-mode alwayson"),
+        "--node n1",
+    );
+    let strict = format!("{create} --suspend-deadline 1s");
+    let strict = cluster.serve("strict", &strict, "--node n1");
+    let always = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    let soft = Load::start(&strict, Plan::small(), Oracle::new(SIZE));
+    always.goes_on();
+    soft.goes_on();
+    // When both replicas are lost,
+    cluster.kill(2);
+    cluster.kill(3);
+    // then one volume goes on, and the other fails its requests after the deadline.
+    cluster.wait_for(1, "on", "has one copy", |v| copies(v, "in_sync") == ["n1"]);
+    cluster.wait_for(1, "strict", "is suspended", |v| v["health"] == "suspended");
+    always.goes_on();
+    eventually("requests of the suspended volume fail", || {
+        (soft.failed() > 0).then_some(())
+    });
+    assert_eq!(always.finish().failed, 0);
+    soft.abandon();
+}
+
+#[test]
+fn the_master_is_lost_under_an_attachment_elsewhere() {
+    // Given a volume served from a node that holds no copy,
+    let mut cluster = in_memory(4);
+    let create = "--size 32MiB --replicas 1 --master n1";
+    cluster.ok(4, &format!("volume create vm1 {create}"));
+    let before = cluster.volume(4, "vm1");
+    let holders = copies(&before, "in_sync");
+    let spare = (1..=4)
+        .find(|n| !holders.contains(&format!("n{n}")))
+        .unwrap();
+    cluster.ok(spare, &format!("volume attach vm1 --node n{spare}"));
+    let serving = cluster.wait_for(spare, "vm1", "serves", |v| {
+        v["attachment"]["phase"] == "serving"
+    });
+    let socket = serving["attachment"]["socket"]
+        .as_str()
+        .unwrap()
+        .to_string();
+    let load = Load::start(Path::new(&socket), Plan::small(), Oracle::new(SIZE));
+    load.goes_on();
+    // when the node of the copy that is read from is killed,
+    let master = serving["master"]["node"].as_str().unwrap()[1..]
+        .parse()
+        .unwrap();
+    cluster.kill(master);
+    // then the other copy takes over, and the guest sees no error.
+    cluster.wait_for(spare, "vm1", "has another master", |v| {
+        v["master"]["node"] != format!("n{master}") && v["health"] == "degraded"
+    });
+    load.goes_on();
+    assert_eq!(load.finish().failed, 0);
+    assert!(cluster.rules(spare, "vm1").iter().any(|r| r == "5 promote"));
+}
+
+#[test]
+fn a_node_that_is_stopped_or_killed_serves_again_what_it_served() {
+    let mut cluster = in_memory(3);
+    let create = "--size 32MiB --replicas 2 --master n1";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    load.goes_on();
+    let oracle = load.finish().oracle;
+    // When its node is asked to stop, it leaves the volume clean,
+    assert!(cluster.stop(1).success());
+    assert_eq!(cluster.volume(2, "vm1")["state"], "clean");
+    // and a new process serves it again on the same socket.
+    cluster.start_node(1);
+    let serving = |v: &serde_json::Value| v["attachment"]["phase"] == "serving";
+    cluster.wait_for(1, "vm1", "serves again", serving);
+    let load = Load::start(&socket, Plan::small(), oracle);
+    load.goes_on();
+    // When it is killed in the middle of everything,
+    cluster.kill(1);
+    let oracle = load.abandon().oracle;
+    cluster.start_node(1);
+    cluster.wait_for(1, "vm1", "serves again", serving);
+    // then everything acknowledged is there, and the copies are the same.
+    let load = Load::start(&socket, Plan::small(), oracle);
+    load.goes_on();
+    assert_eq!(load.finish().failed, 0);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 3);
+}
+
+#[test]
+fn a_volume_is_attached_once() {
+    let cluster = in_memory(3);
+    cluster.serve("vm1", "--size 32MiB --replicas 2 --master n1", "--node n1");
+    let second = cluster.run(2, "volume attach vm1 --node n2");
+    second.refused(11, &["attached", "n1"]);
+}
