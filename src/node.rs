@@ -25,7 +25,7 @@ use crate::cluster::metrics::Metrics;
 use crate::cluster::store::Registrar;
 use crate::copy::{LogImage, NodeDir, NodeDirError, Store, StoreError};
 use crate::engine::{
-    AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, VolumeStatus,
+    AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, VolumeStatus, WriteCache,
 };
 use crate::guest::{BlockSize, DeviceConfig, Server};
 use crate::registry::{CasError, Revision};
@@ -440,6 +440,7 @@ impl Host for NodeHost {
         let engine = &self.engine;
         engine.peers(&request.peers);
         let record = &request.record;
+        let write_cache = WriteCache::of(&request.socket);
         let config = DeviceConfig {
             volume: request.name.clone(),
             size: record.size,
@@ -451,10 +452,10 @@ impl Host for NodeHost {
             num_queues: request.num_queues,
             seg_max: SEG_MAX,
             read_only: request.read_only,
-            writeback: true,
+            writeback: write_cache.is_on(),
         };
         // The socket first: it may be taken, and then nothing has happened.
-        let plane = Box::new(engine.plane(request.volume));
+        let plane = Box::new(engine.plane(request.volume, write_cache));
         let mut server = Server::spawn(config, &request.socket, plane)
             .map_err(|e| HostError::Refused(e.to_string()))?;
         let mine = record
@@ -499,6 +500,11 @@ impl Host for NodeHost {
             .is_some_and(|s| s.server.connected());
         if connected && !force {
             return Err(HostError::Connected);
+        }
+        // The next guest begins with the default; a restart of this process does not come here.
+        let socket = lock(&self.served).get(&volume).map(|s| s.socket.clone());
+        if let Some(Err(e)) = socket.map(|s| WriteCache::of(&s).forget()) {
+            log::warn!("volume {volume}: the write-cache switch stays: {e}");
         }
         self.release(volume).map_err(HostError::Io)
     }

@@ -11,6 +11,7 @@ mod plane;
 mod rings;
 mod volume;
 mod worker;
+mod write_cache;
 
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, channel};
@@ -25,7 +26,7 @@ pub use command::{
 };
 pub use context::Identity;
 pub use plane::Plane;
-pub use worker::bind;
+pub use write_cache::WriteCache;
 
 /// How long a worker may take to answer a question: it never blocks, so this is a worker in trouble.
 const ANSWER: Nanos = Nanos::from_ms(5_000);
@@ -151,11 +152,12 @@ impl Handle {
             .unwrap_or_else(|| Err(silent()))
     }
 
-    /// The data plane for a vhost-user socket of this volume.
-    pub fn plane(&self, volume: VolumeId) -> Plane {
+    /// The data plane for the vhost-user socket of this volume.
+    pub fn plane(&self, volume: VolumeId, write_cache: WriteCache) -> Plane {
         Plane {
             mailbox: self.owner(volume).clone(),
             volume,
+            write_cache,
         }
     }
 

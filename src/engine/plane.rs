@@ -3,7 +3,10 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
+
 use super::command::{Command, GuestAnswer, GuestCommand, Mailbox};
+use super::write_cache::WriteCache;
 use crate::guest::{DataPlane, GuestMem, RingStart};
 use crate::replication::ids::{Nanos, VolumeId};
 
@@ -17,6 +20,8 @@ pub struct Plane {
     pub mailbox: Mailbox,
     /// The volume.
     pub volume: VolumeId,
+    /// Survives this process.
+    pub write_cache: WriteCache,
 }
 
 impl Plane {
@@ -65,7 +70,11 @@ impl DataPlane for Plane {
         self.tell(GuestCommand::Memory(mem));
     }
 
-    fn set_features(&mut self, _acked: u64, writeback: bool) {
+    fn set_features(&mut self, acked: u64, writeback: bool) {
+        // A guest that cannot flush gets write-through whatever the switch says: that is not the switch.
+        if acked & (1 << VIRTIO_BLK_F_FLUSH) != 0 {
+            self.write_cache.set(writeback);
+        }
         self.tell(GuestCommand::Features { writeback });
     }
 

@@ -4,7 +4,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
@@ -755,13 +754,4 @@ impl Drop for Loop {
             volume.drop_serving(&mut self.ctx);
         }
     }
-}
-
-/// Listens where peers connect.
-///
-/// # Errors
-///
-/// The address is in use, or is none of this machine's.
-pub fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
-    std::net::TcpListener::bind(address)
 }
