@@ -397,7 +397,7 @@ pub struct Attachment<D> {
 
 /// A summary for people.
 #[derive(Clone, Debug)]
-pub struct Status_ {
+pub struct Summary {
     /// How far.
     pub phase: Phase,
     /// Not serving since, as a span from now.
@@ -497,7 +497,7 @@ impl<D: Payload> Attachment<D> {
     }
 
     /// For people.
-    pub fn status(&self) -> Status_ {
+    pub fn status(&self) -> Summary {
         let copies = self
             .record
             .copies
@@ -511,7 +511,7 @@ impl<D: Payload> Attachment<D> {
                 connected: self.ready.has(i),
                 why: self.peers[i].why.clone(),
             });
-        Status_ {
+        Summary {
             phase: self.phase.clone(),
             suspended_for: self.not_serving_since.map(|since| self.now.since(since)),
             in_flight: self.pending.len()
