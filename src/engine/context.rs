@@ -21,11 +21,9 @@ use crate::replication::ids::{
 use crate::replication::message::{Message, Status};
 use crate::replication::replica::SessionId;
 use crate::wire::frame::{self, Payload};
-use crate::wire::hello::{Hello, Purpose, Versions};
+use crate::wire::hello::{Hello, Purpose, VERSIONS};
 use crate::wire::lz4::{self, Compressor};
 
-/// Versions of the wire protocol that this program speaks.
-pub const VERSIONS: Versions = Versions { min: 1, max: 1 };
 /// Answers in one AckVec; `wire` takes no more.
 const ACKS: usize = 512;
 /// A connection that was made and does not greet, or whose greeting is not answered, is closed after this.

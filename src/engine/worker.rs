@@ -14,13 +14,14 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::command::{Command, Event, Mailbox, RegistryRequest, WorkerMetrics};
-use super::context::{Context, Identity, Peer, Role, VERSIONS, next_frame};
+use super::context::{Context, Identity, Peer, Role, next_frame};
 use super::disk::Disk;
 use super::volume::Volume;
 use crate::replication::ids::{Nanos, VolumeId};
 use crate::replication::replica::REQUESTS_MAX;
+use crate::wire::WireError;
 use crate::wire::frame;
-use crate::wire::hello::{Answer, Hello, HelloAck, HelloRefusal, Reason};
+use crate::wire::hello::{Answer, Hello, HelloAck, HelloRefusal, Reason, VERSIONS};
 
 const MAIL: Token = Token(0);
 const DISK: Token = Token(1);
@@ -446,10 +447,15 @@ impl Loop {
                     self.touch(volume);
                 }
                 Role::Stranger => {
-                    let Some((hello, taken)) =
-                        Hello::decode(peer.conn.input()).map_err(|e| e.to_string())?
-                    else {
-                        return Ok(());
+                    let (hello, taken) = match Hello::decode(peer.conn.input()) {
+                        Ok(Some(whole)) => whole,
+                        Ok(None) => return Ok(()),
+                        // Refused in a form that every version reads.
+                        Err(WireError::Versions { theirs, .. }) => {
+                            self.refuse(token, HelloRefusal::no_common_version(theirs));
+                            return Ok(());
+                        }
+                        Err(e) => return Err(e.to_string()),
                     };
                     peer.conn.take(taken);
                     self.welcome(token, hello);
@@ -490,25 +496,13 @@ impl Loop {
     /// A greeting: answered here, or by the worker that owns the volume.
     fn welcome(&mut self, token: usize, hello: Hello) {
         let me = &self.setup.me;
-        let refusal = if hello.cluster != me.cluster {
+        if hello.cluster != me.cluster {
             let text = format!(
                 "node {} is of cluster {}, you are of {}",
                 me.node, me.cluster, hello.cluster
             );
-            Some((Reason::WrongCluster, text))
-        } else if hello.versions.max < VERSIONS.min || hello.versions.min > VERSIONS.max {
-            let (a, b) = (hello.versions, VERSIONS);
-            let text = format!(
-                "you speak protocol versions {} to {}, node {} speaks {} to {}: upgrade the older one",
-                a.min, a.max, me.node, b.min, b.max
-            );
-            Some((Reason::NoCommonVersion, text))
-        } else {
-            None
-        };
-        if let Some((reason, text)) = refusal {
             log::warn!("node {} was refused: {text}", hello.node);
-            return self.refuse(token, reason, text);
+            return self.refuse(token, HelloRefusal::new(Reason::WrongCluster, text));
         }
         let owner = owner(hello.volume, self.setup.workers);
         if owner == self.setup.index {
@@ -525,14 +519,9 @@ impl Loop {
         }
     }
 
-    fn refuse(&mut self, token: usize, reason: Reason, text: String) {
+    fn refuse(&mut self, token: usize, refusal: HelloRefusal) {
         let mut bytes = Vec::new();
-        Answer::Refusal(HelloRefusal {
-            versions: VERSIONS,
-            reason,
-            text,
-        })
-        .encode(&mut bytes);
+        Answer::Refusal(refusal).encode(&mut bytes);
         self.ctx.push(token, bytes);
         if let Some(peer) = self.ctx.peers.get_mut(&token) {
             peer.role = Role::Closing;
@@ -547,7 +536,7 @@ impl Loop {
                 "node {} has no copy {} of volume {}",
                 self.setup.me.node, hello.copy, hello.volume
             );
-            return self.refuse(token, Reason::UnknownCopy, text);
+            return self.refuse(token, HelloRefusal::new(Reason::UnknownCopy, text));
         };
         let me = &self.setup.me;
         let ack = HelloAck {
