@@ -313,6 +313,7 @@ fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStatus {
             InRecord::InSync => "in_sync",
             InRecord::Syncing => "syncing",
             InRecord::Missing => "missing",
+            InRecord::Removed => "removed",
         }
         .into(),
         lag: c.why.clone(),

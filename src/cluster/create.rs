@@ -110,6 +110,7 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
                     last: None,
                 },
                 boot_id: None,
+                leaving: false,
             })
         })
         .collect::<Result<_, Fault>>()?;
@@ -128,6 +129,7 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
         state: State::Creating,
         attachment: None,
         master: copies[0].copy_id,
+        preferred: None,
         copies,
         lineage: vec![(FIRST_EPOCH, tag)],
     };

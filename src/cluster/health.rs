@@ -167,6 +167,7 @@ fn detached(facts: &Facts<'_>) -> (Health, String) {
                 CopyStatus::InSync => None,
                 CopyStatus::Syncing => Some(format!("the copy on {} is not up to date", c.node)),
                 CopyStatus::Missing => Some(format!("the copy on {} is missing", c.node)),
+                CopyStatus::Removed => None,
             }
         })
         .collect();
@@ -218,6 +219,7 @@ mod tests {
                     last: None,
                 },
                 boot_id: None,
+                leaving: false,
             })
             .collect();
         Record {
@@ -233,6 +235,7 @@ mod tests {
             state: State::Clean,
             attachment: None,
             master: copies[0].copy_id,
+            preferred: None,
             copies,
             lineage: vec![(Epoch(1), Tag(7))],
         }

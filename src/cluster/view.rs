@@ -316,6 +316,7 @@ fn copy_view(
         CopyStatus::InSync => "in_sync",
         CopyStatus::Syncing => "syncing",
         CopyStatus::Missing => "missing",
+        CopyStatus::Removed => "removed",
     };
     let role = if copy.copy_id == record.master {
         "master"

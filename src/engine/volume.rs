@@ -289,6 +289,7 @@ impl Volume {
             DiskOp::Read { span, .. } => Work::Read(span.len),
             DiskOp::Zero { span, .. } => Work::Discard(span.len),
             DiskOp::Sync => Work::Flush,
+            DiskOp::Hash { .. } | DiskOp::Allocated { .. } => unreachable!("being written"),
             _ => Work::Meta,
         };
         let token = Token {
@@ -310,6 +311,7 @@ impl Volume {
             DiskOp::Sync => {
                 ctx.disk.sync(token, &copy.data);
             }
+            DiskOp::Hash { .. } | DiskOp::Allocated { .. } => {}
             DiskOp::Grow { size } => {
                 let done = copy.store.grow(size, false);
                 if let Err(e) = &done {

@@ -17,6 +17,9 @@ pub const REGION: u64 = 4 << 20;
 pub const REGIONS_MAX: usize = 4096;
 /// Copies of one volume: the master and five replicas, and one being made to replace each of two of them.
 pub const COPIES_MAX: usize = 8;
+/// Connections of one attachment: link *i* below [`COPIES_MAX`] is the copy *i*'s own, link *i* + [`COPIES_MAX`] the one
+/// for bulk while that copy is brought up to date, so that bulk never delays an answer (PROTOCOL 8).
+pub const LINKS_MAX: usize = 2 * COPIES_MAX;
 /// Replicas of one volume (R).
 pub const REPLICAS_MAX: u8 = 5;
 /// The longest single write or read the protocol carries, in bytes. Larger guest requests are split.

@@ -3,7 +3,7 @@
 //! A session is one connection between one attachment and one copy, in order and reliable until it breaks. The bytes
 //! of a write or of a read's answer travel beside the message, as the frame's payload.
 
-use super::ids::{BootId, CopyId, Epoch, Instance, Nanos, NodeName, Region, Seq, Span, Tag};
+use super::ids::{BootId, Chunk, CopyId, Epoch, Instance, Nanos, NodeName, Region, Seq, Span, Tag};
 
 /// One message. `→` goes from the attachment to the copy, `←` back.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,9 +88,98 @@ pub enum Message {
         /// Which.
         epoch: Epoch,
     },
+    /// → You are not in the in-sync set, and I bring you up to date: refuse everything of an older epoch, mark yourself
+    /// inconsistent, durably, and tell me what you hold (PROTOCOL 6). First on a session, in place of `Attach`.
+    SyncBegin(Configuration),
+    /// ← Durable. What the disk said before; `ticket` admits the bulk connection of this session.
+    SyncReady {
+        /// As in a promise.
+        disk: DiskState,
+        /// To be named by [`Message::SyncBulk`].
+        ticket: u64,
+    },
+    /// → First on a bulk connection.
+    SyncBulk {
+        /// The sender's epoch.
+        epoch: Epoch,
+        /// Of the session it belongs to: a connection of an earlier one must not bring old chunks.
+        ticket: u64,
+    },
+    /// → Which of the `count` chunks from `first` on are marked for `copy`, and which hold data?
+    MapRead {
+        /// The sender's epoch.
+        epoch: Epoch,
+        /// Names the request in the answer.
+        seq: Seq,
+        /// Whose bitmap; a copy has none of itself.
+        copy: CopyId,
+        /// Where.
+        first: Chunk,
+        /// How many, at most [`MAP_CHUNKS`].
+        count: u32,
+    },
+    /// ← 64 chunks a word, the first one lowest.
+    MapReply {
+        /// Which request.
+        seq: Seq,
+        /// How it went; the words are empty unless it is `Ok`.
+        status: Status,
+        /// Marked; none for a copy that has no bitmap for the one asked about.
+        dirty: Vec<u64>,
+        /// Not certainly zero: everything but the holes of the file.
+        allocated: Vec<u64>,
+    },
+    /// → Mark these regions (`None`: all) in the bitmap of `copy`, durably. Answered in [`Message::AckVec`].
+    Mark {
+        /// The sender's epoch.
+        epoch: Epoch,
+        /// Names the request in the answer.
+        seq: Seq,
+        /// Whose bitmap.
+        copy: CopyId,
+        /// What.
+        regions: Option<Vec<Region>>,
+    },
+    /// → These runs of chunks (first, how many) of `copy` are as the master's, flushed (S12): clear their bits. Not answered.
+    Clear {
+        /// The sender's epoch.
+        epoch: Epoch,
+        /// Whose bitmap.
+        copy: CopyId,
+        /// What, at most [`RUNS_MAX`] runs.
+        runs: Vec<(Chunk, u32)>,
+    },
+    /// → The hash of `request.span`, please.
+    SyncHash(Request),
+    /// ← See [`Message::SyncHash`].
+    SyncHashReply {
+        /// Which request.
+        seq: Seq,
+        /// How it went.
+        status: Status,
+        /// XXH3, 128 bits; zero unless `Ok`.
+        hash: u128,
+    },
+    /// → Apply the payload at `span`, of a chunk that is marked for this copy everywhere: needs no place in the log.
+    SyncData(Request),
+    /// → You have everything, flushed: mark yourself in sync in the session's configuration, durably.
+    SyncDone {
+        /// The sender's epoch.
+        epoch: Epoch,
+    },
+    /// ← Durable.
+    SyncDoneAck {
+        /// Which.
+        epoch: Epoch,
+    },
     /// ← I cannot take this session's messages; the connection ends after it.
     Nack(Refusal),
 }
+
+/// Chunks that one [`Message::MapRead`] asks about at most: 2 GiB of a volume, 4 KiB of words each way.
+pub const MAP_CHUNKS: u32 = 1 << 15;
+/// Runs of one [`Message::Clear`].
+pub const RUNS_MAX: usize = 1024;
 
 /// A candidate's request for a promise.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,8 +237,19 @@ pub struct Configuration {
     pub size: u64,
     /// Keep the activity log.
     pub logged: bool,
-    /// Missing or syncing copies: a dirty bitmap is kept for each, from the epoch after its last.
-    pub missing: Vec<(CopyId, Epoch)>,
+    /// The copies that are not in sync: a dirty bitmap is kept for each.
+    pub absent: Vec<Absent>,
+}
+
+/// A copy that is not in the in-sync set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Absent {
+    /// Which.
+    pub copy_id: CopyId,
+    /// The last epoch in which it was in sync; 0 for a new one.
+    pub last: Epoch,
+    /// Is being synced and gets every write to a chunk that is not marked for it; so writes mark nothing for it.
+    pub mirrored: bool,
 }
 
 /// One request on a range.

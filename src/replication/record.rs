@@ -35,7 +35,11 @@ pub struct Record {
     pub attachment: Option<Attachment>,
     /// The copy that reads are served from.
     pub master: CopyId,
-    /// All copies; the order is stable, so that an index names a copy within one record.
+    /// The operator wants this copy to be the master. The attachment switches to it while it is in sync, then clears this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preferred: Option<CopyId>,
+    /// All copies. A place never moves, so that an index names a copy; the place of a removed one is taken by the next
+    /// new copy.
     pub copies: Vec<CopyEntry>,
     /// The last (epoch, tag) pairs, oldest first, the present one included: a returning copy is known by them.
     pub lineage: Vec<(Epoch, Tag)>,
@@ -80,6 +84,26 @@ pub struct CopyEntry {
     /// The kernel boot under which it was last made in sync: another one now means that the node lost power (or its
     /// kernel crashed) since, and completed writes that no flush covered may be gone from it.
     pub boot_id: Option<BootId>,
+    /// To be removed as soon as enough others are in sync; at once when it is not in sync itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
+}
+
+impl CopyEntry {
+    /// A copy that is being made on `node`: blank, in sync in no epoch so far (S18).
+    pub fn blank(copy_id: CopyId, node: NodeName) -> Self {
+        Self {
+            copy_id,
+            node,
+            status: CopyStatus::Missing,
+            base: Base {
+                since: Epoch(0),
+                last: Some(Epoch(0)),
+            },
+            boot_id: None,
+            leaving: false,
+        }
+    }
 }
 
 /// The span of epochs in which a copy held every completed write.
@@ -99,8 +123,10 @@ pub enum CopyStatus {
     InSync,
     /// Is being brought up to date.
     Syncing,
-    /// Lost; its bitmap grows.
+    /// Lost, or new; its bitmap grows.
     Missing,
+    /// No longer a copy of the volume: its node deletes it, and its place may be taken by a new one.
+    Removed,
 }
 
 impl Record {
@@ -119,7 +145,34 @@ impl Record {
     /// Whether any copy besides one exists or is remembered. Then the activity log is kept; a volume with a single
     /// copy has nothing to differ from (PROTOCOL 2.3).
     pub fn logged(&self) -> bool {
-        self.copies.len() > 1
+        self.present().count() > 1
+    }
+
+    /// The copies that were not removed.
+    pub fn present(&self) -> impl Iterator<Item = &CopyEntry> {
+        self.copies
+            .iter()
+            .filter(|c| c.status != CopyStatus::Removed)
+    }
+
+    /// Puts a new copy into the place of a removed one, or behind the others. `None` when there are
+    /// [`COPIES_MAX`](super::ids::COPIES_MAX) already.
+    pub fn add_copy(&mut self, entry: CopyEntry) -> Option<usize> {
+        let free = self
+            .copies
+            .iter()
+            .position(|c| c.status == CopyStatus::Removed);
+        match free {
+            Some(at) => {
+                self.copies[at] = entry;
+                Some(at)
+            }
+            None if self.copies.len() < super::ids::COPIES_MAX => {
+                self.copies.push(entry);
+                Some(self.copies.len() - 1)
+            }
+            None => None,
+        }
     }
 
     /// The entry of `copy`.
@@ -129,7 +182,7 @@ impl Record {
 
     /// The entry of the copy on `node`.
     pub fn copy_on(&self, node: &NodeName) -> Option<&CopyEntry> {
-        self.copies.iter().find(|c| c.node == *node)
+        self.present().find(|c| c.node == *node)
     }
 
     /// Enters the next epoch under `tag`, remembering it in the lineage.

@@ -2,7 +2,7 @@
 
 use super::WireError;
 use crate::replication::ids::{COPIES_MAX, CopyId, Epoch, NodeName, REGIONS_MAX, Region, Seq};
-use crate::replication::message::Status;
+use crate::replication::message::{Absent, Status};
 
 /// The longest text (a node's name, a refusal's words), in bytes.
 pub const TEXT_MAX: usize = 256;
@@ -10,14 +10,14 @@ pub const TEXT_MAX: usize = 256;
 pub const ACKS_MAX: usize = 1024;
 /// Bytes of one answer: sequence number and status.
 const ACK_LEN: usize = 9;
-/// Bytes of one missing copy: its id and its last epoch.
-const MISSING_LEN: usize = 24;
+/// Bytes of one absent copy: its id, its last epoch, whether writes are mirrored to it.
+const ABSENT_LEN: usize = 25;
 /// The longest body, in bytes: a disk's state with every region its log can hold.
 pub const BODY_MAX: usize = 64 + 4 * REGIONS_MAX;
 
 const _: () = {
     assert!(4 + ACKS_MAX * ACK_LEN <= BODY_MAX);
-    assert!(64 + COPIES_MAX * MISSING_LEN <= BODY_MAX);
+    assert!(64 + COPIES_MAX * ABSENT_LEN <= BODY_MAX);
     assert!(64 + TEXT_MAX <= BODY_MAX);
 };
 
@@ -55,15 +55,16 @@ pub(super) fn put_regions(out: &mut Vec<u8>, regions: &[Region]) {
     }
 }
 
-pub(super) fn put_missing(out: &mut Vec<u8>, missing: &[(CopyId, Epoch)]) {
+pub(super) fn put_absent(out: &mut Vec<u8>, absent: &[Absent]) {
     assert!(
-        missing.len() <= COPIES_MAX,
+        absent.len() <= COPIES_MAX,
         "a volume has at most {COPIES_MAX} copies"
     );
-    out.extend_from_slice(&(missing.len() as u32).to_le_bytes());
-    for (copy, last) in missing {
-        out.extend_from_slice(&copy.0);
-        out.extend_from_slice(&last.0.to_le_bytes());
+    out.extend_from_slice(&(absent.len() as u32).to_le_bytes());
+    for a in absent {
+        out.extend_from_slice(&a.copy_id.0);
+        out.extend_from_slice(&a.last.0.to_le_bytes());
+        out.push(u8::from(a.mirrored));
     }
 }
 
@@ -165,9 +166,17 @@ impl<'a> Reader<'a> {
         })
     }
 
-    pub fn missing(&mut self) -> Result<Vec<(CopyId, Epoch)>, WireError> {
-        self.list("number of missing copies", COPIES_MAX, MISSING_LEN, |r| {
-            Ok((CopyId(r.array()?), Epoch(r.u64()?)))
+    pub fn absent(&mut self) -> Result<Vec<Absent>, WireError> {
+        self.list("number of absent copies", COPIES_MAX, ABSENT_LEN, |r| {
+            Ok(Absent {
+                copy_id: CopyId(r.array()?),
+                last: Epoch(r.u64()?),
+                mirrored: match r.u8()? {
+                    0 => false,
+                    1 => true,
+                    _ => return Err(WireError::Malformed("absent copy")),
+                },
+            })
         })
     }
 

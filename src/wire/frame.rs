@@ -372,6 +372,7 @@ fn put_message(message: &Message, header: &mut Header, out: &mut Vec<u8>) {
             header.kind = kind::NACK;
             put_refusal(refusal, out);
         }
+        other => unreachable!("the codec of {other:?} is being written"),
     }
 }
 
@@ -381,7 +382,7 @@ fn put_configuration(kind: u8, c: &Configuration, header: &mut Header, out: &mut
     header.set(FLAG_LOGGED, c.logged);
     out.extend_from_slice(&c.tag.0.to_le_bytes());
     out.extend_from_slice(&c.size.to_le_bytes());
-    body::put_missing(out, &c.missing);
+    body::put_absent(out, &c.absent);
 }
 
 fn put_refusal(refusal: &Refusal, out: &mut Vec<u8>) {
@@ -564,7 +565,7 @@ fn read_configuration(header: &Header, body: &mut Reader<'_>) -> Result<Configur
         tag: Tag(body.u64()?),
         size: body.u64()?,
         logged: header.flag(FLAG_LOGGED),
-        missing: body.missing()?,
+        absent: body.absent()?,
     })
 }
 

@@ -264,6 +264,7 @@ impl World {
                         last: None,
                     },
                     boot_id: None,
+                    leaving: false,
                 });
                 Disk::new(CopyState {
                     volume_id,
@@ -304,6 +305,7 @@ impl World {
             state: State::Clean,
             attachment: None,
             master: entries[rng.below(copies as u64) as usize].copy_id,
+            preferred: None,
             copies: entries,
             lineage: vec![(epoch, tag)],
         };

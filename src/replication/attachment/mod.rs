@@ -21,7 +21,7 @@ use std::collections::VecDeque;
 
 use super::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos, NodeName, Seq, Span, Tag};
 use super::in_flight::{InFlight, Overlaps};
-use super::message::{Configuration, DiskState, Message, Proof, Refusal, Status};
+use super::message::{Absent, Configuration, DiskState, Message, Proof, Refusal, Status};
 use super::record::{self, CopyStatus, Record};
 use super::timing::Timing;
 
@@ -689,18 +689,21 @@ impl<D: Payload> Attachment<D> {
     }
 
     fn configuration(&self) -> Configuration {
-        let missing = self
+        let absent = self
             .record
-            .copies
-            .iter()
+            .present()
             .filter(|c| c.status != CopyStatus::InSync);
         Configuration {
             epoch: self.record.epoch,
             tag: self.record.epoch_tag,
             size: self.record.size,
             logged: self.record.logged(),
-            missing: missing
-                .map(|c| (c.copy_id, c.base.last.unwrap_or_default()))
+            absent: absent
+                .map(|c| Absent {
+                    copy_id: c.copy_id,
+                    last: c.base.last.unwrap_or_default(),
+                    mirrored: false,
+                })
                 .collect(),
         }
     }

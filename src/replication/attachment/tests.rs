@@ -51,6 +51,7 @@ impl Bench {
                 last: None,
             },
             boot_id: Some(boot(n)),
+            leaving: false,
         };
         Record {
             volume_id: VolumeId([9; 16]),
@@ -65,6 +66,7 @@ impl Bench {
             state,
             attachment: None,
             master: CopyId([0; 16]),
+            preferred: None,
             copies: (0..copies).map(entry).collect(),
             lineage: vec![(Epoch(1), Tag(1))],
         }

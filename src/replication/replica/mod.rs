@@ -13,9 +13,11 @@ use std::collections::VecDeque;
 use super::activity_log::{ActivityLog, Touch, Transaction};
 use super::copy_state::{BITMAPS_MAX, Bitmap, CopyState, Standing};
 use super::dirty_map::DirtyMap;
-use super::ids::{BootId, Epoch, Instance, Nanos, NodeName, Region, SECTOR, Seq, Span};
+use super::ids::{BootId, Chunk, Epoch, Instance, Nanos, NodeName, Region, SECTOR, Seq, Span};
 use super::in_flight::InFlight;
-use super::message::{Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status};
+use super::message::{
+    Absent, Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status,
+};
 use super::timing::Timing;
 
 /// One connection, numbered by the engine; never reused.
@@ -90,6 +92,18 @@ pub enum DiskOp<D> {
         /// The reader's own memory.
         into: Option<D>,
     },
+    /// The XXH3 hash (128 bits) of `span`; reported as [`DiskResult::Hash`].
+    Hash {
+        /// Where.
+        span: Span,
+    },
+    /// Which of the chunks may hold data (are no holes of the file); reported as [`DiskResult::Allocated`].
+    Allocated {
+        /// The first.
+        first: Chunk,
+        /// How many.
+        count: u32,
+    },
     /// Make all data reported as written durable.
     Sync,
     /// Make the data file this long.
@@ -110,6 +124,10 @@ pub enum DiskOp<D> {
 pub enum DiskResult<D> {
     /// Done; a read brings its bytes.
     Done(Option<D>),
+    /// Of [`DiskOp::Hash`].
+    Hash(u128),
+    /// Of [`DiskOp::Allocated`]: 64 chunks a word, the first lowest.
+    Allocated(Vec<u64>),
     /// The disk is full.
     NoSpace,
     /// Any other error.

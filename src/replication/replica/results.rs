@@ -15,7 +15,9 @@ impl<D> Replica<D> {
             request.span.regions().for_each(|r| self.log.done(r));
         }
         match result {
-            DiskResult::Done(_) => self.ack(session, request.seq, Status::Ok),
+            DiskResult::Done(_) | DiskResult::Hash(_) | DiskResult::Allocated(_) => {
+                self.ack(session, request.seq, Status::Ok)
+            }
             DiskResult::NoSpace => self.ack(session, request.seq, Status::NoSpace),
             DiskResult::Error => {
                 self.ack(session, request.seq, Status::Io);

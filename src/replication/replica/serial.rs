@@ -84,14 +84,14 @@ impl<D> Replica<D> {
         s.clean = false;
         self.log.grow(config.size);
         for (slot, map) in s.bitmaps.iter_mut().zip(&mut self.maps) {
-            if slot.is_some_and(|b| !config.missing.iter().any(|(copy, _)| *copy == b.copy_id)) {
+            if slot.is_some_and(|b| !config.absent.iter().any(|a| a.copy_id == b.copy_id)) {
                 *slot = None;
                 *map = None;
             } else if let Some(map) = map {
                 map.grow(config.size);
             }
         }
-        for &(copy_id, last) in &config.missing {
+        for &Absent { copy_id, last, .. } in &config.absent {
             if s.bitmaps.iter().flatten().any(|b| b.copy_id == copy_id) {
                 continue;
             }
@@ -172,7 +172,7 @@ impl<D> Replica<D> {
                 let epoch = config.epoch;
                 self.event(
                     "8 configuration",
-                    format!("epoch {epoch}, {} bitmaps kept", config.missing.len()),
+                    format!("epoch {epoch}, {} bitmaps kept", config.absent.len()),
                 );
                 self.reply(
                     session,

@@ -54,7 +54,7 @@ fn attach(r: &mut Replica<()>, session: u64, epoch: u64) -> Message {
         tag: Tag(epoch),
         size: 1 << 20,
         logged: true,
-        missing: Vec::new(),
+        absent: Vec::new(),
     };
     r.on_message(r.now, SessionId(session), Message::Attach(config), None);
     settle(r).pop().unwrap()

@@ -6,7 +6,7 @@ use crate::replication::ids::{
     Span, Tag,
 };
 use crate::replication::message::{
-    Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status,
+    Absent, Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status,
 };
 use crate::wire::WireError;
 use crate::wire::frame::{
@@ -92,17 +92,21 @@ fn arb_configuration() -> impl Strategy<Value = Configuration> {
         any::<bool>(),
         missing,
     )
-        .prop_map(|(epoch, tag, size, logged, missing)| {
-            let missing = missing
+        .prop_map(|(epoch, tag, size, logged, absent)| {
+            let absent = absent
                 .into_iter()
-                .map(|(c, e)| (CopyId(c), Epoch(e)))
+                .map(|(c, e)| Absent {
+                    copy_id: CopyId(c),
+                    last: Epoch(e),
+                    mirrored: e % 2 == 1,
+                })
                 .collect();
             Configuration {
                 epoch: Epoch(epoch),
                 tag: Tag(tag),
                 size,
                 logged,
-                missing,
+                absent,
             }
         })
 }
@@ -358,7 +362,7 @@ fn counts_and_codes_out_of_range_are_refused() {
         tag: Tag(1),
         size: 1,
         logged: true,
-        missing: vec![],
+        absent: vec![],
     };
     let promise = Promise {
         epoch: Epoch(1),
@@ -400,13 +404,18 @@ fn counts_and_codes_out_of_range_are_refused() {
 
 #[test]
 fn lists_with_one_entry_too_many_are_refused_even_if_it_is_there() {
-    let missing = vec![(CopyId([1; 16]), Epoch(1)); COPIES_MAX];
+    let one = Absent {
+        copy_id: CopyId([1; 16]),
+        last: Epoch(1),
+        mirrored: false,
+    };
+    let absent = vec![one; COPIES_MAX];
     let config = Configuration {
         epoch: Epoch(1),
         tag: Tag(1),
         size: 1,
         logged: true,
-        missing,
+        absent,
     };
     let acks = vec![(Seq(1), Status::Ok); ACKS_MAX];
     let cases = [

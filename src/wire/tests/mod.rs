@@ -10,7 +10,7 @@ use crate::replication::ids::{
     BootId, CopyId, Epoch, Instance, Nanos, NodeName, Region, Seq, Span, Tag,
 };
 use crate::replication::message::{
-    Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status,
+    Absent, Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status,
 };
 
 /// A payload of one sector.
@@ -34,7 +34,11 @@ fn messages() -> Vec<(Message, Option<&'static [u8]>)> {
         tag: Tag(0x4142_4344_4546_4748),
         size: 0x5152_5354_5556_5758,
         logged: true,
-        missing: vec![(CopyId(*b"copy of the node"), Epoch(6))],
+        absent: vec![Absent {
+            copy_id: CopyId(*b"copy of the node"),
+            last: Epoch(6),
+            mirrored: true,
+        }],
     };
     let node = || NodeName("n1".into());
     let promise = |proof, probe| Promise {
@@ -61,7 +65,7 @@ fn messages() -> Vec<(Message, Option<&'static [u8]>)> {
         Message::AttachAck { epoch },
         Message::EpochChange(Configuration {
             logged: false,
-            missing: vec![],
+            absent: vec![],
             ..configuration
         }),
         Message::EpochAck { epoch },
