@@ -299,7 +299,13 @@ fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStatus {
     use crate::replication::attachment::Phase as Is;
     let (phase, why) = match (&status.phase, &status.why) {
         (Is::Joining | Is::Claiming | Is::Configuring, why) => (Phase::Acquiring, why.clone()),
-        (Is::Reconciling, why) => (Phase::Recovering, why.clone()),
+        (Is::Serving, None) if status.undecided > 0 => (
+            Phase::Recovering,
+            Some(format!(
+                "{} chunks in which copies may differ are left to be decided",
+                status.undecided
+            )),
+        ),
         (Is::Serving, None) => (Phase::Serving, None),
         (Is::Serving, why) => (Phase::Suspended, why.clone()),
         (Is::Leaving | Is::Left, _) => (Phase::Serving, Some("it is being detached".into())),

@@ -91,6 +91,8 @@ pub struct VolumeStatus {
     pub copies: Vec<CopyView>,
     /// Guest requests under way.
     pub in_flight: usize,
+    /// Chunks in which copies may differ since the last takeover.
+    pub undecided: u64,
 }
 
 /// One local copy, for people.

@@ -709,6 +709,7 @@ impl Volume {
             record: s.attachment.record().clone(),
             copies: status.copies,
             in_flight: status.in_flight,
+            undecided: status.undecided,
         })
     }
 

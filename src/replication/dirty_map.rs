@@ -64,6 +64,45 @@ impl DirtyMap {
         (first..end).for_each(|c| self.set(Chunk(c as u32)));
     }
 
+    /// Takes the mark off `chunk`; whether there was one.
+    pub fn clear(&mut self, chunk: Chunk) -> bool {
+        let word = &mut self.words[chunk.0 as usize / 64];
+        let bit = 1 << (chunk.0 % 64);
+        let was = *word & bit != 0;
+        *word &= !bit;
+        self.set -= u64::from(was);
+        was
+    }
+
+    /// Marks every chunk that a volume of `size` bytes has.
+    pub fn set_all(&mut self, size: u64) {
+        *self = Self::from_words(size, vec![u64::MAX; self.words.len()]);
+    }
+
+    /// The first marked chunk from `from` on.
+    pub fn next(&self, from: Chunk) -> Option<Chunk> {
+        let first = from.0 as usize / 64;
+        let mut mask = u64::MAX << (from.0 % 64);
+        for (at, word) in self.words.iter().enumerate().skip(first) {
+            let rest = word & mask;
+            if rest != 0 {
+                return Some(Chunk(at as u32 * 64 + rest.trailing_zeros()));
+            }
+            mask = u64::MAX;
+        }
+        None
+    }
+
+    /// Whether a chunk of `span` is marked.
+    pub fn touches(&self, span: Span) -> bool {
+        span.chunks().any(|c| self.is_set(c))
+    }
+
+    /// Whether every chunk of `span` is marked.
+    pub fn covers(&self, span: Span) -> bool {
+        span.chunks().all(|c| self.is_set(c))
+    }
+
     /// Whether `chunk` is marked.
     pub fn is_set(&self, chunk: Chunk) -> bool {
         self.words[chunk.0 as usize / 64] & (1 << (chunk.0 % 64)) != 0
@@ -97,6 +136,23 @@ mod tests {
         assert_eq!(map.count(), 6);
         assert!(map.is_set(Chunk(0)) && map.is_set(Chunk(1)) && !map.is_set(Chunk(2)));
         assert_eq!(DirtyMap::from_words(size, map.words().to_vec()), map);
+    }
+
+    #[test]
+    fn marked_chunks_are_found_in_order_and_can_be_cleared() {
+        let mut map = DirtyMap::new(200 * CHUNK);
+        [3, 63, 64, 199].into_iter().for_each(|c| map.set(Chunk(c)));
+        let mut found = Vec::new();
+        let mut from = Chunk(0);
+        while let Some(c) = map.next(from) {
+            found.push(c.0);
+            from = Chunk(c.0 + 1);
+        }
+        assert_eq!(found, [3, 63, 64, 199]);
+        assert!(map.clear(Chunk(63)) && !map.clear(Chunk(63)));
+        assert_eq!((map.count(), map.next(Chunk(4))), (3, Some(Chunk(64))));
+        map.set_all(199 * CHUNK + 512);
+        assert_eq!(map.count(), 200);
     }
 
     #[test]

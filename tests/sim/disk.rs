@@ -134,6 +134,9 @@ impl Disk {
                 }
             }
             DiskOp::Read { span, .. } => Running::Read { span, early: None },
+            DiskOp::Hash { .. } | DiskOp::Allocated { .. } => {
+                unimplemented!("comes with resync")
+            }
             DiskOp::Sync => Running::Sync { mark: self.count },
             DiskOp::Grow { .. } => Running::Grow,
             DiskOp::Superblock(state) => Running::Superblock(state),

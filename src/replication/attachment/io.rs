@@ -62,13 +62,16 @@ impl<D: Payload> Attachment<D> {
             .is_some_and(|since| self.now.since(since) >= deadline)
     }
 
-    fn begin(&mut self, request: Submitted<D>) {
+    pub(super) fn begin(&mut self, request: Submitted<D>) {
         match request.op {
             Op::Write { span, .. } | Op::Zero { span, .. } => {
                 // S16: an overlapping write under way goes first.
                 if let Some(request) = self.overlaps.claim(span, request) {
                     self.start_write(request);
                 }
+            }
+            Op::Read(span) if self.reconcile.is_undecided(span) => {
+                self.await_decision(request, span)
             }
             Op::Read(span) => {
                 self.start_read(Origin::Guest(request.id), span, self.master, request.data)
@@ -77,12 +80,16 @@ impl<D: Payload> Attachment<D> {
         }
     }
 
-    fn start_write(&mut self, request: Submitted<D>) {
+    /// The write's span is claimed.
+    pub(super) fn start_write(&mut self, request: Submitted<D>) {
         let (kind, span, fua) = match request.op {
             Op::Write { span, fua } => (Kind::Write, span, fua),
             Op::Zero { span, unmap, fua } => (Kind::Zero { unmap }, span, fua),
             Op::Read(_) | Op::Flush => return,
         };
+        if self.reconcile.is_undecided(span) {
+            return self.await_decision(request, span);
+        }
         self.unflushed = true;
         let to = self.in_sync;
         self.request(Origin::Guest(request.id), kind, span, fua, request.data, to);
@@ -248,8 +255,11 @@ impl<D: Payload> Attachment<D> {
         if let Kind::Flush { covers } = p.kind
             && outcome == Outcome::Ok
         {
-            // S5, S13: every in-sync copy has it on stable storage; regions may retire up to here.
-            self.stable = self.stable.max(Seq(covers.0 - 1));
+            // S5, S13: every in-sync copy has it on stable storage; regions may retire up to here. S11: not before all chunks
+            // are decided. A has a write that B never got; were the region to leave A's log, nobody would compare it again.
+            if self.reconcile.is_decided() {
+                self.stable = self.stable.max(Seq(covers.0 - 1));
+            }
             self.pressure = false;
             // S5: write completed, the only copy's machine loses power and the write, flush: this flush is not what
             // makes that write durable, and the guest has to know.
@@ -272,8 +282,8 @@ impl<D: Payload> Attachment<D> {
                 data: None,
             }),
             Origin::Background | Origin::Abandoned => {}
-            Origin::Reconcile { round, chunk } => self.chunk_written(round, chunk, outcome),
-            Origin::Reconciled { round } => self.reconciled(round, outcome),
+            Origin::Reconcile { chunk } => self.chunk_written(chunk, outcome),
+            Origin::Reconciled => self.reconciled(outcome),
             Origin::Leave => self.left_flushed(outcome),
         }
     }
@@ -308,11 +318,9 @@ impl<D: Payload> Attachment<D> {
                         outcome: Outcome::Ok,
                         data,
                     }),
-                    Origin::Reconcile { round, chunk } => self.chunk_read(round, chunk, copy, data),
-                    Origin::Background
-                    | Origin::Abandoned
-                    | Origin::Reconciled { .. }
-                    | Origin::Leave => {}
+                    Origin::Reconcile { chunk } => self.chunk_read(chunk, copy, data),
+                    Origin::Background | Origin::Abandoned | Origin::Reconciled | Origin::Leave => {
+                    }
                 }
             }
             Status::Stale => self.outbid_by(copy),
@@ -326,10 +334,10 @@ impl<D: Payload> Attachment<D> {
         let Some(p) = self.pending.get_mut(seq) else {
             return;
         };
-        if let Origin::Reconcile { .. } = p.origin {
-            // Reconciliation reads name their copy: one that cannot be read there cannot be in sync.
+        if let Origin::Reconcile { chunk } = p.origin {
             let copy = p.waiting.iter().next().unwrap_or_default();
-            return self.lose(copy, "its disk failed a read during reconciliation");
+            self.pending.remove(seq);
+            return self.chunk_read(chunk, copy, None);
         }
         // One whose connection is down for a moment answers when it is back, or is ejected: a pause, no error.
         let left = candidates.without(p.tried);
@@ -371,7 +379,11 @@ impl<D: Payload> Attachment<D> {
                 // may have lost power, is known when it is back: it gets the write again then.
                 p.waiting = absent;
             }
-            if p.kind == Kind::Read {
+            if let (Kind::Read, Origin::Reconcile { chunk }) = (p.kind, &p.origin) {
+                let (chunk, copy) = (*chunk, p.waiting.iter().next().unwrap_or_default());
+                self.pending.remove(seq);
+                self.chunk_read(chunk, copy, None);
+            } else if p.kind == Kind::Read {
                 p.waiting = CopySet::one(self.master);
                 p.tried = p.waiting;
                 self.transmit(seq, CopySet::one(self.master).and(self.ready));
@@ -535,6 +547,12 @@ impl<D: Payload> Attachment<D> {
             self.complete(request.id, Outcome::IoError, None);
         }
         for request in self.overlaps.drain_waiting() {
+            self.complete(request.id, Outcome::IoError, None);
+        }
+        for request in self.reconcile.drain_waiting() {
+            if let Op::Write { span, .. } | Op::Zero { span, .. } = request.op {
+                self.overlaps.release(span);
+            }
             self.complete(request.id, Outcome::IoError, None);
         }
         while let Some(done) = self.done.pop_front() {

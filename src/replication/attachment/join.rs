@@ -304,12 +304,11 @@ impl<D: Payload> Attachment<D> {
         }
         if self.record.state == State::Recovering {
             let regions = std::mem::take(&mut self.join.regions);
-            self.set_phase(Phase::Reconciling, "5.4 reconcile");
             self.begin_reconcile(regions);
-        } else {
-            self.set_phase(Phase::Serving, "5 serve");
-            self.tick_io();
         }
+        self.set_phase(Phase::Serving, "5 serve");
+        self.tick_io();
+        self.advance_reconcile();
     }
 
     // ---- leaving

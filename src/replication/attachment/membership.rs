@@ -591,8 +591,8 @@ impl<D: Payload> Attachment<D> {
                 // must know who is missing.
                 self.peers.iter_mut().for_each(|p| p.detached = false);
                 // S4: the ejection is in the record; only now may its writes complete without it.
+                self.compare_again();
                 self.forget_copies(out);
-                self.restart_reconcile();
                 self.release_done();
             }
             Purpose::Activate => self.activated(),

@@ -19,10 +19,10 @@ mod tests;
 
 use std::collections::VecDeque;
 
-use super::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos, NodeName, Seq, Span, Tag};
+use super::ids::{BootId, COPIES_MAX, Chunk, CopyId, Epoch, Nanos, NodeName, Seq, Span, Tag};
 use super::in_flight::{InFlight, Overlaps};
 use super::message::{Absent, Configuration, DiskState, Message, Proof, Refusal, Status};
-use super::record::{self, CopyStatus, Record};
+use super::record::{self, CopyStatus, Record, State};
 use super::timing::Timing;
 
 /// A revision of the record in the registry.
@@ -203,9 +203,7 @@ pub enum Phase {
     Claiming,
     /// The record is ours; copies persist the configuration.
     Configuring,
-    /// Deciding where copies may differ.
-    Reconciling,
-    /// Serving.
+    /// Serving. While the record says `recovering`, chunks in which copies may differ are decided first.
     Serving,
     /// Detaching: flushing, emptying logs.
     Leaving,
@@ -265,15 +263,12 @@ enum Origin {
     Abandoned,
     /// A flush of all copies on our own account; its meaning when done.
     Background,
-    /// Part of a reconciliation round.
+    /// Part of a reconciliation.
     Reconcile {
-        round: u64,
-        chunk: super::ids::Chunk,
+        chunk: Chunk,
     },
-    /// The flush that ends reconciliation of this round.
-    Reconciled {
-        round: u64,
-    },
+    /// The flush that ends reconciliation.
+    Reconciled,
     /// The flush before a clean detach.
     Leave,
 }
@@ -404,6 +399,8 @@ pub struct Summary {
     pub suspended_for: Option<Nanos>,
     /// Guest requests under way.
     pub in_flight: usize,
+    /// Chunks in which copies may differ since the last takeover.
+    pub undecided: u64,
     /// Per copy, in the record's order.
     pub copies: Vec<CopyView>,
 }
@@ -493,6 +490,7 @@ impl<D: Payload> Attachment<D> {
         self.pending.is_empty()
             && self.held.is_empty()
             && self.done.is_empty()
+            && self.reconcile.waiting() == 0
             && self.overlaps.waiting() == 0
     }
 
@@ -517,7 +515,9 @@ impl<D: Payload> Attachment<D> {
             in_flight: self.pending.len()
                 + self.held.len()
                 + self.done.len()
+                + self.reconcile.waiting()
                 + self.overlaps.waiting(),
+            undecided: self.reconcile.left(),
             copies: copies.collect(),
         }
     }
@@ -534,7 +534,7 @@ impl<D: Payload> Attachment<D> {
         self.tick_change();
         match self.phase {
             Phase::Joining => self.tick_join(),
-            Phase::Serving | Phase::Reconciling | Phase::Configuring | Phase::Leaving => {
+            Phase::Serving | Phase::Configuring | Phase::Leaving => {
                 self.tick_heartbeats();
                 self.tick_failing();
             }
@@ -621,7 +621,7 @@ impl<D: Payload> Attachment<D> {
     fn owns(&self) -> bool {
         matches!(
             self.phase,
-            Phase::Configuring | Phase::Reconciling | Phase::Serving | Phase::Leaving
+            Phase::Configuring | Phase::Serving | Phase::Leaving
         )
     }
 
@@ -633,8 +633,11 @@ impl<D: Payload> Attachment<D> {
         self.propose_ejection();
         match self.phase {
             Phase::Configuring => self.advance_configuring(),
-            Phase::Reconciling => self.advance_reconcile(),
-            Phase::Serving if self.leaving => self.set_phase(Phase::Leaving, "5 clean detach"),
+            // Not before the copies are known to be the same everywhere.
+            Phase::Serving if self.leaving && self.record.state == State::Active => {
+                self.set_phase(Phase::Leaving, "5 clean detach")
+            }
+            Phase::Serving => self.advance_reconcile(),
             Phase::Joining | Phase::Claiming if self.leaving => {
                 self.fence("detached before it was attached".into())
             }

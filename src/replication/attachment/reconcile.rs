@@ -1,35 +1,48 @@
 //! Deciding the regions in which in-sync copies may differ after an attachment was lost (PROTOCOL 5.4, 5.5): the
-//! master's bytes win, chunk by chunk, before the first guest request is served.
+//! master's bytes win, chunk by chunk, while the volume is served. A request to an undecided chunk waits for it, and that
+//! chunk is decided next, so the time until service does not grow with the regions.
 
 use std::collections::{HashMap, VecDeque};
 
-use super::{Attachment, CopySet, Kind, Origin, Outcome, Payload, Phase, Purpose};
-use crate::replication::ids::{CHUNK, Chunk, REGION, Region, Span};
+use super::{Attachment, CopySet, Kind, Op, Origin, Outcome, Payload, Phase, Purpose, Submitted};
+use crate::replication::dirty_map::DirtyMap;
+use crate::replication::ids::{CHUNK, Chunk, Region, Span};
 use crate::replication::record::State;
 
-/// Chunks compared at once: enough to keep a disk and a link busy, few enough that a restart repeats little.
+/// Chunks compared at once: enough to keep a disk and a link busy, few enough that a guest's request is soon served.
 const WINDOW: usize = 8;
 
-/// One round over the regions. A change of membership starts a new one: what the last decided stays decided, it is
-/// found equal.
 #[derive(Debug)]
 pub(super) struct Reconcile<D> {
-    regions: Vec<Region>,
-    todo: VecDeque<Chunk>,
+    /// The chunks in which copies may differ. A chunk leaves it when all in-sync copies hold the same.
+    undecided: Option<DirtyMap>,
+    /// All before it are decided or under way.
+    cursor: Chunk,
+    /// Guests wait for these.
+    urgent: VecDeque<Chunk>,
     comparing: HashMap<Chunk, Comparison<D>>,
-    round: u64,
-    flushing: bool,
+    waiting: VecDeque<Submitted<D>>,
+    flush: Flush,
     differing: u64,
+}
+
+/// The flush of every copy that ends it.
+#[derive(Debug, PartialEq, Eq)]
+enum Flush {
+    NotYet,
+    Running,
+    Done,
 }
 
 impl<D> Default for Reconcile<D> {
     fn default() -> Self {
         Self {
-            regions: Vec::new(),
-            todo: VecDeque::new(),
+            undecided: None,
+            cursor: Chunk(0),
+            urgent: VecDeque::new(),
             comparing: HashMap::new(),
-            round: 0,
-            flushing: false,
+            waiting: VecDeque::new(),
+            flush: Flush::NotYet,
             differing: 0,
         }
     }
@@ -37,8 +50,38 @@ impl<D> Default for Reconcile<D> {
 
 #[derive(Debug)]
 struct Comparison<D> {
-    missing: CopySet,
-    read: Vec<(usize, D)>,
+    /// Requests under way for it.
+    open: usize,
+    /// The in-sync set changed meanwhile: to be compared again when they have ended.
+    stale: bool,
+    /// What each copy holds; `None` where it cannot be read.
+    read: Vec<(usize, Option<D>)>,
+}
+
+impl<D> Reconcile<D> {
+    /// Whether copies may differ in `span`.
+    pub(super) fn is_undecided(&self, span: Span) -> bool {
+        self.undecided.as_ref().is_some_and(|u| u.touches(span))
+    }
+
+    /// Whether copies differ nowhere any more.
+    pub(super) fn is_decided(&self) -> bool {
+        self.undecided.as_ref().is_none_or(|u| u.count() == 0)
+    }
+
+    /// Chunks left.
+    pub(super) fn left(&self) -> u64 {
+        self.undecided.as_ref().map_or(0, DirtyMap::count)
+    }
+
+    /// Requests that wait for a decision.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    pub(super) fn drain_waiting(&mut self) -> VecDeque<Submitted<D>> {
+        std::mem::take(&mut self.waiting)
+    }
 }
 
 impl<D: Payload> Attachment<D> {
@@ -49,85 +92,116 @@ impl<D: Payload> Attachment<D> {
             self.in_sync.len()
         );
         self.event("5.4 reconcile", text);
-        self.reconcile.regions = regions;
-        self.start_round();
+        let mut undecided = DirtyMap::new(self.record.size);
+        for region in regions {
+            undecided.set_region(region, self.record.size);
+        }
+        self.reconcile = Reconcile {
+            undecided: Some(undecided),
+            ..Reconcile::default()
+        };
     }
 
-    fn start_round(&mut self) {
-        let per_region = (REGION / CHUNK) as u32;
-        let chunks = self.record.size.div_ceil(CHUNK) as u32;
+    /// A guest's request to a chunk that is not decided. A write keeps its claim among overlapping ones (S16).
+    pub(super) fn await_decision(&mut self, request: Submitted<D>, span: Span) {
         let r = &mut self.reconcile;
-        r.round += 1;
-        r.flushing = false;
-        r.comparing.clear();
-        if self.in_sync.len() == 1 {
-            // Nothing to differ from; and a chunk that its disk cannot read is the guest's to learn of.
-            r.todo.clear();
-            return;
-        }
-        r.todo = r
-            .regions
-            .iter()
-            .flat_map(|region| region.0 * per_region..(region.0 + 1) * per_region)
-            .map(Chunk)
-            .collect();
-        r.todo.retain(|c| c.0 < chunks);
+        let undecided = r.undecided.as_ref();
+        r.urgent.extend(
+            span.chunks()
+                .filter(|c| undecided.is_some_and(|u| u.is_set(*c))),
+        );
+        r.waiting.push_back(request);
     }
 
-    pub(super) fn restart_reconcile(&mut self) {
-        if self.phase == Phase::Reconciling && self.change.is_none() {
-            self.start_round();
-        }
+    /// The in-sync set changed. What was decided stays decided: the copies that are left hold the same there. What is
+    /// being compared is compared again, but not before its requests have ended.
+    ///
+    /// S9: the master's chunk goes to B and C; C has it, B's disk still holds it in its queue when the master is ejected.
+    /// Were B, the new master, read now, its old bytes would go to C, and then the late write would land on B: two in-sync
+    /// copies that differ for good.
+    pub(super) fn compare_again(&mut self) {
+        self.reconcile
+            .comparing
+            .values_mut()
+            .for_each(|c| c.stale = true);
     }
 
     pub(super) fn advance_reconcile(&mut self) {
-        if self.change.is_some()
-            || !self.in_sync.without(self.ready).is_empty()
-            || self.former_round_writes()
+        if self.record.state != State::Recovering
+            || self.phase != Phase::Serving
+            || self.change.is_some()
         {
             return;
         }
-        while self.reconcile.comparing.len() < WINDOW {
-            let Some(chunk) = self.reconcile.todo.pop_front() else {
-                break;
-            };
-            let (span, round) = (self.chunk_span(chunk), self.reconcile.round);
-            let comparison = Comparison {
-                missing: self.in_sync,
-                read: Vec::new(),
-            };
-            self.reconcile.comparing.insert(chunk, comparison);
-            for copy in self.in_sync.iter() {
-                self.request(
-                    Origin::Reconcile { round, chunk },
-                    Kind::Read,
-                    span,
-                    false,
-                    None,
-                    CopySet::one(copy),
-                );
+        if self.in_sync.len() == 1 {
+            self.nothing_to_differ_from();
+        }
+        // One that is away is waited for: it comes back, or is ejected.
+        if self.in_sync.without(self.ready).is_empty() {
+            while self.reconcile.comparing.len() < WINDOW
+                && let Some(chunk) = self.next_undecided()
+            {
+                self.compare_chunk(chunk);
             }
         }
-        let r = &mut self.reconcile;
-        if r.todo.is_empty() && r.comparing.is_empty() && !r.flushing {
-            r.flushing = true;
-            let round = r.round;
-            self.start_flush(Origin::Reconciled { round });
+        if !self.reconcile.is_decided() {
+            return;
+        }
+        match self.reconcile.flush {
+            Flush::NotYet => {
+                self.reconcile.flush = Flush::Running;
+                self.start_flush(Origin::Reconciled);
+            }
+            Flush::Running => {}
+            Flush::Done => self.propose_activation(),
         }
     }
 
-    /// S9: round 1 sends the master's chunk to B and C; C has it, B's disk still holds it in its queue when the master
-    /// is ejected. Were B, the new master, read now, its old bytes would go to C, and then the late write would land on
-    /// B: two in-sync copies that differ for good. So what the last round wrote ends first.
-    fn former_round_writes(&self) -> bool {
-        let now = self.reconcile.round;
-        self.pending.iter().any(|(_, p)| {
-            p.kind == Kind::Write
-                && matches!(p.origin, Origin::Reconcile { round, .. } if round != now)
-        })
+    /// A single copy is left. A chunk that its disk cannot read is the guest's to learn of.
+    fn nothing_to_differ_from(&mut self) {
+        let mut from = Chunk(0);
+        while let Some(chunk) = self.reconcile.undecided.as_ref().and_then(|u| u.next(from)) {
+            from = Chunk(chunk.0 + 1);
+            if !self.reconcile.comparing.contains_key(&chunk) {
+                self.decide(chunk);
+            }
+        }
+        self.start_decided();
     }
 
-    fn chunk_span(&self, chunk: Chunk) -> Span {
+    fn next_undecided(&mut self) -> Option<Chunk> {
+        let r = &mut self.reconcile;
+        let undecided = r.undecided.as_ref()?;
+        let open = |c: &Chunk| undecided.is_set(*c) && !r.comparing.contains_key(c);
+        while let Some(chunk) = r.urgent.pop_front() {
+            if open(&chunk) {
+                return Some(chunk);
+            }
+        }
+        while let Some(chunk) = undecided.next(r.cursor) {
+            r.cursor = Chunk(chunk.0 + 1);
+            if open(&chunk) {
+                return Some(chunk);
+            }
+        }
+        None
+    }
+
+    fn compare_chunk(&mut self, chunk: Chunk) {
+        let comparison = Comparison {
+            open: self.in_sync.len(),
+            stale: false,
+            read: Vec::new(),
+        };
+        self.reconcile.comparing.insert(chunk, comparison);
+        let span = self.chunk_span(chunk);
+        for copy in self.in_sync.iter() {
+            let origin = Origin::Reconcile { chunk };
+            self.request(origin, Kind::Read, span, false, None, CopySet::one(copy));
+        }
+    }
+
+    pub(super) fn chunk_span(&self, chunk: Chunk) -> Span {
         let offset = u64::from(chunk.0) * CHUNK;
         Span {
             offset,
@@ -135,64 +209,97 @@ impl<D: Payload> Attachment<D> {
         }
     }
 
-    pub(super) fn chunk_read(&mut self, round: u64, chunk: Chunk, copy: usize, data: Option<D>) {
-        if round != self.reconcile.round {
-            return;
-        }
-        let (Some(c), Some(data)) = (self.reconcile.comparing.get_mut(&chunk), data) else {
+    /// A read for a comparison ended: with bytes, without (the disk could not), or because its copy was ejected.
+    pub(super) fn chunk_read(&mut self, chunk: Chunk, copy: usize, data: Option<D>) {
+        let Some(c) = self.reconcile.comparing.get_mut(&chunk) else {
             return;
         };
-        c.missing.remove(copy);
+        c.open -= 1;
         c.read.push((copy, data));
-        if !c.missing.is_empty() {
+        if c.open > 0 {
             return;
+        }
+        if c.stale {
+            return self.comparison_ended(chunk, false);
         }
         let read = std::mem::take(&mut c.read);
-        let Some((_, wins)) = read.iter().find(|(copy, _)| *copy == self.master).cloned() else {
-            return;
+        let bytes = |copy: usize| read.iter().find(|(c, _)| *c == copy)?.1.as_ref();
+        // Every in-sync copy holds every completed write: where the master's disk cannot read, another's bytes are as good.
+        let wins = bytes(self.master).or_else(|| read.iter().find_map(|(_, d)| d.as_ref()));
+        let Some(wins) = wins.cloned() else {
+            self.event(
+                "5.4 reconcile",
+                format!("chunk {chunk} can be read on no copy: left to the guest"),
+            );
+            return self.comparison_ended(chunk, true);
         };
         let mut differ = CopySet::EMPTY;
-        read.iter()
-            .filter(|(_, d)| !d.same(&wins))
-            .for_each(|(copy, _)| differ.insert(*copy));
-        if differ.is_empty() {
-            self.reconcile.comparing.remove(&chunk);
-        } else {
-            self.reconcile.differing += 1;
-            let span = self.chunk_span(chunk);
-            // Log before data there too: it is a write like any other.
-            self.request(
-                Origin::Reconcile { round, chunk },
-                Kind::Write,
-                span,
-                false,
-                Some(wins),
-                differ,
-            );
+        for (copy, data) in &read {
+            if data.as_ref().is_none_or(|d| !d.same(&wins)) {
+                differ.insert(*copy);
+            }
         }
+        if differ.is_empty() {
+            return self.comparison_ended(chunk, true);
+        }
+        self.reconcile.differing += 1;
+        if let Some(c) = self.reconcile.comparing.get_mut(&chunk) {
+            c.open = 1;
+        }
+        // Log before data there too: it is a write like any other.
+        let (origin, span) = (Origin::Reconcile { chunk }, self.chunk_span(chunk));
+        self.request(origin, Kind::Write, span, false, Some(wins), differ);
     }
 
-    pub(super) fn chunk_written(&mut self, round: u64, chunk: Chunk, outcome: Outcome) {
-        if round != self.reconcile.round {
-            return;
-        }
+    pub(super) fn chunk_written(&mut self, chunk: Chunk, outcome: Outcome) {
         if outcome == Outcome::IoError {
             return self.fence("the last copy's disk failed during reconciliation".into());
         }
+        let stale = self
+            .reconcile
+            .comparing
+            .get(&chunk)
+            .is_some_and(|c| c.stale);
+        self.comparison_ended(chunk, !stale);
+    }
+
+    fn comparison_ended(&mut self, chunk: Chunk, decided: bool) {
         self.reconcile.comparing.remove(&chunk);
+        if decided {
+            self.decide(chunk);
+            self.start_decided();
+        } else {
+            self.reconcile.urgent.push_back(chunk);
+        }
+    }
+
+    fn decide(&mut self, chunk: Chunk) {
+        if let Some(undecided) = &mut self.reconcile.undecided {
+            undecided.clear(chunk);
+        }
+    }
+
+    /// Starts what waited and may go on.
+    fn start_decided(&mut self) {
+        for _ in 0..self.reconcile.waiting.len() {
+            let Some(request) = self.reconcile.waiting.pop_front() else {
+                break;
+            };
+            match request.op {
+                Op::Read(_) => self.begin(request),
+                Op::Write { .. } | Op::Zero { .. } | Op::Flush => self.start_write(request),
+            }
+        }
     }
 
     /// Every copy flushed: what was decided stays decided.
-    pub(super) fn reconciled(&mut self, round: u64, outcome: Outcome) {
-        if round != self.reconcile.round {
-            return;
-        }
+    pub(super) fn reconciled(&mut self, outcome: Outcome) {
         if outcome == Outcome::IoError {
             return self.fence("the last copy's disk failed a flush during reconciliation".into());
         }
         let text = format!("done: {} chunks differed", self.reconcile.differing);
         self.event("5.5 reconciled", text);
-        self.propose_activation();
+        self.reconcile.flush = Flush::Done;
     }
 
     pub(super) fn propose_activation(&mut self) {
@@ -202,7 +309,7 @@ impl<D: Payload> Attachment<D> {
     }
 
     pub(super) fn activated(&mut self) {
-        self.set_phase(Phase::Serving, "5.5 active");
-        self.tick_io();
+        self.event("5.5 active", format!("epoch {}", self.record.epoch));
+        self.reconcile = Reconcile::default();
     }
 }
