@@ -92,7 +92,12 @@ impl<T> InFlight<T> {
             .filter(|(_, v)| matters(v))
             .map(|(seq, _)| seq)
             .min();
-        oldest.unwrap_or(Seq((self.count + 1) << SLOT_BITS))
+        oldest.unwrap_or(self.newest())
+    }
+
+    /// No request taken in so far has a higher `Seq`.
+    pub fn newest(&self) -> Seq {
+        Seq((self.count + 1) << SLOT_BITS)
     }
 
     /// Gives up what is under way without dropping it: somebody else may still be using it.

@@ -263,8 +263,14 @@ impl<D: Payload> Attachment<D> {
             self.pressure = false;
             // S5: write completed, the only copy's machine loses power and the write, flush: this flush is not what
             // makes that write durable, and the guest has to know.
-            if matches!(p.origin, Origin::Guest(_)) && std::mem::take(&mut self.lost_unflushed) {
-                outcome = Outcome::IoError;
+            // Nor is any other that was asked before the guest knew: each may be another program's.
+            if matches!(p.origin, Origin::Guest(_)) {
+                if std::mem::take(&mut self.lost_unflushed) {
+                    self.flushes_fail_through = self.pending.newest();
+                }
+                if seq <= self.flushes_fail_through {
+                    outcome = Outcome::IoError;
+                }
             }
         }
         if matches!(p.kind, Kind::Write | Kind::Zero { .. })

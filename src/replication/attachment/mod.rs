@@ -383,6 +383,8 @@ pub struct Attachment<D> {
     newest: Seq,
     /// A power cut may have taken completed writes back; the guest's next flush says so.
     lost_unflushed: bool,
+    /// Flushes up to here say so, too.
+    flushes_fail_through: Seq,
     unflushed: bool,
     flushed_at: Nanos,
     pressure: bool,
@@ -461,6 +463,7 @@ impl<D: Payload> Attachment<D> {
             stable: Seq(0),
             newest: Seq(0),
             lost_unflushed: false,
+            flushes_fail_through: Seq(0),
             unflushed: false,
             flushed_at: now,
             pressure: false,
