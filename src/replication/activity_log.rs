@@ -200,12 +200,17 @@ impl ActivityLog {
     ///
     /// Retires only what no write is in flight for and what is durable on all in-sync copies (`stable`): nearly full,
     /// the longest untouched; otherwise, and only when `look_for_idle` (it reads every slot: once a tick, not once a
-    /// write), what has been idle.
-    pub fn transaction(&mut self, now: Nanos, look_for_idle: bool) -> Option<Transaction> {
+    /// write), what has been idle. Nothing unless `may_retire`.
+    pub fn transaction(
+        &mut self,
+        now: Nanos,
+        look_for_idle: bool,
+        may_retire: bool,
+    ) -> Option<Transaction> {
         if self.running {
             return None;
         }
-        let due = look_for_idle || (self.pressure() && !self.wanted.is_empty());
+        let due = may_retire && (look_for_idle || self.pressure() && !self.wanted.is_empty());
         let retire = if due { self.retirable(now) } else { Vec::new() };
         if self.wanted.is_empty() && retire.is_empty() {
             return None;
@@ -313,12 +318,12 @@ mod tests {
     fn a_region_is_active_only_after_its_transaction_is_durable() {
         let mut l = log();
         assert_eq!(l.touch(Region(3), Seq(1), T0), Touch::Waits);
-        let txn = l.transaction(T0, true).unwrap();
+        let txn = l.transaction(T0, true, true).unwrap();
         assert_eq!(txn.add, [Region(3)]);
         assert!(!l.is_active(Region(3)));
         assert_eq!(l.touch(Region(3), Seq(2), T0), Touch::Waits);
         assert!(
-            l.transaction(T0, true).is_none(),
+            l.transaction(T0, true, true).is_none(),
             "one transaction at a time"
         );
         l.committed(&txn);
@@ -330,17 +335,23 @@ mod tests {
     fn a_region_retires_only_when_idle_stable_and_without_writes_in_flight() {
         let mut l = log();
         l.touch(Region(3), Seq(7), T0);
-        let txn = l.transaction(T0, true).unwrap();
+        let txn = l.transaction(T0, true, true).unwrap();
         l.committed(&txn);
         let later = T0.after(IDLE);
-        assert!(l.transaction(later, true).is_none(), "a write is in flight");
+        assert!(
+            l.transaction(later, true, true).is_none(),
+            "a write is in flight"
+        );
         l.done(Region(3));
-        assert!(l.transaction(later, true).is_none(), "not stable");
+        assert!(l.transaction(later, true, true).is_none(), "not stable");
         l.stable(Seq(6));
-        assert!(l.transaction(later, true).is_none(), "still not stable");
+        assert!(
+            l.transaction(later, true, true).is_none(),
+            "still not stable"
+        );
         l.stable(Seq(7));
-        assert!(l.transaction(T0, true).is_none(), "not idle");
-        let txn = l.transaction(later, true).unwrap();
+        assert!(l.transaction(T0, true, true).is_none(), "not idle");
+        let txn = l.transaction(later, true, true).unwrap();
         assert_eq!(txn.retire, [Region(3)]);
         l.committed(&txn);
         assert!(l.regions().is_empty());
@@ -351,11 +362,11 @@ mod tests {
         let mut l = ActivityLog::new(64 * REGION, &[Region(5)], T0);
         l.stable(Seq(1 << 16));
         let later = T0.after(IDLE);
-        let out = l.transaction(later, true).unwrap();
+        let out = l.transaction(later, true, true).unwrap();
         assert_eq!(l.touch(Region(5), Seq(9), later), Touch::Waits);
         l.committed(&out);
         assert!(!l.is_active(Region(5)));
-        let back = l.transaction(later, true).unwrap();
+        let back = l.transaction(later, true, true).unwrap();
         assert_eq!(back.add, [Region(5)]);
         l.committed(&back);
         assert!(l.is_active(Region(5)));
@@ -368,11 +379,11 @@ mod tests {
         assert!(l.pressure());
         assert_eq!(l.touch(Region(REGIONS_MAX as u32), Seq(1), T0), Touch::Full);
         assert!(
-            l.transaction(T0, true).is_none(),
+            l.transaction(T0, true, true).is_none(),
             "what was found on disk stays until all copies are flushed"
         );
         l.stable(Seq(1 << 16));
-        let txn = l.transaction(T0, true).unwrap();
+        let txn = l.transaction(T0, true, true).unwrap();
         assert_eq!(txn.retire.len(), TRANSACTION_MAX);
         l.committed(&txn);
         assert_eq!(

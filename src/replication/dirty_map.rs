@@ -93,6 +93,17 @@ impl DirtyMap {
         None
     }
 
+    /// The bits of `count` chunks from `first` on, that one lowest.
+    pub fn range(&self, first: Chunk, count: u32) -> Vec<u64> {
+        let mut words = vec![0u64; count.div_ceil(64) as usize];
+        for i in 0..count {
+            if self.is_set(Chunk(first.0 + i)) {
+                words[i as usize / 64] |= 1 << (i % 64);
+            }
+        }
+        words
+    }
+
     /// Whether a chunk of `span` is marked.
     pub fn touches(&self, span: Span) -> bool {
         span.chunks().any(|c| self.is_set(c))

@@ -172,9 +172,13 @@ impl<W> Overlaps<W> {
         start
     }
 
-    /// Takes out every write that waits.
-    pub fn drain_waiting(&mut self) -> Vec<W> {
-        self.waiting.drain(..).map(|(_, w)| w).collect()
+    /// Takes out those that wait and are `which`.
+    pub fn take_waiting(&mut self, which: impl Fn(&W) -> bool) -> Vec<W> {
+        let all = std::mem::take(&mut self.waiting);
+        let (out, stay) = all.into_iter().partition(|(_, w)| which(w));
+        self.waiting = stay;
+        let out: VecDeque<(Span, W)> = out;
+        out.into_iter().map(|(_, w)| w).collect()
     }
 
     /// Writes that wait.

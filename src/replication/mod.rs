@@ -3,12 +3,15 @@
 
 pub mod activity_log;
 pub mod attachment;
+pub mod copy_set;
 pub mod copy_state;
 pub mod dirty_map;
 pub mod failure_mode;
 pub mod ids;
 pub mod in_flight;
+pub mod membership;
 pub mod message;
 pub mod record;
 pub mod replica;
+pub mod throttle;
 pub mod timing;

@@ -185,6 +185,24 @@ impl Record {
         self.present().find(|c| c.node == *node)
     }
 
+    /// Takes over what others than the attachment may change at any time: what the operator asks for, new copies in free
+    /// places or in those of absent ones.
+    pub fn take_edits(&mut self, from: &Self) {
+        self.failure_mode = from.failure_mode;
+        self.suspend_deadline_ms = from.suspend_deadline_ms;
+        self.replicas_wanted = from.replicas_wanted;
+        self.compress = from.compress;
+        self.preferred = from.preferred;
+        for (i, theirs) in from.copies.iter().enumerate() {
+            match self.copies.get_mut(i) {
+                None => self.copies.push(theirs.clone()),
+                Some(mine) if mine.copy_id == theirs.copy_id => mine.leaving = theirs.leaving,
+                Some(mine) if mine.status != CopyStatus::InSync => *mine = theirs.clone(),
+                Some(_) => {}
+            }
+        }
+    }
+
     /// Enters the next epoch under `tag`, remembering it in the lineage.
     pub fn advance(&mut self, epoch: Epoch, tag: Tag) {
         assert!(epoch > self.epoch, "S2: an epoch never decreases");

@@ -1,10 +1,11 @@
 //! Requests: from the guest to the copies, and back when the rules allow (PROTOCOL 2, 3, 4, 7).
 
+use super::sync::Step;
 use super::{
     Action, Attachment, CopySet, Done, Kind, Op, Origin, Outcome, Payload, Pending, Phase,
-    RequestId, Submitted,
+    RequestId, Submitted, Work,
 };
-use crate::replication::ids::{Nanos, Seq, Span};
+use crate::replication::ids::{CHUNK, Chunk, Nanos, Seq, Span};
 use crate::replication::message::{Message, Request, Status};
 use crate::replication::replica::REQUESTS_MAX;
 
@@ -41,6 +42,8 @@ impl<D: Payload> Attachment<D> {
             Kind::Write => Op::Write { span, fua },
             Kind::Zero { unmap } => Op::Zero { span, unmap, fua },
             Kind::Flush { .. } => Op::Flush,
+            // Of a sync: not the guest's.
+            Kind::Data | Kind::Hash | Kind::Map | Kind::Mark => return None,
         };
         Some((op, p.submitted))
     }
@@ -66,8 +69,8 @@ impl<D: Payload> Attachment<D> {
         match request.op {
             Op::Write { span, .. } | Op::Zero { span, .. } => {
                 // S16: an overlapping write under way goes first.
-                if let Some(request) = self.overlaps.claim(span, request) {
-                    self.start_write(request);
+                if let Some(work) = self.overlaps.claim(span, Work::Guest(request)) {
+                    self.start_work(work);
                 }
             }
             Op::Read(span) if self.reconcile.is_undecided(span) => {
@@ -91,7 +94,7 @@ impl<D: Payload> Attachment<D> {
             return self.await_decision(request, span);
         }
         self.unflushed = true;
-        let to = self.in_sync;
+        let to = self.in_sync.or(self.mirror_to(span));
         self.request(Origin::Guest(request.id), kind, span, fua, request.data, to);
     }
 
@@ -101,12 +104,11 @@ impl<D: Payload> Attachment<D> {
 
     pub(super) fn start_flush(&mut self, origin: Origin) {
         // Writes before this point have all completed, so every in-sync copy has applied them.
-        let covers = self
-            .pending
-            .low_water(|p| matches!(p.kind, Kind::Write | Kind::Zero { .. }));
+        let covers = self.pending.low_water(|p| p.kind.is_write());
         self.unflushed = false;
         self.flushed_at = self.now;
-        let to = self.in_sync;
+        // S11: a region leaves the logs when its writes are durable on the targets of syncs, too.
+        let to = self.in_sync.or(self.mirrors);
         self.request(
             origin,
             Kind::Flush { covers },
@@ -138,6 +140,7 @@ impl<D: Payload> Attachment<D> {
             } else {
                 CopySet::EMPTY
             },
+            unreadable: CopySet::EMPTY,
             submitted: self.now,
             failed: None,
             full: false,
@@ -147,7 +150,7 @@ impl<D: Payload> Attachment<D> {
             .insert(pending)
             .expect("submit keeps requests below IN_FLIGHT_MAX");
         // Copies that are down for a moment get it when they are back (resend), or are ejected.
-        self.transmit(seq, waiting.and(self.ready));
+        self.transmit(seq, waiting.and(self.ready.or(self.targets())));
     }
 
     /// Sends the request `seq` to copies that take requests.
@@ -161,19 +164,53 @@ impl<D: Payload> Attachment<D> {
         if !to.is_empty() {
             p.failed = None;
         }
+        let (span, fua) = (p.span, p.fua);
         let request = Request {
             epoch,
             seq,
-            span: p.span,
-            fua: p.fua,
+            span,
+            fua,
         };
         let (message, data) = match p.kind {
             Kind::Read => (Message::Read(request), p.data.clone()),
             Kind::Write => (Message::Write(request), p.data.clone()),
             Kind::Zero { unmap } => (Message::WriteZeroes { request, unmap }, None),
             Kind::Flush { .. } => (Message::Flush { epoch, seq }, None),
+            Kind::Data => (Message::SyncData(request), p.data.clone()),
+            Kind::Hash => (Message::SyncHash(request), None),
+            Kind::Map | Kind::Mark => {
+                let Origin::Sync { copy, .. } = p.origin else {
+                    return;
+                };
+                let message = match p.kind {
+                    Kind::Mark => self.mark_message(copy, seq),
+                    _ => Message::MapRead {
+                        epoch,
+                        seq,
+                        copy: self.record.copies[copy].copy_id,
+                        first: Chunk((span.offset / CHUNK) as u32),
+                        count: (u64::from(span.len) / CHUNK) as u32,
+                    },
+                };
+                return self.send_for(seq, to, message, None);
+            }
         };
-        self.send(to, message, data);
+        self.send_for(seq, to, message, data);
+    }
+
+    /// What a sync asks of its target goes over the bulk link.
+    fn send_for(&mut self, seq: Seq, to: CopySet, message: Message, data: Option<D>) {
+        let origin = self.pending.get_mut(seq).map(|p| &p.origin);
+        let bulk = match origin {
+            Some(Origin::Sync { copy, step, .. }) if *step != Step::LastFlush => {
+                CopySet::one(*copy)
+            }
+            _ => CopySet::EMPTY,
+        };
+        let bulk = bulk
+            .and(to)
+            .without(self.local.map_or(CopySet::EMPTY, CopySet::one));
+        self.send(to.without(bulk).or(bulk.bulk()), message, data);
     }
 
     /// A copy is back on the same configuration: everything it has not acknowledged goes out again, in order.
@@ -200,8 +237,11 @@ impl<D: Payload> Attachment<D> {
         let Some(p) = self.pending.get_mut(seq) else {
             return;
         };
-        if !p.waiting.has(copy) || p.kind == Kind::Read {
+        if !p.waiting.has(copy) || p.kind.is_query() {
             return;
+        }
+        if status != Status::Ok && self.syncs.contains_key(&copy) {
+            return self.target_failed(copy, status);
         }
         match status {
             Status::Ok => p.waiting.remove(copy),
@@ -219,6 +259,14 @@ impl<D: Payload> Attachment<D> {
             Status::NoSpace => return self.lose(copy, "its disk is full"),
         }
         self.settle(seq);
+    }
+
+    fn target_failed(&mut self, copy: usize, status: Status) {
+        match status {
+            Status::Stale => self.outbid_by(copy),
+            Status::NoSpace => self.break_off(copy, "its disk is full"),
+            _ => self.break_off(copy, "its disk failed a write or flush"),
+        }
     }
 
     /// The only copy is full. The write stays pending; it is tried again at each tick until the deadline.
@@ -249,11 +297,15 @@ impl<D: Payload> Attachment<D> {
         } else {
             Outcome::Ok
         };
-        if matches!(p.kind, Kind::Write | Kind::Zero { .. }) && !p.fua {
+        if p.kind.is_write() && !p.fua {
             self.newest = self.newest.max(seq);
+        }
+        if matches!(p.origin, Origin::Guest(_)) && p.kind.is_write() {
+            self.latency.add(self.now.since(p.submitted));
         }
         if let Kind::Flush { covers } = p.kind
             && outcome == Outcome::Ok
+            && !matches!(p.origin, Origin::Sync { .. })
         {
             // S5, S13: every in-sync copy has it on stable storage; regions may retire up to here. S11: not before all chunks
             // are decided. A has a write that B never got; were the region to leave A's log, nobody would compare it again.
@@ -273,12 +325,8 @@ impl<D: Payload> Attachment<D> {
                 }
             }
         }
-        if matches!(p.kind, Kind::Write | Kind::Zero { .. })
-            && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned)
-        {
-            for next in self.overlaps.release(p.span) {
-                self.start_write(next);
-            }
+        if p.kind.is_write() && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned) {
+            self.release(p.span);
         }
         match p.origin {
             Origin::Guest(id) => self.finish(Done {
@@ -291,6 +339,12 @@ impl<D: Payload> Attachment<D> {
             Origin::Reconcile { chunk } => self.chunk_written(chunk, outcome),
             Origin::Reconciled => self.reconciled(outcome),
             Origin::Leave => self.left_flushed(outcome),
+            Origin::Sync {
+                copy,
+                session,
+                step,
+            } => self.step_ended(copy, session, step),
+            Origin::Repair { copy } => self.repaired(copy, p.span),
         }
     }
 
@@ -318,15 +372,28 @@ impl<D: Payload> Attachment<D> {
                     return;
                 };
                 match p.origin {
-                    Origin::Guest(id) => self.finish(Done {
-                        id,
-                        read: true,
-                        outcome: Outcome::Ok,
-                        data,
-                    }),
-                    Origin::Reconcile { chunk } => self.chunk_read(chunk, copy, data),
-                    Origin::Background | Origin::Abandoned | Origin::Reconciled | Origin::Leave => {
+                    Origin::Guest(id) => {
+                        self.latency.add(self.now.since(p.submitted));
+                        self.finish(Done {
+                            id,
+                            read: true,
+                            outcome: Outcome::Ok,
+                            data,
+                        });
+                        self.repair_all(p.unreadable, p.span);
                     }
+                    Origin::Sync {
+                        copy,
+                        session,
+                        step: Step::Read(chunk),
+                    } => self.chunk_for(copy, session, chunk, data),
+                    Origin::Repair { copy } => self.repair_with(copy, p.span, data),
+                    Origin::Reconcile { chunk } => self.chunk_read(chunk, copy, data),
+                    Origin::Background
+                    | Origin::Abandoned
+                    | Origin::Reconciled
+                    | Origin::Sync { .. }
+                    | Origin::Leave => {}
                 }
             }
             Status::Stale => self.outbid_by(copy),
@@ -345,8 +412,13 @@ impl<D: Payload> Attachment<D> {
             self.pending.remove(seq);
             return self.chunk_read(chunk, copy, None);
         }
+        p.unreadable = p.unreadable.or(p.waiting);
         // One whose connection is down for a moment answers when it is back, or is ejected: a pause, no error.
-        let left = candidates.without(p.tried);
+        let left = match p.origin {
+            // Not of the one that is to be repaired.
+            Origin::Repair { copy } => candidates.without(p.tried).without(CopySet::one(copy)),
+            _ => candidates.without(p.tried),
+        };
         match left.and(ready).iter().chain(left.iter()).next() {
             Some(next) => {
                 p.tried.insert(next);
@@ -357,13 +429,20 @@ impl<D: Payload> Attachment<D> {
                 let Some(p) = self.pending.remove(seq) else {
                     return;
                 };
-                if let Origin::Guest(id) = p.origin {
-                    self.finish(Done {
+                match p.origin {
+                    Origin::Guest(id) => self.finish(Done {
                         id,
                         read: true,
                         outcome: Outcome::IoError,
                         data: None,
-                    });
+                    }),
+                    Origin::Sync {
+                        copy,
+                        session,
+                        step: Step::Read(chunk),
+                    } => self.chunk_for(copy, session, chunk, None),
+                    Origin::Repair { copy } => self.repair_with(copy, p.span, None),
+                    _ => {}
                 }
             }
         }
@@ -380,16 +459,17 @@ impl<D: Payload> Attachment<D> {
                 continue;
             }
             p.waiting = p.waiting.without(out);
-            if p.kind != Kind::Read && p.waiting.is_empty() {
+            let session = matches!(p.origin, Origin::Sync { .. } | Origin::Repair { .. });
+            if !session && p.kind != Kind::Read && p.waiting.and(self.in_sync).is_empty() {
                 // S3: A acknowledges, B does not; A goes too, then B is ejected. Whether A still has the write, its machine
                 // may have lost power, is known when it is back: it gets the write again then.
-                p.waiting = absent;
+                p.waiting = p.waiting.or(absent);
             }
             if let (Kind::Read, Origin::Reconcile { chunk }) = (p.kind, &p.origin) {
                 let (chunk, copy) = (*chunk, p.waiting.iter().next().unwrap_or_default());
                 self.pending.remove(seq);
                 self.chunk_read(chunk, copy, None);
-            } else if p.kind == Kind::Read {
+            } else if p.kind.is_query() {
                 p.waiting = CopySet::one(self.master);
                 p.tried = p.waiting;
                 self.transmit(seq, CopySet::one(self.master).and(self.ready));
@@ -552,12 +632,15 @@ impl<D: Payload> Attachment<D> {
         while let Some(request) = self.held.pop_front() {
             self.complete(request.id, Outcome::IoError, None);
         }
-        for request in self.overlaps.drain_waiting() {
-            self.complete(request.id, Outcome::IoError, None);
+        let guests = |w: &Work<D>| matches!(w, Work::Guest(_));
+        for work in self.overlaps.take_waiting(guests) {
+            if let Work::Guest(request) = work {
+                self.complete(request.id, Outcome::IoError, None);
+            }
         }
         for request in self.reconcile.drain_waiting() {
             if let Op::Write { span, .. } | Op::Zero { span, .. } = request.op {
-                self.overlaps.release(span);
+                self.release(span);
             }
             self.complete(request.id, Outcome::IoError, None);
         }

@@ -2,16 +2,20 @@
 //! master (5), every change of the record.
 
 use super::{
-    Action, Attachment, CasOutcome, Change, CopySet, Kind, Link, Payload, Peer, Phase, Purpose,
-    Revision,
+    Action, Attachment, CasOutcome, Change, CopySet, Kind, Link, Origin, Payload, Peer, Phase,
+    Purpose, Revision,
 };
-use crate::replication::ids::{BootId, Epoch, Nanos};
+use crate::replication::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos};
+use crate::replication::membership::{self, Facts};
 use crate::replication::message::{Message, Refusal};
-use crate::replication::record::{CopyStatus, Record};
+use crate::replication::record::{Base, CopyStatus, Record, State};
+
+use super::sync::Sync;
 
 impl Peer {
-    fn new(now: Nanos) -> Self {
+    fn new(copy_id: CopyId, now: Nanos) -> Self {
         Self {
+            copy_id,
             link: Link::Down {
                 since: now,
                 tried: Nanos(0),
@@ -24,45 +28,67 @@ impl Peer {
             refused: false,
             vote: None,
             detached: false,
+            broke_off: 0,
+            sync_after: Nanos(0),
+            in_sync_since: now,
             why: String::new(),
         }
     }
 }
 
 impl<D: Payload> Attachment<D> {
-    /// Takes the sets that follow from the record. The order of its copies never changes, so indices stay.
+    /// Takes the sets that follow from the record. Places never move, so indices stay; another copy may be in one.
     pub(super) fn adopt(&mut self) {
+        for i in 0..self.record.copies.len() {
+            let copy_id = self.record.copies[i].copy_id;
+            match self.peers.get(i) {
+                None => self.peers.push(Peer::new(copy_id, self.now)),
+                Some(peer) if peer.copy_id != copy_id => {
+                    self.break_off(i, "another copy took its place");
+                    self.actions.push_back(Action::Hangup(i));
+                    self.peers[i] = Peer::new(copy_id, self.now);
+                }
+                Some(_) => {}
+            }
+        }
         let record = &self.record;
-        while self.peers.len() < record.copies.len() {
-            self.peers.push(Peer::new(self.now));
+        self.in_sync = membership::with_status(record, CopyStatus::InSync);
+        if let Some(at) = record
+            .copies
+            .iter()
+            .position(|c| c.copy_id == record.master)
+        {
+            self.master = at;
         }
-        self.in_sync = CopySet::EMPTY;
-        for (i, copy) in record.copies.iter().enumerate() {
-            if copy.status == CopyStatus::InSync {
-                self.in_sync.insert(i);
-            }
-            if copy.copy_id == record.master {
-                self.master = i;
-            }
-        }
-        self.local = record.copies.iter().position(|c| c.node == self.me.node);
+        self.local = record
+            .copies
+            .iter()
+            .position(|c| c.node == self.me.node && c.status != CopyStatus::Removed);
         self.ready = self.ready.and(self.in_sync);
         self.failing = self.failing.and(self.in_sync);
     }
 
     // ---- links
 
-    /// The connection to `copy` stands; `boot_id` is its node's kernel boot.
-    pub fn on_connected(&mut self, now: Nanos, copy: usize, boot_id: BootId) {
+    /// The link stands; `boot_id` is the kernel boot of the copy's node.
+    pub fn on_connected(&mut self, now: Nanos, link: usize, boot_id: BootId) {
         self.now = now;
         if self.ended() {
             return;
         }
+        let copy = link % COPIES_MAX;
+        if link != copy {
+            self.bulk_connected(copy);
+            return self.advance();
+        }
         // S6: disconnect, dial, eject, connected, in this order: the copy is out by now. Configured, it would persist an
         // epoch in which it misses writes, and a detach would call it clean.
         if !self.in_sync.has(copy) {
-            self.actions.push_back(Action::Hangup(copy));
-            return self.unlink(copy, "it is not in the in-sync set");
+            if !self.begin_session(copy, boot_id) {
+                self.actions.push_back(Action::Hangup(copy));
+                self.unlink(copy, "it is not in the in-sync set");
+            }
+            return;
         }
         let peer = &mut self.peers[copy];
         peer.link = Link::Up;
@@ -105,7 +131,8 @@ impl<D: Payload> Attachment<D> {
         // S3: what it acknowledged before the power cut says nothing now.
         for seq in self.pending.in_order() {
             if let Some(p) = self.pending.get_mut(seq)
-                && p.kind != Kind::Read
+                && (p.kind.is_write() || matches!(p.kind, Kind::Flush { .. }))
+                && !matches!(p.origin, Origin::Sync { .. } | Origin::Repair { .. })
             {
                 p.waiting.insert(copy);
             }
@@ -118,13 +145,21 @@ impl<D: Payload> Attachment<D> {
         );
     }
 
-    /// The connection to `copy` broke, or could not be made.
-    pub fn on_disconnected(&mut self, now: Nanos, copy: usize, why: &str) {
+    /// The link broke, or could not be made.
+    pub fn on_disconnected(&mut self, now: Nanos, link: usize, why: &str) {
         self.now = now;
         if self.ended() {
             return;
         }
-        self.unlink(copy, why);
+        let copy = link % COPIES_MAX;
+        if self.syncs.contains_key(&copy) {
+            self.break_off(copy, why);
+        } else if link == copy {
+            self.unlink(copy, why);
+            if !self.in_sync.has(copy) {
+                self.damp(copy);
+            }
+        }
         self.advance();
     }
 
@@ -153,19 +188,13 @@ impl<D: Payload> Attachment<D> {
                 continue;
             }
             self.peers[copy].link = Link::Dialing { since };
-            let entry = &self.record.copies[copy];
-            let (copy_id, node) = (entry.copy_id, entry.node.clone());
-            self.actions.push_back(Action::Dial {
-                copy,
-                copy_id,
-                node,
-            });
+            self.dial(copy);
         }
     }
 
     pub(super) fn tick_heartbeats(&mut self) {
         let mut due = CopySet::EMPTY;
-        for copy in self.ready.iter() {
+        for copy in self.ready.or(self.beating_targets()).iter() {
             // One that detached has let go of this session: it would refuse the heartbeat, be configured again, and not
             // be clean when the record says so (PROTOCOL 5, clean detach).
             if self.peers[copy].detached {
@@ -186,15 +215,7 @@ impl<D: Payload> Attachment<D> {
 
     /// Who is gone for too long, silent, or late.
     pub(super) fn tick_failing(&mut self) {
-        let oldest = |copy: usize| {
-            let waits = self
-                .pending
-                .iter()
-                .filter(|(_, p)| p.waiting.has(copy))
-                .map(|(_, p)| p.submitted)
-                .min();
-            waits.map_or(Nanos(0), |submitted| self.now.since(submitted))
-        };
+        let oldest = |copy: usize| self.longest_wait(copy);
         let mut lost: Vec<(usize, String)> = Vec::new();
         for copy in self.in_sync.without(self.failing).iter() {
             let peer = &self.peers[copy];
@@ -231,14 +252,22 @@ impl<D: Payload> Attachment<D> {
 
     /// `copy` is to be ejected. What it has not acknowledged stays pending until the record says so (S4).
     pub(super) fn lose(&mut self, copy: usize, why: &str) {
+        if self.syncs.contains_key(&copy) {
+            return self.break_off(copy, why);
+        }
         if matches!(self.peers[copy].link, Link::Up) {
             self.actions.push_back(Action::Hangup(copy));
         }
         self.unlink(copy, why);
         if self.in_sync.has(copy) && !self.failing.has(copy) {
             self.failing.insert(copy);
+            self.forgive(copy, self.peers[copy].in_sync_since);
+            self.damp(copy);
             let node = self.record.copies[copy].node.clone();
             self.event("2.6 copy lost", format!("copy on {node}: {why}"));
+        }
+        if !self.in_sync.has(copy) {
+            self.damp(copy);
         }
     }
 
@@ -285,53 +314,63 @@ impl<D: Payload> Attachment<D> {
 
     /// `copy` promised a higher epoch to somebody. The record says whether that one took the volume (PROTOCOL 5).
     pub(super) fn outbid_by(&mut self, copy: usize) {
+        let why = "it promised a higher epoch to another attachment";
         self.actions.push_back(Action::Hangup(copy));
-        self.unlink(copy, "it promised a higher epoch to another attachment");
+        self.unlink(copy, why);
+        self.break_off(copy, why);
         self.actions.push_back(Action::ReadRecord);
     }
 
     // ---- the record
 
-    /// Copies to be ejected, and somebody left: propose it. One change at a time.
-    pub(super) fn propose_ejection(&mut self) {
-        let out = self.failing;
-        let left = self.in_sync.without(out);
-        // Not in favour of a copy that is not there either: then nobody knows yet who stays.
-        if !self.owns()
-            || self.change.is_some()
-            || out.is_empty()
-            || left.and(self.ready).is_empty()
-        {
+    /// What the membership rules ask for now, one change at a time.
+    pub(super) fn propose_members(&mut self) {
+        if !self.owns() || self.change.is_some() {
             return;
         }
-        let mut next = self.record.clone();
-        for copy in out.iter() {
-            next.copies[copy].status = CopyStatus::Missing;
-            next.copies[copy].base.last = Some(self.record.epoch);
-        }
-        for copy in left.iter() {
-            if let Some(accepted) = self.peers[copy].accepted {
-                next.copies[copy].boot_id = Some(accepted);
-            }
-        }
-        if out.has(self.master) {
-            let master = self.choose_master(left.and(self.ready));
-            next.master = next.copies[master].copy_id;
-        }
+        let synced = |(copy, s): (&usize, &Sync)| s.is_synced().then_some(*copy);
+        let synced: CopySet = self.syncs.iter().filter_map(synced).collect();
+        let facts = Facts {
+            failing: self.failing,
+            synced,
+            surplus: self.surplus(),
+            ready: self.ready.or(synced),
+            local: self.local,
+            settled: self.phase == Phase::Serving
+                && self.record.state == State::Active
+                && !self.leaving,
+            random: self.random(),
+        };
+        let Some(mut next) = membership::next(&self.record, &facts) else {
+            return;
+        };
         let tag = self.tag();
         next.advance(self.record.epoch.max(self.outbid).next(), tag);
-        self.propose(Purpose::Eject, next);
+        for copy in 0..next.copies.len() {
+            let (was, entry) = (self.record.copies[copy].status, &mut next.copies[copy]);
+            match (was, entry.status) {
+                (CopyStatus::InSync, CopyStatus::InSync) => {
+                    if let Some(accepted) = self.peers[copy].accepted {
+                        entry.boot_id = Some(accepted);
+                    }
+                }
+                (_, CopyStatus::InSync) => {
+                    entry.base = Base {
+                        since: next.epoch,
+                        last: None,
+                    };
+                    entry.boot_id = self.syncs.get(&copy).map(|s| s.boot);
+                }
+                _ => {}
+            }
+        }
+        self.propose(Purpose::Members, next);
     }
 
     /// The attachment's node first, otherwise at random (PROTOCOL 5).
     pub(super) fn choose_master(&mut self, among: CopySet) -> usize {
-        match self.local {
-            Some(local) if among.has(local) => local,
-            _ => {
-                let all: Vec<usize> = among.iter().collect();
-                all[self.random() as usize % all.len()]
-            }
-        }
+        let random = self.random();
+        membership::choose_master(&self.record, among, self.local, random).unwrap_or(self.master)
     }
 
     pub(super) fn propose(&mut self, purpose: Purpose, proposed: Record) {
@@ -365,11 +404,12 @@ impl<D: Payload> Attachment<D> {
         }
         // Not swapped, for certain, and decided on what held then: the copy to be ejected may be back, the one it was to
         // be ejected in favour of may have failed. Decided anew, or the last good copy is put out.
-        if change.purpose == Purpose::Eject && !change.in_doubt {
+        if change.purpose == Purpose::Members && !change.in_doubt {
             let since = change.since;
             self.change = None;
-            self.propose_again(Purpose::Eject);
-            self.propose_ejection();
+            self.propose_again(Purpose::Members);
+            self.end_lost_sessions();
+            self.propose_members();
             match &mut self.change {
                 Some(change) => change.since = since,
                 None => self.weigh_serving(),
@@ -499,21 +539,23 @@ impl<D: Payload> Attachment<D> {
             Purpose::Activate => self.propose_activation(),
             Purpose::Release => self.propose_release(),
             // Decided anew from what holds now: one that takes requests again is back in time.
-            Purpose::Eject | Purpose::Raise => self.failing = self.failing.without(self.ready),
+            Purpose::Members | Purpose::Raise => self.failing = self.failing.without(self.ready),
         }
     }
 
-    /// What the operator may change in a record at any time.
+    /// What others may change in a record at any time.
     fn take_policy(&mut self, from: &Record) {
-        let to = |r: &mut Record| {
-            r.failure_mode = from.failure_mode;
-            r.suspend_deadline_ms = from.suspend_deadline_ms;
-            r.replicas_wanted = from.replicas_wanted;
-            r.compress = from.compress;
-        };
-        to(&mut self.record);
+        let before = self.configuration();
+        self.record.take_edits(from);
         if let Some(change) = &mut self.change {
-            to(&mut change.proposed);
+            change.proposed.take_edits(from);
+        }
+        self.adopt();
+        let now = self.configuration();
+        if now != before && self.owns() {
+            // Before the first sync of a new copy: each in-sync copy keeps a bitmap for it.
+            let to = self.ready.or(self.targets());
+            self.send(to, Message::EpochChange(now), None);
         }
     }
 
@@ -550,8 +592,8 @@ impl<D: Payload> Attachment<D> {
             return;
         };
         self.revision = revision;
-        let (before, old_master, old_epoch) = (self.in_sync, self.master, self.record.epoch);
-        self.record = proposed;
+        let (before, old) = (self.in_sync, std::mem::replace(&mut self.record, proposed));
+        let (old_master, old_epoch) = (self.master, old.epoch);
         self.adopt();
         let out = before.without(self.in_sync);
         for copy in out.iter() {
@@ -560,12 +602,27 @@ impl<D: Payload> Attachment<D> {
                 let why = self.peers[copy].why.clone();
                 self.unlink(copy, &why);
             }
-            if purpose == Purpose::Eject {
-                let text = format!(
-                    "copy on {}: {}",
-                    self.record.copies[copy].node, self.peers[copy].why
-                );
-                self.event("2.6 eject", format!("{text}; epoch {}", self.record.epoch));
+        }
+        for copy in 0..self.record.copies.len() {
+            let (was, entry) = (old.copies[copy].status, &self.record.copies[copy]);
+            let (is, node, epoch) = (entry.status, entry.node.clone(), self.record.epoch);
+            if was == is || purpose != Purpose::Members {
+                continue;
+            }
+            match is {
+                CopyStatus::Missing | CopyStatus::Syncing => {
+                    let why = &self.peers[copy].why;
+                    let text = format!("copy on {node}: {why}; epoch {epoch}");
+                    self.event("2.6 eject", text);
+                }
+                CopyStatus::InSync => {
+                    self.taken_in(copy);
+                    self.event("6 in sync", format!("copy on {node}; epoch {epoch}"));
+                }
+                CopyStatus::Removed => {
+                    self.break_off(copy, "the copy is removed");
+                    self.event("6 removed", format!("copy on {node}; epoch {epoch}"));
+                }
             }
         }
         if purpose != Purpose::Claim && self.master != old_master {
@@ -580,30 +637,53 @@ impl<D: Payload> Attachment<D> {
         }
         match purpose {
             Purpose::Claim => self.claimed(),
-            Purpose::Eject | Purpose::Raise => {
+            Purpose::Members | Purpose::Raise => {
                 assert!(
                     self.record.epoch > old_epoch,
                     "S1: a change of membership has its own epoch"
                 );
                 let message = Message::EpochChange(self.configuration());
-                self.send(self.ready, message, None);
+                self.send(self.ready.or(self.targets()), message, None);
                 // One that detached already refuses it, is configured on a new session and told to detach again: it
                 // must know who is missing.
                 self.peers.iter_mut().for_each(|p| p.detached = false);
                 // S4: the ejection is in the record; only now may its writes complete without it.
                 self.compare_again();
                 self.forget_copies(out);
+                self.end_lost_sessions();
                 self.release_done();
             }
             Purpose::Activate => self.activated(),
             Purpose::Release => {
                 self.set_phase(Phase::Left, "5 clean detach");
-                for copy in 0..self.peers.len() {
-                    self.actions.push_back(Action::Hangup(copy));
-                }
+                self.hang_up_all();
                 self.actions.push_back(Action::Ended);
             }
         }
         self.weigh_serving();
+    }
+
+    /// A synced copy is a member now.
+    fn taken_in(&mut self, copy: usize) {
+        self.actions.push_back(Action::Hangup(copy + COPIES_MAX));
+        self.mirrors.remove(copy);
+        let lost = self.syncs.remove(&copy).and_then(|s| s.lost);
+        let peer = &mut self.peers[copy];
+        peer.in_sync_since = self.now;
+        (peer.gap, peer.accepted, peer.refused) = (false, None, false);
+        peer.lease = None;
+        if lost.is_none() {
+            self.ready.insert(copy);
+            self.peers[copy].why.clear();
+        }
+    }
+
+    pub(super) fn hang_up_all(&mut self) {
+        for copy in 0..self.peers.len() {
+            self.actions.push_back(Action::Hangup(copy));
+            if self.syncs.contains_key(&copy) {
+                self.actions.push_back(Action::Hangup(copy + COPIES_MAX));
+            }
+        }
     }
 }

@@ -8,17 +8,22 @@
 //! - `join`: taking the volume over: pre-vote, promises, the claim in the record, configuring the copies;
 //! - `reconcile`: deciding the regions in which copies may differ;
 //! - `membership`: links to the copies, ejection, promotion of another master, changes of the record;
-//! - `io`: requests, completion, leases, suspension.
+//! - `io`: requests, completion, leases, suspension;
+//! - `sync` and `copying`: bringing absent copies up to date; `repair`: what one copy's disk could not read.
 
+mod copying;
 mod io;
 mod join;
 mod membership;
 mod reconcile;
+mod repair;
+mod sync;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
+pub use super::copy_set::CopySet;
 use super::ids::{BootId, COPIES_MAX, Chunk, CopyId, Epoch, Nanos, NodeName, Seq, Span, Tag};
 use super::in_flight::{InFlight, Overlaps};
 use super::message::{Absent, Configuration, DiskState, Message, Proof, Refusal, Status};
@@ -75,64 +80,10 @@ pub trait Payload: Clone {
     fn count(&self) -> usize;
 }
 
-/// A set of copies, by their index in the record.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CopySet(pub u16);
-
-impl CopySet {
-    /// None.
-    pub const EMPTY: Self = Self(0);
-
-    /// Just this one.
-    pub fn one(copy: usize) -> Self {
-        Self(1 << copy)
-    }
-
-    /// Whether `copy` is in it.
-    pub fn has(self, copy: usize) -> bool {
-        self.0 & (1 << copy) != 0
-    }
-
-    /// Both sets' members.
-    pub fn and(self, other: Self) -> Self {
-        Self(self.0 & other.0)
-    }
-
-    /// Without `other`'s members.
-    pub fn without(self, other: Self) -> Self {
-        Self(self.0 & !other.0)
-    }
-
-    /// Adds `copy`.
-    pub fn insert(&mut self, copy: usize) {
-        self.0 |= 1 << copy;
-    }
-
-    /// Removes `copy`.
-    pub fn remove(&mut self, copy: usize) {
-        self.0 &= !(1 << copy);
-    }
-
-    /// No member.
-    pub fn is_empty(self) -> bool {
-        self.0 == 0
-    }
-
-    /// Members.
-    pub fn len(self) -> usize {
-        self.0.count_ones() as usize
-    }
-
-    /// The members, lowest first.
-    pub fn iter(self) -> impl Iterator<Item = usize> {
-        (0..COPIES_MAX).filter(move |c| self.has(*c))
-    }
-}
-
 /// What the engine is to do for an attachment.
 #[derive(Debug)]
 pub enum Action<D> {
-    /// Send to these copies.
+    /// Send on these links (see [`LINKS_MAX`](super::ids::LINKS_MAX)).
     Send {
         /// Which.
         to: CopySet,
@@ -150,16 +101,16 @@ pub enum Action<D> {
         /// The bytes read, when they are not in the guest's memory already.
         data: Option<D>,
     },
-    /// Connect to this copy; report by `on_connected` or `on_disconnected`.
+    /// Make this link to a copy; report by `on_connected` or `on_disconnected`.
     Dial {
-        /// Index.
+        /// Which link: the copy's own, or its bulk link.
         copy: usize,
         /// Identity.
         copy_id: CopyId,
         /// Where.
         node: NodeName,
     },
-    /// Drop the connection to this copy.
+    /// Drop this link.
     Hangup(usize),
     /// Compare-and-swap the record; report by `on_cas`.
     Cas {
@@ -230,6 +181,7 @@ enum Link {
 /// A copy, as the attachment sees it.
 #[derive(Debug)]
 struct Peer {
+    copy_id: CopyId,
     link: Link,
     /// When it was last heard.
     heard: Nanos,
@@ -245,6 +197,11 @@ struct Peer {
     refused: bool,
     vote: Option<Vote>,
     detached: bool,
+    /// Syncs that broke off, one after the other, and when the next may begin (PROTOCOL 6: rejoin damping).
+    broke_off: u32,
+    sync_after: Nanos,
+    /// When it was taken in last.
+    in_sync_since: Nanos,
     /// Why it was lost last.
     why: String,
 }
@@ -271,14 +228,62 @@ enum Origin {
     Reconciled,
     /// The flush before a clean detach.
     Leave,
+    /// Part of bringing this copy up to date; void once that session is over.
+    Sync {
+        copy: usize,
+        session: u64,
+        step: sync::Step,
+    },
+    /// Part of writing back what this copy could not read.
+    Repair {
+        copy: usize,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Read,
     Write,
-    Zero { unmap: bool },
-    Flush { covers: Seq },
+    Zero {
+        unmap: bool,
+    },
+    Flush {
+        covers: Seq,
+    },
+    /// A chunk of a sync.
+    Data,
+    Hash,
+    /// Marks and holes of the chunks of the span, for a sync.
+    Map,
+    /// Marks what a sync's target holds.
+    Mark,
+}
+
+impl Kind {
+    /// Changes what a flush is to make durable.
+    fn is_write(self) -> bool {
+        matches!(self, Self::Write | Self::Zero { .. })
+    }
+
+    /// Asked of one copy, which answers with what it has.
+    fn is_query(self) -> bool {
+        matches!(self, Self::Read | Self::Hash | Self::Map)
+    }
+}
+
+/// What waits for a span of the volume to be free of writes (S16).
+#[derive(Debug)]
+enum Work<D> {
+    /// A write of the guest.
+    Guest(Submitted<D>),
+    /// A chunk of a sync.
+    Chunk {
+        copy: usize,
+        session: u64,
+        chunk: Chunk,
+    },
+    /// What this copy could not read.
+    Repair { copy: usize, span: Span },
 }
 
 #[derive(Debug)]
@@ -290,8 +295,9 @@ struct Pending<D> {
     data: Option<D>,
     /// Copies whose answer is still needed.
     waiting: CopySet,
-    /// Reads: copies asked already.
+    /// Reads: copies asked already, and those whose disk could not.
     tried: CopySet,
+    unreadable: CopySet,
     submitted: Nanos,
     /// A last copy answered this; nobody can replace it.
     failed: Option<Status>,
@@ -319,8 +325,8 @@ struct Done<D> {
 enum Purpose {
     /// Taking the volume over.
     Claim,
-    /// Ejecting copies.
-    Eject,
+    /// Ejecting, taking in, letting go, promoting.
+    Members,
     /// Going above a promise that led to nothing.
     Raise,
     /// Reconciliation has ended.
@@ -372,7 +378,13 @@ pub struct Attachment<D> {
     join: join::Join,
     reconcile: reconcile::Reconcile<D>,
     pending: InFlight<Pending<D>>,
-    overlaps: Overlaps<Submitted<D>>,
+    overlaps: Overlaps<Work<D>>,
+    syncs: BTreeMap<usize, sync::Sync>,
+    /// Targets of a sync that get every write to a chunk they have; their answers are as mandatory as an in-sync copy's.
+    mirrors: CopySet,
+    sessions: u64,
+    /// Average time of the guest's requests, for the throttle of syncs.
+    latency: super::throttle::Latency,
     /// Guest requests not started: not serving yet, or suspended.
     held: VecDeque<Submitted<D>>,
     /// Requests done on the copies that may not complete now (lease, failure mode).
@@ -422,6 +434,19 @@ pub struct CopyView {
     pub connected: bool,
     /// Why it was lost last.
     pub why: String,
+    /// How far it is in being brought up to date.
+    pub sync: Option<SyncView>,
+}
+
+/// A sync for people.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SyncView {
+    /// Bytes still to be compared or copied.
+    pub remaining_bytes: u64,
+    /// Bytes there were when it began.
+    pub total_bytes: u64,
+    /// Compared or copied in a second, lately.
+    pub bytes_per_second: u64,
 }
 
 impl<D: Payload> Attachment<D> {
@@ -457,6 +482,10 @@ impl<D: Payload> Attachment<D> {
             reconcile: reconcile::Reconcile::default(),
             pending: InFlight::default(),
             overlaps: Overlaps::default(),
+            syncs: BTreeMap::new(),
+            mirrors: CopySet::EMPTY,
+            sessions: 0,
+            latency: super::throttle::Latency::default(),
             held: VecDeque::new(),
             done: VecDeque::new(),
             not_serving_since: Some(now),
@@ -509,8 +538,9 @@ impl<D: Payload> Attachment<D> {
                 node: c.node.clone(),
                 status: c.status,
                 master: i == self.master,
-                connected: self.ready.has(i),
+                connected: self.ready.has(i) || self.mirrors.has(i),
                 why: self.peers[i].why.clone(),
+                sync: self.syncs.get(&i).map(sync::Sync::view),
             });
         Summary {
             phase: self.phase.clone(),
@@ -540,6 +570,7 @@ impl<D: Payload> Attachment<D> {
             Phase::Serving | Phase::Configuring | Phase::Leaving => {
                 self.tick_heartbeats();
                 self.tick_failing();
+                self.tick_syncs();
             }
             _ => {}
         }
@@ -547,9 +578,10 @@ impl<D: Payload> Attachment<D> {
         self.advance();
     }
 
-    /// A message of the connection to `copy`, in its order.
-    pub fn on_message(&mut self, now: Nanos, copy: usize, message: Message, data: Option<D>) {
+    /// A message of a link, in its order.
+    pub fn on_message(&mut self, now: Nanos, link: usize, message: Message, data: Option<D>) {
         self.now = now;
+        let copy = link % COPIES_MAX;
         // After a loss the connection may bring what was on its way: it is ended already.
         if self.ended() || self.peers[copy].link != Link::Up {
             return;
@@ -573,6 +605,17 @@ impl<D: Payload> Attachment<D> {
             Message::PromiseAck(disk) => self.promised(copy, disk),
             Message::AttachAck { epoch } => self.attached(copy, epoch),
             Message::DetachAck { .. } => self.peers[copy].detached = true,
+            Message::SyncReady { disk, ticket } => self.target_ready(copy, disk, ticket),
+            Message::SyncHashReply { seq, status, hash } => {
+                self.hash_answered(copy, seq, status, hash)
+            }
+            Message::MapReply {
+                seq,
+                status,
+                dirty,
+                allocated,
+            } => self.map_answered(copy, seq, status, &dirty, &allocated),
+            Message::SyncDoneAck { .. } => self.target_done(copy),
             Message::Nack(refusal) => self.refused(copy, refusal),
             other => self.lose(
                 copy,
@@ -593,11 +636,11 @@ impl<D: Payload> Attachment<D> {
         self.advance();
     }
 
-    /// The node of `copy` has no such copy, or it takes nothing from us; there is no connection.
-    pub fn on_refused(&mut self, now: Nanos, copy: usize, refusal: Refusal) {
+    /// The node at the other end of `link` has no such copy, or it takes nothing from us; there is no connection.
+    pub fn on_refused(&mut self, now: Nanos, link: usize, refusal: Refusal) {
         self.now = now;
         if !self.ended() {
-            self.refused(copy, refusal);
+            self.refused(link % COPIES_MAX, refusal);
             self.advance();
         }
     }
@@ -633,14 +676,19 @@ impl<D: Payload> Attachment<D> {
         if self.ended() {
             return;
         }
-        self.propose_ejection();
+        self.propose_members();
         match self.phase {
             Phase::Configuring => self.advance_configuring(),
             // Not before the copies are known to be the same everywhere.
             Phase::Serving if self.leaving && self.record.state == State::Active => {
-                self.set_phase(Phase::Leaving, "5 clean detach")
+                if self.break_off_all("the volume is being detached") {
+                    self.set_phase(Phase::Leaving, "5 clean detach");
+                }
             }
-            Phase::Serving => self.advance_reconcile(),
+            Phase::Serving => {
+                self.advance_reconcile();
+                self.advance_syncs();
+            }
             Phase::Joining | Phase::Claiming if self.leaving => {
                 self.fence("detached before it was attached".into())
             }
@@ -665,9 +713,7 @@ impl<D: Payload> Attachment<D> {
     fn fence(&mut self, why: String) {
         self.set_phase(Phase::Fenced(why.clone()), "4 fence");
         self.event("4 fence", why);
-        for copy in 0..self.peers.len() {
-            self.actions.push_back(Action::Hangup(copy));
-        }
+        self.hang_up_all();
         self.actions.push_back(Action::Ended);
     }
 
@@ -695,20 +741,18 @@ impl<D: Payload> Attachment<D> {
     }
 
     fn configuration(&self) -> Configuration {
-        let absent = self
-            .record
-            .present()
-            .filter(|c| c.status != CopyStatus::InSync);
+        let absent = (self.record.copies.iter().enumerate())
+            .filter(|(_, c)| matches!(c.status, CopyStatus::Missing | CopyStatus::Syncing));
         Configuration {
             epoch: self.record.epoch,
             tag: self.record.epoch_tag,
             size: self.record.size,
             logged: self.record.logged(),
             absent: absent
-                .map(|c| Absent {
+                .map(|(i, c)| Absent {
                     copy_id: c.copy_id,
                     last: c.base.last.unwrap_or_default(),
-                    mirrored: false,
+                    mirrored: self.mirrors.has(i),
                 })
                 .collect(),
         }

@@ -10,7 +10,12 @@ impl<D> Replica<D> {
         match message {
             Message::Promise(promise) => return self.promise(session, promise),
             Message::Attach(config) => return self.configure(session, config, true),
+            Message::SyncBegin(config) => return self.begin_sync(session, config),
+            Message::SyncBulk { ticket, .. } => return self.admit_bulk(session, ticket),
             _ => {}
+        }
+        if self.bulk == Some(session) {
+            return self.bulk_request(session, message, data);
         }
         if self.bound != Some(session) {
             return self.refuse(
@@ -47,6 +52,35 @@ impl<D> Replica<D> {
                     self.reply(session, Message::HeartbeatAck { epoch, sent });
                 }
             }
+            (
+                Message::MapRead {
+                    epoch,
+                    seq,
+                    copy,
+                    first,
+                    count,
+                },
+                None,
+            ) => self.read_map(session, self.current(epoch), (seq, copy, first, count)),
+            (Message::SyncHash(request), None) => {
+                let status = self.invalid(&request);
+                self.hash(session, request, status);
+            }
+            (Message::SyncData(request), Some(data)) => {
+                let status = self.invalid(&request);
+                self.sync_data(session, request, status, data);
+            }
+            (
+                Message::Mark {
+                    epoch,
+                    seq,
+                    copy,
+                    regions,
+                },
+                None,
+            ) => self.mark(session, epoch, seq, copy, regions),
+            (Message::Clear { epoch, copy, runs }, None) => self.clear(epoch, copy, &runs),
+            (Message::SyncDone { epoch }, None) => self.end_sync(session, epoch),
             (Message::Detach { epoch }, None) => {
                 if self.current(epoch) {
                     self.serial = Some(Serial::Detach { session, epoch });
@@ -59,23 +93,23 @@ impl<D> Replica<D> {
                     );
                 }
             }
-            (other, data) => {
-                let with = if data.is_some() {
-                    " with a payload"
-                } else {
-                    ""
-                };
-                self.refuse(
-                    session,
-                    Refusal::Protocol(format!("{}{with}", name(&other))),
-                );
-            }
+            (other, data) => self.unexpected(session, &other, data.is_some()),
         }
+    }
+
+    pub(super) fn unexpected(&mut self, session: SessionId, message: &Message, payload: bool) {
+        let with = if payload { " with a payload" } else { "" };
+        let text = format!("{}{with}", name(message));
+        self.refuse(session, Refusal::Protocol(text));
     }
 
     /// S7: what is of another epoch, or of one below the promise, is not accepted.
     pub(super) fn current(&self, epoch: Epoch) -> bool {
-        epoch == self.state.epoch && self.state.promised <= epoch
+        let mine = match self.role {
+            Role::Member => self.state.epoch,
+            Role::Target { epoch, .. } => epoch,
+        };
+        epoch == mine && self.state.promised <= epoch
     }
 
     pub(super) fn promise(&mut self, session: SessionId, promise: Promise) {
@@ -171,7 +205,8 @@ impl<D> Replica<D> {
                 },
             );
         }
-        if self.state.standing == Standing::Inconsistent {
+        let target = matches!(self.role, Role::Target { .. }) && !attach;
+        if self.state.standing == Standing::Inconsistent && !target {
             return self.refuse(session, Refusal::Inconsistent);
         }
         if config.size < self.state.size {
@@ -208,8 +243,12 @@ impl<D> Replica<D> {
         }
         // The chunk is marked for every copy that misses this write. The bit in memory is enough: until the region
         // leaves the log, and it leaves only after its bits are on disk, a restart marks the whole region (PROTOCOL 5.5).
-        for map in self.maps.iter_mut().flatten() {
-            map.set_span(request.span);
+        for (map, mirrored) in self.maps.iter_mut().zip(self.mirrored) {
+            if let Some(map) = map
+                && !mirrored
+            {
+                map.set_span(request.span);
+            }
         }
         if !self.logged {
             return self.issue(session, request, change, false);
@@ -292,10 +331,15 @@ impl<D> Replica<D> {
     }
 
     pub(super) fn invalid(&self, request: &Request) -> Option<Status> {
-        let Span { offset, len } = request.span;
         if !self.current(request.epoch) {
             return Some(Status::Stale);
         }
+        self.outside(request)
+    }
+
+    /// Why the range is none of this copy's.
+    pub(super) fn outside(&self, request: &Request) -> Option<Status> {
+        let Span { offset, len } = request.span;
         let inside = offset
             .checked_add(u64::from(len))
             .is_some_and(|end| end <= self.state.size);
@@ -307,6 +351,10 @@ impl<D> Replica<D> {
         if !self.current(epoch) {
             return self.ack(session, seq, Status::Stale);
         }
+        self.flush_disk(session, seq);
+    }
+
+    pub(super) fn flush_disk(&mut self, session: SessionId, seq: Seq) {
         // Everything acknowledged so far left the disk queue before this sync starts; later flushes share the next one.
         if self.flushing.is_some() {
             self.flush_next.push((session, seq));

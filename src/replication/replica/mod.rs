@@ -4,20 +4,22 @@
 //! after each batch call [`Replica::end_turn`] (it starts the batch's one log transaction), then carry out every
 //! [`Action`] of [`Replica::poll`], in order. `D` is whatever the engine calls the bytes of a request.
 
+mod bitmaps;
 mod messages;
 mod results;
 mod serial;
+mod target;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use super::activity_log::{ActivityLog, Touch, Transaction};
 use super::copy_state::{BITMAPS_MAX, Bitmap, CopyState, Standing};
 use super::dirty_map::DirtyMap;
-use super::ids::{BootId, Chunk, Epoch, Instance, Nanos, NodeName, Region, SECTOR, Seq, Span};
-use super::in_flight::InFlight;
-use super::message::{
-    Absent, Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status,
+use super::ids::{
+    BootId, Chunk, CopyId, Epoch, Instance, Nanos, NodeName, Region, SECTOR, Seq, Span, Tag,
 };
+use super::in_flight::InFlight;
+use super::message::{Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status};
 use super::timing::Timing;
 
 /// One connection, numbered by the engine; never reused.
@@ -145,7 +147,19 @@ enum Op {
         session: SessionId,
         seq: Seq,
     },
+    Hash {
+        session: SessionId,
+        seq: Seq,
+    },
+    /// With the bits asked for.
+    Map {
+        session: SessionId,
+        seq: Seq,
+        dirty: Vec<u64>,
+    },
     Sync,
+    /// With the marks to be answered when they are durable.
+    Bitmaps(Vec<(SessionId, Seq)>),
     BitmapsThenLog(Transaction),
     Log(Transaction),
     Grow,
@@ -184,7 +198,28 @@ enum Serial {
         session: SessionId,
         epoch: Epoch,
     },
+    /// The copy is to be brought up to date; with what its disk said before, once that is known.
+    BeginSync {
+        session: SessionId,
+        config: Configuration,
+        before: Option<DiskState>,
+    },
+    /// It has been: first the bitmaps, then the superblock.
+    EndSync {
+        session: SessionId,
+        marked: bool,
+    },
     Failing,
+}
+
+/// As what the copy takes requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// As a member of the in-sync set, in the epoch of its superblock.
+    Member,
+    /// As the target of a sync, in this epoch. The superblock's epoch stays: it says from when the data are, until the
+    /// sync ends (PROTOCOL 6).
+    Target { epoch: Epoch, tag: Tag },
 }
 
 /// Who served the volume when this process last knew.
@@ -204,8 +239,13 @@ pub struct Replica<D> {
     log: ActivityLog,
     logged: bool,
     maps: [Option<DirtyMap>; BITMAPS_MAX],
+    /// The slots' copies that get every write to a chunk that is not marked: writes mark nothing for them.
+    mirrored: [bool; BITMAPS_MAX],
+    role: Role,
     /// The session whose requests are taken.
     bound: Option<SessionId>,
+    /// Its second connection, for bulk.
+    bulk: Option<SessionId>,
     /// Who was promised last, or is attached.
     holder: Option<Holder>,
     /// The session that holds the newest promise and has not attached yet.
@@ -221,6 +261,12 @@ pub struct Replica<D> {
     data_in_flight: usize,
     flushing: Option<Vec<(SessionId, Seq)>>,
     flush_next: Vec<(SessionId, Seq)>,
+    /// Regions whose bits were marked, and who waits for that to be durable.
+    marks: Vec<(SessionId, Seq, Vec<Region>)>,
+    /// Regions with bits that were cleared in memory only.
+    cleared: BTreeSet<Region>,
+    /// Bitmap pages are being written outside of a log transaction.
+    bitmaps_running: bool,
     look_for_idle: bool,
     /// Sessions to be refused for the failed disk once it works on nothing any more.
     ending: Vec<SessionId>,
@@ -248,11 +294,14 @@ impl<D> Replica<D> {
             // Until an attachment says otherwise.
             logged: true,
             maps,
+            mirrored: [false; BITMAPS_MAX],
+            role: Role::Member,
             state,
             boot_id,
             timing,
             now,
             bound: None,
+            bulk: None,
             holder: None,
             promised_to: None,
             unclaimed: None,
@@ -266,6 +315,9 @@ impl<D> Replica<D> {
             data_in_flight: 0,
             flushing: None,
             flush_next: Vec::new(),
+            marks: Vec::new(),
+            cleared: BTreeSet::new(),
+            bitmaps_running: false,
             look_for_idle: false,
             ending: Vec::new(),
             actions: VecDeque::new(),
@@ -339,6 +391,10 @@ impl<D> Replica<D> {
         if self.bound == Some(session) {
             self.bound = None;
         }
+        if self.bulk == Some(session) {
+            self.bulk = None;
+        }
+        self.marks.retain(|(s, ..)| *s != session);
         if self
             .promised_to
             .as_ref()
@@ -389,7 +445,17 @@ impl<D> Replica<D> {
                     status: Status::Io,
                 },
             ),
+            (Op::Hash { session, seq }, result) => self.hashed(session, seq, &result),
+            (
+                Op::Map {
+                    session,
+                    seq,
+                    dirty,
+                },
+                result,
+            ) => self.mapped(session, seq, dirty, result),
             (Op::Sync, DiskResult::Done(_)) => self.synced(),
+            (Op::Bitmaps(asked), DiskResult::Done(_)) => self.bitmaps_written(&asked),
             (Op::BitmapsThenLog(txn), DiskResult::Done(_)) => {
                 let next = DiskOp::Log(txn.clone());
                 self.start(Op::Log(txn), next);
@@ -420,6 +486,7 @@ impl<D> Replica<D> {
         if self.serial.is_some() {
             return self.advance_serial();
         }
+        self.write_bitmaps();
         self.start_transaction();
     }
 

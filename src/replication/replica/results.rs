@@ -41,7 +41,10 @@ impl<D> Replica<D> {
         if !self.logged && self.queue.is_empty() && !idle {
             return;
         }
-        if let Some(txn) = self.log.transaction(self.now, idle) {
+        // S11: two writes of one bitmap page may land in either order; were the older last, bits marked meanwhile would be
+        // gone from the disk, and their region from the log.
+        let retires = !self.bitmaps_running;
+        if let Some(txn) = self.log.transaction(self.now, idle, retires) {
             self.write_transaction(txn);
         }
     }

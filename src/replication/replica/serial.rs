@@ -43,13 +43,14 @@ impl<D> Replica<D> {
             }
             Some(Serial::Detach { session, epoch }) => {
                 self.serial = Some(Serial::Detach { session, epoch });
-                if self.data_in_flight > 0 || !self.queue.is_empty() || self.log.running() {
+                let busy = self.log.running() || self.bitmaps_running;
+                if self.data_in_flight > 0 || !self.queue.is_empty() || busy {
                     // What the log still wants is added first, so that emptying it finds nothing half-way.
                     return self.start_transaction();
                 }
                 match self
                     .log
-                    .transaction(self.now, false)
+                    .transaction(self.now, false, false)
                     .or_else(|| self.log.empty())
                 {
                     Some(txn) => self.write_transaction(txn),
@@ -58,6 +59,16 @@ impl<D> Replica<D> {
                         self.write_superblock();
                     }
                 }
+            }
+            Some(Serial::BeginSync {
+                session,
+                config,
+                before: None,
+            }) => self.become_target(session, config),
+            Some(Serial::EndSync { session, marked }) => self.advance_end_of_sync(session, marked),
+            Some(serial @ Serial::BeginSync { .. }) => {
+                self.serial = Some(serial);
+                self.write_superblock();
             }
             Some(Serial::Failing) => {
                 self.serial = Some(Serial::Failing);
@@ -75,41 +86,22 @@ impl<D> Replica<D> {
     ) {
         let grows = config.size > self.state.size;
         let s = &mut self.state;
-        assert!(
-            config.epoch >= s.epoch && config.epoch >= s.promised,
-            "S2: no epoch ever decreases on a disk"
-        );
-        (s.epoch, s.tag, s.promised, s.size) =
-            (config.epoch, config.tag, config.epoch, config.size);
+        match &mut self.role {
+            Role::Member => {
+                assert!(
+                    config.epoch >= s.epoch && config.epoch >= s.promised,
+                    "S2: no epoch ever decreases on a disk"
+                );
+                (s.epoch, s.tag) = (config.epoch, config.tag);
+            }
+            Role::Target { epoch, tag } => (*epoch, *tag) = (config.epoch, config.tag),
+        }
+        assert!(config.epoch >= s.promised, "S2: no promise is taken back");
+        (s.promised, s.size) = (config.epoch, config.size);
         s.clean = false;
         self.log.grow(config.size);
-        for (slot, map) in s.bitmaps.iter_mut().zip(&mut self.maps) {
-            if slot.is_some_and(|b| !config.absent.iter().any(|a| a.copy_id == b.copy_id)) {
-                *slot = None;
-                *map = None;
-            } else if let Some(map) = map {
-                map.grow(config.size);
-            }
-        }
-        for &Absent { copy_id, last, .. } in &config.absent {
-            if s.bitmaps.iter().flatten().any(|b| b.copy_id == copy_id) {
-                continue;
-            }
-            let Some(free) = s.bitmaps.iter().position(Option::is_none) else {
-                return self.refuse(
-                    session,
-                    Refusal::Protocol("more missing copies than bitmaps".into()),
-                );
-            };
-            // What the missing copy may lack of epochs up to its last is in this log: every write it did not
-            // acknowledge made its region active here first (PROTOCOL 2.6, S11).
-            let mut map = DirtyMap::new(config.size);
-            self.log
-                .regions()
-                .into_iter()
-                .for_each(|r| map.set_region(r, config.size));
-            s.bitmaps[free] = Some(Bitmap { copy_id, last });
-            self.maps[free] = Some(map);
+        if let Err(refusal) = self.keep_bitmaps(&config) {
+            return self.refuse(session, refusal);
         }
         self.logged = config.logged;
         let size = config.size;
@@ -189,6 +181,10 @@ impl<D> Replica<D> {
                 self.event("5 clean detach", format!("released in epoch {epoch}"));
                 self.reply(session, Message::DetachAck { epoch });
             }
+            Some(Serial::BeginSync {
+                session, before, ..
+            }) => self.target_ready(session, before),
+            Some(Serial::EndSync { session, .. }) => self.sync_ended(session),
             Some(Serial::Failing) | None => {}
         }
         while self.serial.is_none() {
@@ -222,7 +218,7 @@ impl<D> Replica<D> {
         {
             self.ack(session, seq, Status::Io);
         }
-        if let Some(session) = self.bound.take() {
+        for session in [self.bound.take(), self.bulk.take()].into_iter().flatten() {
             self.refuse_failed(session);
         }
         for (session, ..) in std::mem::take(&mut self.inbox) {
@@ -231,6 +227,8 @@ impl<D> Replica<D> {
         if let Some(
             Serial::Promise { session, .. }
             | Serial::Configure { session, .. }
+            | Serial::BeginSync { session, .. }
+            | Serial::EndSync { session, .. }
             | Serial::Detach { session, .. },
         ) = self.serial.replace(Serial::Failing)
         {
@@ -242,7 +240,7 @@ impl<D> Replica<D> {
     pub(super) fn disk_works(&self) -> bool {
         self.ops
             .iter()
-            .any(|(_, op)| matches!(op, Op::Data { .. } | Op::Read { .. }))
+            .any(|(_, op)| matches!(op, Op::Data { .. } | Op::Read { .. } | Op::Hash { .. }))
     }
 
     /// Refuses the session, but not before the disk's last answer has gone out: write 1 fails while write 2, from the
