@@ -12,10 +12,12 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
 
 use io_uring::{IoUring, opcode, types};
+use xxhash_rust::xxh3::xxh3_128;
 
 use super::buffer::{ALIGN, Buffer, Bytes, GuestPart};
+use super::extents::Walk;
 use crate::guest::{IoVec, copy_from_guest, copy_to_guest};
-use crate::replication::ids::{Nanos, Seq, Span};
+use crate::replication::ids::{Chunk, Nanos, Seq, Span};
 use crate::replication::in_flight::InFlight;
 
 /// Entries of the submission queue, and operations that the kernel has at once; more wait here.
@@ -35,7 +37,7 @@ pub struct Token {
 /// Kinds of disk operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// Data read.
+    /// Data read, to be sent or to be hashed.
     Read(u32),
     /// Data written.
     Write(u32),
@@ -43,8 +45,21 @@ pub enum Work {
     Discard(u32),
     /// fdatasync of the data.
     Flush,
-    /// Superblock, log or bitmaps.
+    /// Superblock, log or bitmaps; the data file's extents.
     Meta,
+}
+
+/// What an operation that went well brings.
+#[derive(Debug)]
+pub enum Output {
+    /// Nothing; or the bytes went to guest memory.
+    Nothing,
+    /// The bytes read.
+    Data(Bytes),
+    /// XXH3, 128 bits, of the bytes read.
+    Hash(u128),
+    /// Chunks that hold data: 64 a word, the first lowest.
+    Allocated(Vec<u64>),
 }
 
 /// One finished operation.
@@ -54,8 +69,8 @@ pub struct Completion {
     pub token: Token,
     /// When it was asked for.
     pub started: Nanos,
-    /// `Ok` when all bytes were transferred; reads bring them unless they went to guest memory.
-    pub result: io::Result<Option<Bytes>>,
+    /// `Ok` when all bytes were transferred.
+    pub result: io::Result<Output>,
 }
 
 /// How a file is to be accessed.
@@ -94,6 +109,8 @@ enum Held {
     },
     /// Read into.
     ReadBuffer(Buffer),
+    /// Read into, for the hash only.
+    HashBuffer(Buffer),
     /// Read into a buffer of ours, then copied to the guest.
     Bounce(Buffer, GuestPart),
     /// The kernel reads `_pieces` while the operation runs; the part keeps the guest's memory.
@@ -119,6 +136,14 @@ struct Running {
     _file: Rc<File>,
 }
 
+/// A walk along a file's extents, under way.
+struct Walking {
+    token: Token,
+    started: Nanos,
+    file: Rc<File>,
+    walk: Walk,
+}
+
 /// The worker's disk queue.
 pub struct Disk {
     ring: IoUring,
@@ -129,6 +154,7 @@ pub struct Disk {
     /// Handed over and not completed. Kept at [`ENTRIES`], half of what the completion queue holds:
     /// were that to overflow, completions would wait in the kernel for a call that never comes.
     in_kernel: u32,
+    walks: VecDeque<Walking>,
     done: VecDeque<Completion>,
     /// The turn's time.
     pub now: Nanos,
@@ -145,6 +171,7 @@ impl Disk {
             backlog: VecDeque::new(),
             unsubmitted: false,
             in_kernel: 0,
+            walks: VecDeque::new(),
             done: VecDeque::new(),
             now: Nanos::default(),
         })
@@ -153,7 +180,8 @@ impl Disk {
     /// Writes `data` at `span`; durably when `dsync`.
     pub fn write(&mut self, token: Token, file: &DataFile, span: Span, data: Bytes, dsync: bool) {
         if file.memory {
-            let result = write_now(&file.file, span.offset, &data, dsync).map(|()| None);
+            let result = write_now(&file.file, span.offset, &data, dsync);
+            let result = result.map(|()| Output::Nothing);
             return self.finished(token, result);
         }
         debug_assert!(file.fits(span), "requests are whole logical blocks");
@@ -208,18 +236,15 @@ impl Disk {
             _ => None,
         };
         if file.memory {
-            let result = read_now(&file.file, span, guest);
+            let result = match guest {
+                None => read_now(&file.file, span).map(|b| Output::Data(Bytes::from_buffer(b))),
+                Some(part) => read_guest_now(&file.file, span, &part).map(|()| Output::Nothing),
+            };
             return self.finished(token, result);
         }
-        let entry = |ptr: *mut u8| {
-            opcode::Read::new(fd(&file.file), ptr, span.len)
-                .offset(span.offset)
-                .build()
-        };
         let (held, entry) = match guest {
             None => {
-                let buffer = Buffer::new(span.len as usize);
-                let entry = entry(buffer.as_ptr());
+                let (buffer, entry) = read_entry(file, span);
                 (Held::ReadBuffer(buffer), entry)
             }
             Some(part) => {
@@ -240,13 +265,56 @@ impl Disk {
                         entry,
                     )
                 } else {
-                    let buffer = Buffer::new(span.len as usize);
-                    let entry = entry(buffer.as_ptr());
+                    let (buffer, entry) = read_entry(file, span);
                     (Held::Bounce(buffer, part), entry)
                 }
             }
         };
         self.start(token, &file.file, held, span.len as usize, entry);
+    }
+
+    /// Hashes `span`.
+    pub fn hash(&mut self, token: Token, file: &DataFile, span: Span) {
+        if file.memory {
+            let result = read_now(&file.file, span).map(|b| Output::Hash(xxh3_128(&b)));
+            return self.finished(token, result);
+        }
+        let (buffer, entry) = read_entry(file, span);
+        let held = Held::HashBuffer(buffer);
+        self.start(token, &file.file, held, span.len as usize, entry);
+    }
+
+    /// Finds out which of `count` chunks from `first` on hold data. Nothing waits for this but its own answer: each
+    /// [`Disk::walk`] brings it on a little.
+    pub fn allocated(&mut self, token: Token, file: &DataFile, first: Chunk, count: u32) {
+        self.walks.push_back(Walking {
+            token,
+            started: self.now,
+            file: Rc::clone(&file.file),
+            walk: Walk::new(first, count),
+        });
+    }
+
+    /// Takes one step of one walk. Call it once a turn, and do not sleep while there are [`Disk::walks`].
+    pub fn walk(&mut self) {
+        let Some(mut walking) = self.walks.pop_front() else {
+            return;
+        };
+        let result = match walking.walk.step(&walking.file) {
+            Ok(None) => return self.walks.push_back(walking),
+            Ok(Some(words)) => Ok(Output::Allocated(words)),
+            Err(e) => Err(e),
+        };
+        self.done.push_back(Completion {
+            token: walking.token,
+            started: walking.started,
+            result,
+        });
+    }
+
+    /// Whether a walk is under way.
+    pub fn walks(&self) -> bool {
+        !self.walks.is_empty()
     }
 
     /// Makes `span` zero. A hole reads as zeros on every file system that has holes; not every one
@@ -263,7 +331,7 @@ impl Disk {
     /// fdatasync.
     pub fn sync(&mut self, token: Token, file: &DataFile) {
         if file.memory {
-            let result = file.file.sync_data().map(|()| None);
+            let result = file.file.sync_data().map(|()| Output::Nothing);
             return self.finished(token, result);
         }
         let entry = opcode::Fsync::new(fd(&file.file))
@@ -275,7 +343,7 @@ impl Disk {
     /// Writes metadata, durably.
     pub fn meta(&mut self, token: Token, file: &DataFile, offset: u64, bytes: Box<[u8]>) {
         if file.memory {
-            let result = write_all_at(&file.file, &bytes, offset).map(|()| None);
+            let result = write_all_at(&file.file, &bytes, offset).map(|()| Output::Nothing);
             return self.finished(token, result);
         }
         let len = bytes.len();
@@ -295,7 +363,7 @@ impl Disk {
         entry: io_uring::squeue::Entry,
     ) {
         let short = match held {
-            Held::ReadBuffer(_) | Held::Bounce(..) => libc::EIO,
+            Held::ReadBuffer(_) | Held::HashBuffer(_) | Held::Bounce(..) => libc::EIO,
             _ => libc::ENOSPC,
         };
         let started = self.now;
@@ -314,7 +382,7 @@ impl Disk {
         self.backlog.push_back(entry.user_data(id.0));
     }
 
-    fn finished(&mut self, token: Token, result: io::Result<Option<Bytes>>) {
+    fn finished(&mut self, token: Token, result: io::Result<Output>) {
         let started = self.now;
         self.done.push_back(Completion {
             token,
@@ -396,14 +464,15 @@ impl Running {
             Err(io::Error::from_raw_os_error(self.short))
         } else {
             Ok(match self.held {
-                Held::ReadBuffer(buffer) => Some(Bytes::from_buffer(buffer)),
+                Held::ReadBuffer(buffer) => Output::Data(Bytes::from_buffer(buffer)),
+                Held::HashBuffer(buffer) => Output::Hash(xxh3_128(&buffer)),
                 Held::Bounce(buffer, part) => {
                     // SAFETY: the part holds its request, so its pieces are mapped.
                     unsafe { copy_to_guest(&buffer, &part.pieces()) };
-                    None
+                    Output::Nothing
                 }
                 Held::Guest { .. } | Held::Buffer { .. } | Held::Meta { .. } | Held::Nothing => {
-                    None
+                    Output::Nothing
                 }
             })
         };
@@ -451,27 +520,33 @@ fn write_now(file: &File, offset: u64, data: &Bytes, dsync: bool) -> io::Result<
     if dsync { file.sync_data() } else { Ok(()) }
 }
 
-fn read_now(file: &File, span: Span, guest: Option<GuestPart>) -> io::Result<Option<Bytes>> {
-    match guest {
-        None => {
-            let mut buffer = Buffer::new(span.len as usize);
-            std::os::unix::fs::FileExt::read_exact_at(file, &mut buffer, span.offset)?;
-            Ok(Some(Bytes::from_buffer(buffer)))
-        }
-        Some(part) => {
-            let pieces = part.pieces();
-            // SAFETY: the part holds its request, so the pieces are mapped; the count is theirs.
-            let read = unsafe {
-                libc::preadv(
-                    file.as_raw_fd(),
-                    IoVec::as_raw(&pieces),
-                    pieces.len() as i32,
-                    span.offset as i64,
-                )
-            };
-            whole(read, part.len, libc::EIO).map(|()| None)
-        }
-    }
+/// A buffer for `span`, and the request that fills it.
+fn read_entry(file: &DataFile, span: Span) -> (Buffer, io_uring::squeue::Entry) {
+    let buffer = Buffer::new(span.len as usize);
+    let entry = opcode::Read::new(fd(&file.file), buffer.as_ptr(), span.len)
+        .offset(span.offset)
+        .build();
+    (buffer, entry)
+}
+
+fn read_now(file: &File, span: Span) -> io::Result<Buffer> {
+    let mut buffer = Buffer::new(span.len as usize);
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut buffer, span.offset)?;
+    Ok(buffer)
+}
+
+fn read_guest_now(file: &File, span: Span, part: &GuestPart) -> io::Result<()> {
+    let pieces = part.pieces();
+    // SAFETY: the part holds its request, so the pieces are mapped; the count is theirs.
+    let read = unsafe {
+        libc::preadv(
+            file.as_raw_fd(),
+            IoVec::as_raw(&pieces),
+            pieces.len() as i32,
+            span.offset as i64,
+        )
+    };
+    whole(read, part.len, libc::EIO)
 }
 
 fn whole(done: isize, want: usize, short: i32) -> io::Result<()> {
@@ -479,5 +554,101 @@ fn whole(done: isize, want: usize, short: i32) -> io::Result<()> {
         Err(_) => Err(io::Error::last_os_error()),
         Ok(n) if n == want => Ok(()),
         Ok(_) => Err(io::Error::from_raw_os_error(short)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    /// A worker's disk queue whose event one can wait for.
+    struct Bench {
+        disk: Disk,
+        event: vmm_sys_util::eventfd::EventFd,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+            let disk = Disk::new(event.as_raw_fd()).unwrap();
+            Self { disk, event }
+        }
+
+        fn one(&mut self, ask: impl FnOnce(&mut Disk, Token)) -> io::Result<Output> {
+            let token = Token {
+                volume: 3,
+                ticket: Seq(9),
+                work: Work::Meta,
+            };
+            ask(&mut self.disk, token);
+            self.disk.submit().unwrap();
+            loop {
+                self.disk.walk();
+                if let Some(done) = self.disk.completed() {
+                    assert_eq!(done.token, token);
+                    return done.result;
+                }
+                if !self.disk.walks() {
+                    self.event.read().unwrap();
+                }
+            }
+        }
+    }
+
+    fn file(dir: &Path, memory: bool, bytes: &[u8]) -> DataFile {
+        let file = tempfile::tempfile_in(dir).unwrap();
+        write_all_at(&file, bytes, 0).unwrap();
+        DataFile::new(file, 1, memory)
+    }
+
+    fn hash_of(span: Span, file: &DataFile) -> io::Result<Output> {
+        Bench::new().one(|disk, token| disk.hash(token, file, span))
+    }
+
+    #[test]
+    fn a_hash_is_the_same_on_every_way_to_the_file() {
+        // Given 256 KiB that are nowhere the same, on a disk and in memory,
+        let bytes: Vec<u8> = (0..65_536u32).flat_map(u32::to_le_bytes).collect();
+        let (tmp, shm) = (std::env::temp_dir(), Path::new("/dev/shm"));
+        let ways = [
+            file(&tmp, false, &bytes),
+            file(shm, true, &bytes),
+            file(shm, false, &bytes),
+        ];
+        for (offset, len) in [(0, 65_536), (65_536, 65_536), (512, 512), (196_608, 65_536)] {
+            let span = Span { offset, len };
+            let expected = xxh3_128(&bytes[offset as usize..][..len as usize]);
+            for file in &ways {
+                // when a span is hashed, by io_uring or by a system call,
+                let Ok(Output::Hash(found)) = hash_of(span, file) else {
+                    panic!("a hash of {span:?}")
+                };
+                // then it is the hash of these bytes.
+                assert_eq!(found, expected, "{span:?}");
+            }
+        }
+        // It travels between nodes, so that the function itself is part of the protocol: XXH3's own test vector.
+        assert_eq!(xxh3_128(b""), 0x99aa_06d3_0147_98d8_6001_c324_468d_497f);
+    }
+
+    #[test]
+    fn a_hash_of_bytes_that_are_not_there_is_an_error() {
+        let span = Span {
+            offset: 4096,
+            len: 4096,
+        };
+        for (dir, memory) in [(&std::env::temp_dir(), false), (&"/dev/shm".into(), true)] {
+            let short = file(dir, memory, &[1; 6000]);
+            assert!(hash_of(span, &short).is_err());
+        }
+    }
+
+    #[test]
+    fn extents_are_reported_under_the_token_of_who_asked() {
+        let file = file(&std::env::temp_dir(), false, &[1; 70_000]);
+        let found = Bench::new().one(|disk, token| disk.allocated(token, &file, Chunk(0), 65));
+        assert!(matches!(found, Ok(Output::Allocated(words)) if words == [3, 0]));
     }
 }

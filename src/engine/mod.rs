@@ -7,6 +7,7 @@ pub mod command;
 mod conn;
 mod context;
 mod disk;
+mod extents;
 mod plane;
 mod rings;
 mod volume;

@@ -10,7 +10,7 @@ use super::command::{
     VolumeStatus,
 };
 use super::context::Context;
-use super::disk::{Completion, DataFile, Token, Work};
+use super::disk::{Completion, DataFile, Output, Token, Work};
 use super::rings::Rings;
 use crate::cluster::metrics::{Layer, VolumeMetrics};
 use crate::copy::layout::WORDS_PER_PAGE;
@@ -197,7 +197,10 @@ impl Volume {
         let ticket = done.token.ticket;
         copy.count(&done, ctx.now);
         let mut result = match done.result {
-            Ok(data) => DiskResult::Done(data),
+            Ok(Output::Nothing) => DiskResult::Done(None),
+            Ok(Output::Data(data)) => DiskResult::Done(Some(data)),
+            Ok(Output::Hash(hash)) => DiskResult::Hash(hash),
+            Ok(Output::Allocated(words)) => DiskResult::Allocated(words),
             Err(error) => {
                 log::error!("volume {}: the copy's disk answered: {error}", self.id);
                 match error.raw_os_error() {
@@ -286,10 +289,9 @@ impl Volume {
     fn start_disk(&mut self, ctx: &mut Context, ticket: Ticket, op: DiskOp<Bytes>) {
         let work = match &op {
             DiskOp::Write { span, .. } => Work::Write(span.len),
-            DiskOp::Read { span, .. } => Work::Read(span.len),
+            DiskOp::Read { span, .. } | DiskOp::Hash { span } => Work::Read(span.len),
             DiskOp::Zero { span, .. } => Work::Discard(span.len),
             DiskOp::Sync => Work::Flush,
-            DiskOp::Hash { .. } | DiskOp::Allocated { .. } => unreachable!("being written"),
             _ => Work::Meta,
         };
         let token = Token {
@@ -311,7 +313,12 @@ impl Volume {
             DiskOp::Sync => {
                 ctx.disk.sync(token, &copy.data);
             }
-            DiskOp::Hash { .. } | DiskOp::Allocated { .. } => {}
+            DiskOp::Hash { span } => {
+                ctx.disk.hash(token, &copy.data, span);
+            }
+            DiskOp::Allocated { first, count } => {
+                ctx.disk.allocated(token, &copy.data, first, count);
+            }
             DiskOp::Grow { size } => {
                 let done = copy.store.grow(size, false);
                 if let Err(e) = &done {

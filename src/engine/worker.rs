@@ -210,7 +210,11 @@ impl Loop {
     }
 
     fn wait(&self) -> Option<Duration> {
-        if !self.touched.is_empty() || !self.readable.is_empty() || !self.ctx.unsent.is_empty() {
+        let more = !self.touched.is_empty()
+            || !self.readable.is_empty()
+            || !self.ctx.unsent.is_empty()
+            || self.ctx.disk.walks();
+        if more {
             return Some(Duration::ZERO);
         }
         let tick = if self.busy { TICK } else { IDLE_TICK };
@@ -229,6 +233,7 @@ impl Loop {
             self.ticked = self.ctx.now;
             self.tick();
         }
+        self.ctx.disk.walk();
         self.settle();
         self.finish();
     }

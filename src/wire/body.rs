@@ -1,8 +1,10 @@
 //! Reading and writing the fields of variable bodies. A reader never allocates more than the bytes it holds can fill.
 
 use super::WireError;
-use crate::replication::ids::{COPIES_MAX, CopyId, Epoch, NodeName, REGIONS_MAX, Region, Seq};
-use crate::replication::message::{Absent, Status};
+use crate::replication::ids::{
+    COPIES_MAX, Chunk, CopyId, Epoch, NodeName, REGIONS_MAX, Region, Seq,
+};
+use crate::replication::message::{Absent, MAP_CHUNKS, RUNS_MAX, Status};
 
 /// The longest text (a node's name, a refusal's words), in bytes.
 pub const TEXT_MAX: usize = 256;
@@ -12,6 +14,10 @@ pub const ACKS_MAX: usize = 1024;
 const ACK_LEN: usize = 9;
 /// Bytes of one absent copy: its id, its last epoch, whether writes are mirrored to it.
 const ABSENT_LEN: usize = 25;
+/// Bytes of one run of chunks: the first, how many.
+const RUN_LEN: usize = 8;
+/// Words of one map: a bit for each chunk that a `MapRead` may ask about.
+pub const WORDS_MAX: usize = MAP_CHUNKS.div_ceil(64) as usize;
 /// The longest body, in bytes: a disk's state with every region its log can hold.
 pub const BODY_MAX: usize = 64 + 4 * REGIONS_MAX;
 
@@ -19,6 +25,8 @@ const _: () = {
     assert!(4 + ACKS_MAX * ACK_LEN <= BODY_MAX);
     assert!(64 + COPIES_MAX * ABSENT_LEN <= BODY_MAX);
     assert!(64 + TEXT_MAX <= BODY_MAX);
+    assert!(64 + RUNS_MAX * RUN_LEN <= BODY_MAX);
+    assert!(2 * (4 + WORDS_MAX * 8) <= BODY_MAX);
 };
 
 /// The longest start of `text` that fits [`TEXT_MAX`].
@@ -80,6 +88,43 @@ pub(super) fn put_acks(out: &mut Vec<u8>, acks: &[(Seq, Status)]) {
     }
 }
 
+/// One map of a `MapReply`.
+pub(super) fn put_words(out: &mut Vec<u8>, words: &[u64]) {
+    assert!(
+        words.len() <= WORDS_MAX,
+        "a map has at most {WORDS_MAX} words"
+    );
+    out.extend_from_slice(&(words.len() as u32).to_le_bytes());
+    for word in words {
+        out.extend_from_slice(&word.to_le_bytes());
+    }
+}
+
+pub(super) fn put_runs(out: &mut Vec<u8>, runs: &[(Chunk, u32)]) {
+    assert!(
+        runs.len() <= RUNS_MAX,
+        "one Clear has at most {RUNS_MAX} runs"
+    );
+    out.extend_from_slice(&(runs.len() as u32).to_le_bytes());
+    for &(first, count) in runs {
+        put_run(out, first, count);
+    }
+}
+
+pub(super) fn put_run(out: &mut Vec<u8>, first: Chunk, count: u32) {
+    assert!(
+        run_is_sound(first, count),
+        "a run has chunks, and they have numbers"
+    );
+    out.extend_from_slice(&first.0.to_le_bytes());
+    out.extend_from_slice(&count.to_le_bytes());
+}
+
+/// Not empty, and the chunk behind its last one still has a number: nobody who goes along it overflows.
+fn run_is_sound(first: Chunk, count: u32) -> bool {
+    count > 0 && first.0.checked_add(count).is_some()
+}
+
 pub(super) fn status_code(status: Status) -> u8 {
     match status {
         Status::Ok => 0,
@@ -134,6 +179,10 @@ impl<'a> Reader<'a> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 
+    pub fn u128(&mut self) -> Result<u128, WireError> {
+        Ok(u128::from_le_bytes(self.array()?))
+    }
+
     pub fn text(&mut self) -> Result<String, WireError> {
         let len = usize::from(self.u16()?);
         within("text", len, TEXT_MAX)?;
@@ -184,6 +233,23 @@ impl<'a> Reader<'a> {
         self.list("number of answers", ACKS_MAX, ACK_LEN, |r| {
             Ok((Seq(r.u64()?), status(r.u8()?)?))
         })
+    }
+
+    /// One map of a `MapReply`.
+    pub fn words(&mut self) -> Result<Vec<u64>, WireError> {
+        self.list("number of words", WORDS_MAX, 8, Self::u64)
+    }
+
+    pub fn runs(&mut self) -> Result<Vec<(Chunk, u32)>, WireError> {
+        self.list("number of runs", RUNS_MAX, RUN_LEN, Self::run)
+    }
+
+    pub fn run(&mut self) -> Result<(Chunk, u32), WireError> {
+        let (first, count) = (Chunk(self.u32()?), self.u32()?);
+        if !run_is_sound(first, count) {
+            return Err(WireError::Malformed("run of chunks"));
+        }
+        Ok((first, count))
     }
 
     /// Nothing may be left over.

@@ -9,13 +9,13 @@
 //! | 8 | 4 | handle of the volume on this connection |
 //! | 12 | 4 | length of the body |
 //! | 16 | 8 | epoch |
-//! | 24 | 8 | sequence number; heartbeats: `stable` |
+//! | 24 | 8 | sequence number; heartbeats: `stable`; `SyncReady`, `SyncBulk`: the ticket |
 //! | 32 | 8 | first byte of the range; heartbeats: `sent` |
 //! | 40 | 4 | length of the range, which is that of the payload once expanded |
 //! | 44 | 4 | length of the payload as sent; 0 = none |
 //! | 48 | 4 | CRC32C of the payload as sent; 0 without one |
 //! | 52 | 4 | CRC32C of the body; 0 without one |
-//! | 56 | 4 | status of a read's answer |
+//! | 56 | 4 | status of the answer to a read, a hash or a map |
 //! | 60 | 4 | CRC32C of bytes 0–59 |
 //!
 //! Numbers are little-endian; fields that a type does not use are zero. The header verifies by itself, so that a length that
@@ -23,12 +23,12 @@
 
 use super::WireError;
 use super::body::{self, Reader, within};
-pub use super::body::{ACKS_MAX, BODY_MAX, TEXT_MAX};
+pub use super::body::{ACKS_MAX, BODY_MAX, TEXT_MAX, WORDS_MAX};
 use crate::replication::ids::{
-    BootId, Epoch, IO_MAX, Instance, Nanos, NodeName, SECTOR, Seq, Span, Tag,
+    BootId, CopyId, Epoch, IO_MAX, Instance, Nanos, NodeName, SECTOR, Seq, Span, Tag,
 };
 use crate::replication::message::{
-    Configuration, DiskState, Message, Promise, Proof, Refusal, Request,
+    Configuration, DiskState, MAP_CHUNKS, Message, Promise, Proof, Refusal, Request, Status,
 };
 
 /// Bytes of a frame's header.
@@ -48,6 +48,7 @@ const FLAG_PROBE: u16 = 1 << 3;
 const FLAG_CLEAN: u16 = 1 << 4;
 const FLAG_LOGGED: u16 = 1 << 5;
 const FLAG_LOG_PRESSURE: u16 = 1 << 6;
+const FLAG_ALL: u16 = 1 << 7;
 
 /// The messages' numbers: never reused, never renumbered.
 mod kind {
@@ -69,6 +70,18 @@ mod kind {
     pub const DETACH: u8 = 16;
     pub const DETACH_ACK: u8 = 17;
     pub const NACK: u8 = 18;
+    pub const SYNC_BEGIN: u8 = 19;
+    pub const SYNC_READY: u8 = 20;
+    pub const SYNC_BULK: u8 = 21;
+    pub const MAP_READ: u8 = 22;
+    pub const MAP_REPLY: u8 = 23;
+    pub const MARK: u8 = 24;
+    pub const CLEAR: u8 = 25;
+    pub const SYNC_HASH: u8 = 26;
+    pub const SYNC_HASH_REPLY: u8 = 27;
+    pub const SYNC_DATA: u8 = 28;
+    pub const SYNC_DONE: u8 = 29;
+    pub const SYNC_DONE_ACK: u8 = 30;
 }
 
 /// A payload to be sent.
@@ -101,7 +114,7 @@ pub struct Frame<'a> {
     pub handle: u32,
     /// What is said.
     pub message: Message,
-    /// The bytes beside it: always with a `Write` and with a `ReadReply` that is `Ok`, never otherwise.
+    /// The bytes beside it: always with a `Write`, a `SyncData` and a `ReadReply` that is `Ok`, never otherwise.
     pub payload: Option<PayloadRef<'a>>,
 }
 
@@ -207,7 +220,12 @@ impl Header {
     }
 
     fn has_payload(&self) -> bool {
-        self.kind == kind::WRITE || (self.kind == kind::READ_REPLY && self.status == 0)
+        self.fills_range() || (self.kind == kind::READ_REPLY && self.status == 0)
+    }
+
+    /// Its payload is what is to be applied to its range.
+    fn fills_range(&self) -> bool {
+        matches!(self.kind, kind::WRITE | kind::SYNC_DATA)
     }
 
     fn total(&self) -> usize {
@@ -224,6 +242,15 @@ impl Header {
         self.offset = request.span.offset;
         self.raw_len = request.span.len;
         self.set(FLAG_FUA, request.fua);
+    }
+
+    fn answer(&mut self, seq: Seq, status: Status) {
+        self.seq = seq.0;
+        self.status = u32::from(body::status_code(status));
+    }
+
+    fn answered(&self) -> Result<Status, WireError> {
+        body::status(u8::try_from(self.status).map_err(|_| WireError::Malformed("status"))?)
     }
 
     fn set(&mut self, flag: u16, on: bool) {
@@ -256,7 +283,7 @@ impl Header {
 /// where they are. A refusal's text is clipped to [`TEXT_MAX`] bytes.
 ///
 /// Panics on what is the caller's mistake, never a peer's: a payload with a message that has none, or none with one that has;
-/// a payload whose lengths do not fit each other or the range; a list or a node's name beyond its limit.
+/// a payload whose lengths do not fit each other or the range; a list or a node's name beyond its limit; a run of no chunks.
 pub fn encode(message: &Message, handle: u32, payload: Option<Payload<'_>>, out: &mut Vec<u8>) {
     let start = out.len();
     out.resize(start + HEADER, 0);
@@ -266,7 +293,7 @@ pub fn encode(message: &Message, handle: u32, payload: Option<Payload<'_>>, out:
     };
     put_message(message, &mut header, out);
     if let Some(p) = payload {
-        if header.kind == kind::WRITE {
+        if header.fills_range() {
             assert_eq!(
                 header.raw_len, p.raw_len,
                 "a write's payload fills its range"
@@ -306,13 +333,7 @@ fn put_message(message: &Message, header: &mut Header, out: &mut Vec<u8>) {
         }
         Message::PromiseAck(d) => {
             header.kind = kind::PROMISE_ACK;
-            header.epoch = d.epoch.0;
-            header.set(FLAG_PROBE, d.probe);
-            header.set(FLAG_CLEAN, d.clean);
-            out.extend_from_slice(&d.promised.0.to_le_bytes());
-            out.extend_from_slice(&d.tag.0.to_le_bytes());
-            out.extend_from_slice(&d.boot_id.0);
-            body::put_regions(out, &d.regions);
+            put_disk_state(d, header, out);
         }
         Message::Attach(c) => put_configuration(kind::ATTACH, c, header, out),
         Message::EpochChange(c) => put_configuration(kind::EPOCH_CHANGE, c, header, out),
@@ -353,8 +374,7 @@ fn put_message(message: &Message, header: &mut Header, out: &mut Vec<u8>) {
         }
         Message::ReadReply { seq, status } => {
             header.kind = kind::READ_REPLY;
-            header.seq = seq.0;
-            header.status = u32::from(body::status_code(*status));
+            header.answer(*seq, *status);
         }
         Message::Heartbeat {
             epoch,
@@ -372,8 +392,96 @@ fn put_message(message: &Message, header: &mut Header, out: &mut Vec<u8>) {
             header.kind = kind::NACK;
             put_refusal(refusal, out);
         }
-        other => unreachable!("the codec of {other:?} is being written"),
+        Message::SyncBegin(c) => put_configuration(kind::SYNC_BEGIN, c, header, out),
+        Message::SyncReady { disk, ticket } => {
+            header.kind = kind::SYNC_READY;
+            header.seq = *ticket;
+            put_disk_state(disk, header, out);
+        }
+        Message::SyncBulk { epoch, ticket } => {
+            header.kind = kind::SYNC_BULK;
+            (header.epoch, header.seq) = (epoch.0, *ticket);
+        }
+        Message::MapRead {
+            epoch,
+            seq,
+            copy,
+            first,
+            count,
+        } => {
+            assert!(
+                *count <= MAP_CHUNKS,
+                "one MapRead asks about at most {MAP_CHUNKS} chunks"
+            );
+            header.kind = kind::MAP_READ;
+            (header.epoch, header.seq) = (epoch.0, seq.0);
+            out.extend_from_slice(&copy.0);
+            body::put_run(out, *first, *count);
+        }
+        Message::MapReply {
+            seq,
+            status,
+            dirty,
+            allocated,
+        } => {
+            header.kind = kind::MAP_REPLY;
+            header.answer(*seq, *status);
+            // Without a map there is no body.
+            if *status == Status::Ok {
+                body::put_words(out, dirty);
+                body::put_words(out, allocated);
+            }
+        }
+        Message::Mark {
+            epoch,
+            seq,
+            copy,
+            regions,
+        } => {
+            header.kind = kind::MARK;
+            (header.epoch, header.seq) = (epoch.0, seq.0);
+            header.set(FLAG_ALL, regions.is_none());
+            out.extend_from_slice(&copy.0);
+            if let Some(regions) = regions {
+                body::put_regions(out, regions);
+            }
+        }
+        Message::Clear { epoch, copy, runs } => {
+            header.kind = kind::CLEAR;
+            header.epoch = epoch.0;
+            out.extend_from_slice(&copy.0);
+            body::put_runs(out, runs);
+        }
+        Message::SyncHash(r) => {
+            header.kind = kind::SYNC_HASH;
+            header.range(r);
+        }
+        Message::SyncHashReply { seq, status, hash } => {
+            header.kind = kind::SYNC_HASH_REPLY;
+            header.answer(*seq, *status);
+            if *status == Status::Ok {
+                out.extend_from_slice(&hash.to_le_bytes());
+            }
+        }
+        Message::SyncData(r) => {
+            header.kind = kind::SYNC_DATA;
+            header.range(r);
+        }
+        Message::SyncDone { epoch } => (header.kind, header.epoch) = (kind::SYNC_DONE, epoch.0),
+        Message::SyncDoneAck { epoch } => {
+            (header.kind, header.epoch) = (kind::SYNC_DONE_ACK, epoch.0);
+        }
     }
+}
+
+fn put_disk_state(d: &DiskState, header: &mut Header, out: &mut Vec<u8>) {
+    header.epoch = d.epoch.0;
+    header.set(FLAG_PROBE, d.probe);
+    header.set(FLAG_CLEAN, d.clean);
+    out.extend_from_slice(&d.promised.0.to_le_bytes());
+    out.extend_from_slice(&d.tag.0.to_le_bytes());
+    out.extend_from_slice(&d.boot_id.0);
+    body::put_regions(out, &d.regions);
 }
 
 fn put_configuration(kind: u8, c: &Configuration, header: &mut Header, out: &mut Vec<u8>) {
@@ -470,18 +578,10 @@ fn read_message(header: &Header, body: &mut Reader<'_>) -> Result<Message, WireE
     };
     let (message, known) = match header.kind {
         kind::PROMISE => (Message::Promise(read_promise(header, body)?), FLAG_PROBE),
-        kind::PROMISE_ACK => {
-            let state = DiskState {
-                promised: Epoch(body.u64()?),
-                probe: header.flag(FLAG_PROBE),
-                epoch,
-                tag: Tag(body.u64()?),
-                boot_id: BootId(body.array()?),
-                clean: header.flag(FLAG_CLEAN),
-                regions: body.regions()?,
-            };
-            (Message::PromiseAck(state), FLAG_PROBE | FLAG_CLEAN)
-        }
+        kind::PROMISE_ACK => (
+            Message::PromiseAck(read_disk_state(header, body)?),
+            FLAG_PROBE | FLAG_CLEAN,
+        ),
         kind::ATTACH => (
             Message::Attach(read_configuration(header, body)?),
             FLAG_LOGGED,
@@ -517,14 +617,8 @@ fn read_message(header: &Header, body: &mut Reader<'_>) -> Result<Message, WireE
             )
         }
         kind::READ_REPLY => {
-            let code = u8::try_from(header.status).map_err(|_| WireError::Malformed("status"))?;
-            (
-                Message::ReadReply {
-                    seq,
-                    status: body::status(code)?,
-                },
-                FLAG_LZ4,
-            )
+            let status = header.answered()?;
+            (Message::ReadReply { seq, status }, FLAG_LZ4)
         }
         kind::HEARTBEAT => (
             Message::Heartbeat {
@@ -536,6 +630,87 @@ fn read_message(header: &Header, body: &mut Reader<'_>) -> Result<Message, WireE
         ),
         kind::HEARTBEAT_ACK => (Message::HeartbeatAck { epoch, sent }, 0),
         kind::NACK => (Message::Nack(read_refusal(body)?), 0),
+        kind::SYNC_BEGIN => (
+            Message::SyncBegin(read_configuration(header, body)?),
+            FLAG_LOGGED,
+        ),
+        kind::SYNC_READY => {
+            let (disk, ticket) = (read_disk_state(header, body)?, header.seq);
+            (Message::SyncReady { disk, ticket }, FLAG_PROBE | FLAG_CLEAN)
+        }
+        kind::SYNC_BULK => {
+            let ticket = header.seq;
+            (Message::SyncBulk { epoch, ticket }, 0)
+        }
+        kind::MAP_READ => {
+            let copy = CopyId(body.array()?);
+            let (first, count) = body.run()?;
+            within("number of chunks", count as usize, MAP_CHUNKS as usize)?;
+            (
+                Message::MapRead {
+                    epoch,
+                    seq,
+                    copy,
+                    first,
+                    count,
+                },
+                0,
+            )
+        }
+        kind::MAP_REPLY => {
+            let status = header.answered()?;
+            let (dirty, allocated) = if status == Status::Ok {
+                (body.words()?, body.words()?)
+            } else {
+                (Vec::new(), Vec::new())
+            };
+            (
+                Message::MapReply {
+                    seq,
+                    status,
+                    dirty,
+                    allocated,
+                },
+                0,
+            )
+        }
+        kind::MARK => {
+            let copy = CopyId(body.array()?);
+            let regions = if header.flag(FLAG_ALL) {
+                None
+            } else {
+                Some(body.regions()?)
+            };
+            (
+                Message::Mark {
+                    epoch,
+                    seq,
+                    copy,
+                    regions,
+                },
+                FLAG_ALL,
+            )
+        }
+        kind::CLEAR => {
+            let (copy, runs) = (CopyId(body.array()?), body.runs()?);
+            (Message::Clear { epoch, copy, runs }, 0)
+        }
+        kind::SYNC_HASH => (Message::SyncHash(header.request(IO_MAX)?), FLAG_FUA),
+        kind::SYNC_HASH_REPLY => {
+            let status = header.answered()?;
+            let hash = if status == Status::Ok {
+                body.u128()?
+            } else {
+                0
+            };
+            (Message::SyncHashReply { seq, status, hash }, 0)
+        }
+        kind::SYNC_DATA => (
+            Message::SyncData(header.request(IO_MAX)?),
+            FLAG_FUA | FLAG_LZ4,
+        ),
+        kind::SYNC_DONE => (Message::SyncDone { epoch }, 0),
+        kind::SYNC_DONE_ACK => (Message::SyncDoneAck { epoch }, 0),
         other => return Err(WireError::Type(other)),
     };
     flags(known)?;
@@ -556,6 +731,18 @@ fn read_promise(header: &Header, body: &mut Reader<'_>) -> Result<Promise, WireE
         candidate: NodeName(body.text()?),
         proof,
         probe: header.flag(FLAG_PROBE),
+    })
+}
+
+fn read_disk_state(header: &Header, body: &mut Reader<'_>) -> Result<DiskState, WireError> {
+    Ok(DiskState {
+        promised: Epoch(body.u64()?),
+        probe: header.flag(FLAG_PROBE),
+        epoch: Epoch(header.epoch),
+        tag: Tag(body.u64()?),
+        boot_id: BootId(body.array()?),
+        clean: header.flag(FLAG_CLEAN),
+        regions: body.regions()?,
     })
 }
 

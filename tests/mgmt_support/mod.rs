@@ -241,6 +241,7 @@ impl Host for TestHost {
                             CopyStatus::InSync => "in_sync",
                             CopyStatus::Syncing => "syncing",
                             CopyStatus::Missing => "missing",
+                            CopyStatus::Removed => "removed",
                         }
                         .into(),
                         lag: String::new(),

@@ -59,6 +59,13 @@ pub enum Running {
         span: Span,
         early: Option<Vec<u64>>,
     },
+    Hash {
+        span: Span,
+        early: Option<u128>,
+    },
+    Allocated {
+        count: u32,
+    },
     Sync {
         mark: u64,
     },
@@ -134,9 +141,8 @@ impl Disk {
                 }
             }
             DiskOp::Read { span, .. } => Running::Read { span, early: None },
-            DiskOp::Hash { .. } | DiskOp::Allocated { .. } => {
-                unimplemented!("comes with resync")
-            }
+            DiskOp::Hash { span } => Running::Hash { span, early: None },
+            DiskOp::Allocated { count, .. } => Running::Allocated { count },
             DiskOp::Sync => Running::Sync { mark: self.count },
             DiskOp::Grow { .. } => Running::Grow,
             DiskOp::Superblock(state) => Running::Superblock(state),
@@ -195,6 +201,7 @@ impl Disk {
                 self.put(ticket, span, |i| Some(values[i]));
             }
             Running::Read { span, early } => *early = Some(self.cache[sectors(*span)].to_vec()),
+            Running::Hash { span, early } => *early = Some(hash(&self.cache[sectors(*span)])),
             _ => {}
         }
     }
@@ -232,7 +239,11 @@ impl Disk {
         match fate {
             Fate::Full => return Some(DiskResult::NoSpace),
             Fate::Error => {
-                self.failed |= !matches!(op, Running::Read { .. });
+                let reads = matches!(
+                    op,
+                    Running::Read { .. } | Running::Hash { .. } | Running::Allocated { .. }
+                );
+                self.failed |= !reads;
                 return Some(DiskResult::Error);
             }
             Fate::Done => {}
@@ -255,6 +266,17 @@ impl Disk {
             }
             Running::Read { early, .. } => {
                 data = early.map(|values| Stamps(Rc::new(values)));
+            }
+            Running::Hash { early, .. } => return early.map(DiskResult::Hash),
+            // As a file system answers that knows no holes.
+            Running::Allocated { count } => {
+                let word = |first: u32| match count - first {
+                    64.. => u64::MAX,
+                    rest => (1 << rest) - 1,
+                };
+                return Some(DiskResult::Allocated(
+                    (0..count).step_by(64).map(word).collect(),
+                ));
             }
             Running::Sync { mark } => {
                 let dirty: Vec<usize> = self.unsynced.keys().copied().collect();
@@ -358,6 +380,12 @@ impl Disk {
             Some(DirtyMap::from_words(self.superblock.size, words))
         })
     }
+}
+
+/// Equal for equal stamps, and only for them.
+fn hash(stamps: &[u64]) -> u128 {
+    let bytes: Vec<u8> = stamps.iter().flat_map(|s| s.to_le_bytes()).collect();
+    xxhash_rust::xxh3::xxh3_128(&bytes)
 }
 
 fn chunks_of(region: Region, chunks: usize) -> std::ops::Range<usize> {

@@ -2,15 +2,16 @@ use proptest::prelude::*;
 
 use super::messages;
 use crate::replication::ids::{
-    BootId, COPIES_MAX, CopyId, Epoch, IO_MAX, Instance, Nanos, NodeName, REGIONS_MAX, Region, Seq,
-    Span, Tag,
+    BootId, COPIES_MAX, Chunk, CopyId, Epoch, IO_MAX, Instance, Nanos, NodeName, REGIONS_MAX,
+    Region, Seq, Span, Tag,
 };
 use crate::replication::message::{
-    Absent, Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status,
+    Absent, Configuration, DiskState, MAP_CHUNKS, Message, Promise, Proof, RUNS_MAX, Refusal,
+    Request, Status,
 };
 use crate::wire::WireError;
 use crate::wire::frame::{
-    ACKS_MAX, BODY_MAX, FRAME_MAX, HEADER, Payload, TEXT_MAX, decode, encode, needed,
+    ACKS_MAX, BODY_MAX, FRAME_MAX, HEADER, Payload, TEXT_MAX, WORDS_MAX, decode, encode, needed,
 };
 
 /// The frame as it travels, payload included.
@@ -36,6 +37,13 @@ fn write(len: u32) -> Message {
         span: Span { offset: 512, len },
         fua: false,
     })
+}
+
+fn sync_data(len: u32) -> Message {
+    let Message::Write(request) = write(len) else {
+        unreachable!("a write is one")
+    };
+    Message::SyncData(request)
 }
 
 /// Changes a header's bytes and makes its CRC right again.
@@ -210,13 +218,85 @@ fn arb_message() -> impl Strategy<Value = Message> {
             sent: Nanos(sent)
         }),
         arb_refusal().prop_map(Message::Nack),
+        arb_resync(),
+    ]
+}
+
+fn arb_run(count_max: u32) -> impl Strategy<Value = (Chunk, u32)> {
+    (any::<u32>(), 1..=count_max).prop_map(|(first, count)| {
+        let first = first.min(u32::MAX - count);
+        (Chunk(first), count)
+    })
+}
+
+fn arb_resync() -> impl Strategy<Value = Message> {
+    let epoch = || any::<u64>().prop_map(Epoch);
+    let seq = || any::<u64>().prop_map(Seq);
+    let copy = || any::<[u8; 16]>().prop_map(CopyId);
+    let words = || prop::collection::vec(any::<u64>(), 0..100);
+    let regions = prop::collection::vec(any::<u32>().prop_map(Region), 0..100);
+    let runs = prop::collection::vec(arb_run(u32::MAX), 0..100);
+    prop_oneof![
+        arb_configuration().prop_map(Message::SyncBegin),
+        (arb_disk_state(), any::<u64>())
+            .prop_map(|(disk, ticket)| Message::SyncReady { disk, ticket }),
+        (epoch(), any::<u64>()).prop_map(|(epoch, ticket)| Message::SyncBulk { epoch, ticket }),
+        (epoch(), seq(), copy(), arb_run(MAP_CHUNKS)).prop_map(
+            |(epoch, seq, copy, (first, count))| Message::MapRead {
+                epoch,
+                seq,
+                copy,
+                first,
+                count
+            }
+        ),
+        (seq(), arb_status(), words(), words()).prop_map(|(seq, status, dirty, allocated)| {
+            let maps = |words| {
+                if status == Status::Ok {
+                    words
+                } else {
+                    Vec::new()
+                }
+            };
+            Message::MapReply {
+                seq,
+                status,
+                dirty: maps(dirty),
+                allocated: maps(allocated),
+            }
+        }),
+        (epoch(), seq(), copy(), prop::option::of(regions)).prop_map(
+            |(epoch, seq, copy, regions)| Message::Mark {
+                epoch,
+                seq,
+                copy,
+                regions
+            }
+        ),
+        (epoch(), copy(), runs).prop_map(|(epoch, copy, runs)| Message::Clear {
+            epoch,
+            copy,
+            runs
+        }),
+        arb_request(IO_MAX).prop_map(Message::SyncHash),
+        (seq(), arb_status(), any::<[u8; 16]>()).prop_map(|(seq, status, hash)| {
+            let hash = if status == Status::Ok {
+                u128::from_le_bytes(hash)
+            } else {
+                0
+            };
+            Message::SyncHashReply { seq, status, hash }
+        }),
+        arb_request(8192).prop_map(Message::SyncData),
+        epoch().prop_map(|epoch| Message::SyncDone { epoch }),
+        epoch().prop_map(|epoch| Message::SyncDoneAck { epoch }),
     ]
 }
 
 /// A payload that goes with `message`: its raw length and its bytes.
 fn payload_for(message: &Message, lz4: bool) -> Option<(u32, Vec<u8>)> {
     let raw_len = match message {
-        Message::Write(r) => r.span.len,
+        Message::Write(r) | Message::SyncData(r) => r.span.len,
         Message::ReadReply {
             status: Status::Ok, ..
         } => 4096,
@@ -279,8 +359,54 @@ fn the_largest_of_everything_fits() {
     };
     let acks = vec![(Seq(u64::MAX), Status::Stale); ACKS_MAX];
     let data = vec![3; IO_MAX as usize];
+    let words = || vec![u64::MAX; WORDS_MAX];
+    let copy = CopyId([7; 16]);
     for (message, payload) in [
-        (Message::PromiseAck(state), None),
+        (Message::PromiseAck(state.clone()), None),
+        (
+            Message::Mark {
+                epoch: Epoch(1),
+                seq: Seq(1),
+                copy,
+                regions: Some(state.regions.clone()),
+            },
+            None,
+        ),
+        (
+            Message::SyncReady {
+                disk: state,
+                ticket: u64::MAX,
+            },
+            None,
+        ),
+        (
+            Message::MapRead {
+                epoch: Epoch(1),
+                seq: Seq(1),
+                copy,
+                first: Chunk(u32::MAX - MAP_CHUNKS),
+                count: MAP_CHUNKS,
+            },
+            None,
+        ),
+        (
+            Message::MapReply {
+                seq: Seq(1),
+                status: Status::Ok,
+                dirty: words(),
+                allocated: words(),
+            },
+            None,
+        ),
+        (
+            Message::Clear {
+                epoch: Epoch(1),
+                copy,
+                runs: vec![(Chunk(0), u32::MAX); RUNS_MAX],
+            },
+            None,
+        ),
+        (sync_data(IO_MAX), Some(raw(&data))),
         (
             Message::AckVec {
                 epoch: Epoch(1),
@@ -321,8 +447,14 @@ fn a_refusals_text_is_clipped_between_characters() {
 
 #[test]
 fn lengths_beyond_their_limits_are_refused_from_the_header_alone() {
+    for message in [write(512), sync_data(512)] {
+        lengths_are_refused_from_the_header(&message);
+    }
+}
+
+fn lengths_are_refused_from_the_header(message: &Message) {
     let bytes = |at: usize, value: u32| {
-        let mut f = frame(&write(512), 1, Some(raw(&[1; 512])));
+        let mut f = frame(message, 1, Some(raw(&[1; 512])));
         forge(&mut f, at, &value.to_le_bytes());
         f.truncate(HEADER);
         f
@@ -376,8 +508,44 @@ fn counts_and_codes_out_of_range_are_refused() {
         acks: vec![(Seq(1), Status::Ok)],
         log_pressure: false,
     };
+    let map_read = Message::MapRead {
+        epoch: Epoch(1),
+        seq: Seq(1),
+        copy: CopyId([1; 16]),
+        first: Chunk(7),
+        count: 1,
+    };
+    let map_reply = Message::MapReply {
+        seq: Seq(1),
+        status: Status::Ok,
+        dirty: vec![],
+        allocated: vec![1],
+    };
+    let mark = Message::Mark {
+        epoch: Epoch(1),
+        seq: Seq(1),
+        copy: CopyId([1; 16]),
+        regions: Some(vec![Region(1)]),
+    };
+    let clear = Message::Clear {
+        epoch: Epoch(1),
+        copy: CopyId([1; 16]),
+        runs: vec![(Chunk(7), 1)],
+    };
     let long = [9, 0, 1];
-    let cases: [(Message, usize, &[u8]); 8] = [
+    let cases: [(Message, usize, &[u8]); 20] = [
+        (map_read.clone(), 20, &0u32.to_le_bytes()),
+        (map_read.clone(), 20, &(MAP_CHUNKS + 1).to_le_bytes()),
+        (map_read.clone(), 20, &u32::MAX.to_le_bytes()),
+        (map_read, 16, &u32::MAX.to_le_bytes()),
+        (map_reply.clone(), 0, &(WORDS_MAX as u32 + 1).to_le_bytes()),
+        (map_reply.clone(), 4, &2u32.to_le_bytes()),
+        (map_reply, 4, &0u32.to_le_bytes()),
+        (mark, 16, &(REGIONS_MAX as u32 + 1).to_le_bytes()),
+        (clear.clone(), 16, &(RUNS_MAX as u32 + 1).to_le_bytes()),
+        (clear.clone(), 24, &0u32.to_le_bytes()),
+        (clear.clone(), 24, &(u32::MAX - 6).to_le_bytes()),
+        (clear, 20, &u32::MAX.to_le_bytes()),
         (acks.clone(), 0, &(ACKS_MAX as u32 + 1).to_le_bytes()),
         (acks.clone(), 0, &2u32.to_le_bytes()),
         (acks.clone(), 0, &0u32.to_le_bytes()),
@@ -419,7 +587,7 @@ fn lists_with_one_entry_too_many_are_refused_even_if_it_is_there() {
     };
     let acks = vec![(Seq(1), Status::Ok); ACKS_MAX];
     let cases = [
-        (Message::EpochChange(config), 16, COPIES_MAX as u32, 24),
+        (Message::EpochChange(config), 16, COPIES_MAX as u32, 25),
         (
             Message::AckVec {
                 epoch: Epoch(1),
@@ -429,6 +597,38 @@ fn lists_with_one_entry_too_many_are_refused_even_if_it_is_there() {
             0,
             ACKS_MAX as u32,
             9,
+        ),
+        (
+            Message::MapReply {
+                seq: Seq(1),
+                status: Status::Ok,
+                dirty: vec![],
+                allocated: vec![1; WORDS_MAX],
+            },
+            4,
+            WORDS_MAX as u32,
+            8,
+        ),
+        (
+            Message::Mark {
+                epoch: Epoch(1),
+                seq: Seq(1),
+                copy: CopyId([1; 16]),
+                regions: Some(vec![Region(1); REGIONS_MAX]),
+            },
+            16,
+            REGIONS_MAX as u32,
+            4,
+        ),
+        (
+            Message::Clear {
+                epoch: Epoch(1),
+                copy: CopyId([1; 16]),
+                runs: vec![(Chunk(1), 1); RUNS_MAX],
+            },
+            16,
+            RUNS_MAX as u32,
+            8,
         ),
     ];
     for (message, at, count, len) in cases {
@@ -467,24 +667,20 @@ fn ranges_that_are_not_of_whole_sectors_or_overflow_are_refused() {
             "{at} {bytes:?}"
         );
     }
-    let read = Message::Read(Request {
-        epoch: Epoch(1),
-        seq: Seq(1),
-        span: Span {
-            offset: 0,
-            len: 512,
-        },
-        fua: false,
-    });
-    let mut f = frame(&read, 1, None);
-    forge(&mut f, 40, &(IO_MAX + 512).to_le_bytes());
-    assert!(matches!(decode(&f), Err(WireError::TooLong { .. })));
+    let Message::Discard(request) = discard else {
+        unreachable!("it was made as one")
+    };
+    for message in [Message::Read(request), Message::SyncHash(request)] {
+        let mut f = frame(&message, 1, None);
+        forge(&mut f, 40, &(IO_MAX + 512).to_le_bytes());
+        assert!(matches!(decode(&f), Err(WireError::TooLong { .. })));
+    }
 }
 
 #[test]
 fn unknown_types_flags_versions_and_statuses_are_refused() {
     let detach = || frame(&Message::Detach { epoch: Epoch(1) }, 1, None);
-    for kind in [0, 19, 255] {
+    for kind in [0, 31, 255] {
         let mut f = detach();
         forge(&mut f, 5, &[kind]);
         assert_eq!(decode(&f), Err(WireError::Type(kind)));
@@ -498,20 +694,74 @@ fn unknown_types_flags_versions_and_statuses_are_refused() {
         decode(&f),
         Err(WireError::FrameVersion { found: 2, .. })
     ));
-    for status in [4u32, 256] {
-        let mut f = frame(
-            &Message::ReadReply {
-                seq: Seq(1),
-                status: Status::Io,
-            },
-            1,
-            None,
-        );
-        forge(&mut f, 56, &status.to_le_bytes());
-        assert_eq!(decode(&f), Err(WireError::Malformed("status")));
+    let (seq, failed) = (Seq(1), Status::Io);
+    for message in [
+        Message::ReadReply {
+            seq,
+            status: failed,
+        },
+        Message::SyncHashReply {
+            seq,
+            status: failed,
+            hash: 0,
+        },
+        Message::MapReply {
+            seq,
+            status: failed,
+            dirty: vec![],
+            allocated: vec![],
+        },
+    ] {
+        for status in [4u32, 256] {
+            let mut f = frame(&message, 1, None);
+            forge(&mut f, 56, &status.to_le_bytes());
+            assert_eq!(decode(&f), Err(WireError::Malformed("status")));
+        }
     }
     assert_eq!(needed(b"GET "), Err(WireError::Magic(*b"GET ")));
     assert_eq!(decode(b"H"), Err(WireError::Magic(*b"H\0\0\0")));
+}
+
+/// What only an answer that is `Ok` brings is not there otherwise, and has to be there then.
+#[test]
+fn an_answer_has_a_body_only_if_it_went_well() {
+    let (seq, hash) = (Seq(1), 7);
+    let hashed = |status| Message::SyncHashReply { seq, status, hash };
+    let mapped = |status| Message::MapReply {
+        seq,
+        status,
+        dirty: vec![1],
+        allocated: vec![2],
+    };
+    for (fine, failed) in [
+        (hashed(Status::Ok), hashed(Status::Io)),
+        (mapped(Status::Ok), mapped(Status::Io)),
+    ] {
+        let mut f = frame(&fine, 1, None);
+        forge(&mut f, 56, &1u32.to_le_bytes());
+        assert!(matches!(decode(&f), Err(WireError::Malformed(_))));
+        let mut f = frame(&failed, 1, None);
+        assert_eq!(f.len(), HEADER);
+        forge(&mut f, 56, &0u32.to_le_bytes());
+        assert!(matches!(decode(&f), Err(WireError::Malformed(_))));
+    }
+}
+
+/// Marking all regions is told from marking a list by a flag: neither may carry the other's body.
+#[test]
+fn a_mark_names_its_regions_or_is_for_all() {
+    let mark = |regions| Message::Mark {
+        epoch: Epoch(1),
+        seq: Seq(1),
+        copy: CopyId([1; 16]),
+        regions,
+    };
+    let mut all = frame(&mark(None), 1, None);
+    forge(&mut all, 6, &0u16.to_le_bytes());
+    assert!(matches!(decode(&all), Err(WireError::Malformed(_))));
+    let mut none = frame(&mark(Some(vec![])), 1, None);
+    forge(&mut none, 6, &(1u16 << 7).to_le_bytes());
+    assert!(matches!(decode(&none), Err(WireError::Malformed(_))));
 }
 
 #[test]
@@ -524,6 +774,23 @@ fn a_write_without_its_payload_is_the_callers_mistake() {
 #[should_panic(expected = "fills its range")]
 fn a_payload_of_another_length_than_its_range_is_the_callers_mistake() {
     encode(&write(1024), 1, Some(raw(&[0; 512])), &mut Vec::new());
+}
+
+#[test]
+#[should_panic(expected = "fills its range")]
+fn so_it_is_for_a_chunk() {
+    encode(&sync_data(1024), 1, Some(raw(&[0; 512])), &mut Vec::new());
+}
+
+#[test]
+#[should_panic(expected = "a run has chunks")]
+fn a_run_of_no_chunks_is_the_callers_mistake() {
+    let clear = Message::Clear {
+        epoch: Epoch(1),
+        copy: CopyId([1; 16]),
+        runs: vec![(Chunk(1), 0)],
+    };
+    encode(&clear, 1, None, &mut Vec::new());
 }
 
 proptest! {
@@ -565,7 +832,7 @@ proptest! {
     /// Noise behind a good header start, with right CRCs, is an error, a wait or a message; never a panic, never a wait for more
     /// than the longest frame.
     #[test]
-    fn hostile_headers_are_bounded(fields in prop::collection::vec(any::<u8>(), 55), kind in 0u8..20, body in prop::collection::vec(any::<u8>(), 0..600)) {
+    fn hostile_headers_are_bounded(fields in prop::collection::vec(any::<u8>(), 55), kind in 0u8..32, body in prop::collection::vec(any::<u8>(), 0..600)) {
         let mut bytes = b"LSF\0\x01".to_vec();
         bytes.extend(&fields);
         bytes[5] = kind;

@@ -7,10 +7,10 @@ mod hello;
 mod lz4;
 
 use crate::replication::ids::{
-    BootId, CopyId, Epoch, Instance, Nanos, NodeName, Region, Seq, Span, Tag,
+    BootId, Chunk, CopyId, Epoch, Instance, Nanos, NodeName, Region, Seq, Span, Tag,
 };
 use crate::replication::message::{
-    Absent, Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status,
+    Absent, Configuration, DiskState, MAP_CHUNKS, Message, Promise, Proof, Refusal, Request, Status,
 };
 
 /// A payload of one sector.
@@ -52,21 +52,13 @@ fn messages() -> Vec<(Message, Option<&'static [u8]>)> {
         Message::Promise(promise(Proof::None, true)),
         Message::Promise(promise(Proof::Released(Epoch(7)), false)),
         Message::Promise(promise(Proof::PredecessorDead, false)),
-        Message::PromiseAck(DiskState {
-            promised: Epoch(8),
-            probe: false,
-            epoch,
-            tag: Tag(9),
-            boot_id: BootId(*b"boot of a kernel"),
-            clean: true,
-            regions: vec![Region(1), Region(0x0a0b_0c0d)],
-        }),
+        Message::PromiseAck(disk_state(epoch)),
         Message::Attach(configuration.clone()),
         Message::AttachAck { epoch },
         Message::EpochChange(Configuration {
             logged: false,
             absent: vec![],
-            ..configuration
+            ..configuration.clone()
         }),
         Message::EpochAck { epoch },
         Message::WriteZeroes {
@@ -129,8 +121,88 @@ fn messages() -> Vec<(Message, Option<&'static [u8]>)> {
             status: Status::Ok,
         },
     ];
-    let plain = plain.into_iter().map(|m| (m, None));
+    let resync = resync_messages(request, configuration);
+    let bare = |m| (m, None);
     plain
+        .into_iter()
+        .map(bare)
         .chain(with_payload.into_iter().map(|m| (m, Some(&SECTOR[..]))))
+        .chain(resync.into_iter().map(bare))
+        .chain([(Message::SyncData(request), Some(&SECTOR[..]))])
         .collect()
+}
+
+fn resync_messages(request: Request, configuration: Configuration) -> Vec<Message> {
+    let Request { epoch, seq, .. } = request;
+    let copy = CopyId(*b"copy of the node");
+    let ticket = 0x7172_7374_7576_7778;
+    vec![
+        Message::SyncBegin(configuration),
+        Message::SyncReady {
+            disk: disk_state(epoch),
+            ticket,
+        },
+        Message::SyncBulk { epoch, ticket },
+        Message::MapRead {
+            epoch,
+            seq,
+            copy,
+            first: Chunk(0x0a0b_0c0d),
+            count: MAP_CHUNKS,
+        },
+        Message::MapReply {
+            seq,
+            status: Status::Ok,
+            dirty: vec![0x8182_8384_8586_8788],
+            allocated: vec![1, 0x9192_9394_9596_9798],
+        },
+        Message::MapReply {
+            seq,
+            status: Status::Io,
+            dirty: vec![],
+            allocated: vec![],
+        },
+        Message::Mark {
+            epoch,
+            seq,
+            copy,
+            regions: Some(vec![Region(1), Region(0x0a0b_0c0d)]),
+        },
+        Message::Mark {
+            epoch,
+            seq,
+            copy,
+            regions: None,
+        },
+        Message::Clear {
+            epoch,
+            copy,
+            runs: vec![(Chunk(0), 1), (Chunk(0x0a0b_0c0d), 0x0e0f)],
+        },
+        Message::SyncHash(request),
+        Message::SyncHashReply {
+            seq,
+            status: Status::Ok,
+            hash: 0xb0b1_b2b3_b4b5_b6b7_b8b9_babb_bcbd_bebf,
+        },
+        Message::SyncHashReply {
+            seq,
+            status: Status::Stale,
+            hash: 0,
+        },
+        Message::SyncDone { epoch },
+        Message::SyncDoneAck { epoch },
+    ]
+}
+
+fn disk_state(epoch: Epoch) -> DiskState {
+    DiskState {
+        promised: Epoch(8),
+        probe: false,
+        epoch,
+        tag: Tag(9),
+        boot_id: BootId(*b"boot of a kernel"),
+        clean: true,
+        regions: vec![Region(1), Region(0x0a0b_0c0d)],
+    }
 }
