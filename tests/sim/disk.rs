@@ -9,7 +9,7 @@ use std::rc::Rc;
 use lockstep::replication::attachment::Payload;
 use lockstep::replication::copy_state::{BITMAPS_MAX, CopyState};
 use lockstep::replication::dirty_map::DirtyMap;
-use lockstep::replication::ids::{CHUNK, REGION, Region, SECTOR, Span};
+use lockstep::replication::ids::{CHUNK, Chunk, REGION, Region, SECTOR, Span};
 use lockstep::replication::replica::{DiskOp, DiskResult, Ticket};
 
 use super::rng::Rng;
@@ -58,6 +58,13 @@ pub enum Running {
     Read {
         span: Span,
         early: Option<Vec<u64>>,
+    },
+    Hash {
+        span: Span,
+    },
+    Allocated {
+        first: Chunk,
+        count: u32,
     },
     Sync {
         mark: u64,
@@ -134,9 +141,8 @@ impl Disk {
                 }
             }
             DiskOp::Read { span, .. } => Running::Read { span, early: None },
-            DiskOp::Hash { .. } | DiskOp::Allocated { .. } => {
-                unimplemented!("comes with resync")
-            }
+            DiskOp::Hash { span } => Running::Hash { span },
+            DiskOp::Allocated { first, count } => Running::Allocated { first, count },
             DiskOp::Sync => Running::Sync { mark: self.count },
             DiskOp::Grow { .. } => Running::Grow,
             DiskOp::Superblock(state) => Running::Superblock(state),
@@ -150,8 +156,7 @@ impl Disk {
                 for slot in 0..BITMAPS_MAX {
                     let Some(map) = bits(slot) else { continue };
                     for &region in &regions {
-                        let part = chunks_of(region, chunks)
-                            .map(|c| map.is_set(lockstep::replication::ids::Chunk(c as u32)));
+                        let part = chunks_of(region, chunks).map(|c| map.is_set(Chunk(c as u32)));
                         parts.push((slot, region, part.collect()));
                     }
                 }
@@ -212,6 +217,15 @@ impl Disk {
         }
     }
 
+    /// A hole of the file only if no write touched the chunk since it was made or given back.
+    fn holds_data(&self, chunk: Chunk) -> bool {
+        let per = (CHUNK / SECTOR) as usize;
+        let first = (chunk.0 as usize * per).min(self.cache.len());
+        let end = (first + per).min(self.cache.len());
+        self.cache[first..end].iter().any(|v| *v != 0)
+            || self.unsynced.range(first..end).next().is_some()
+    }
+
     fn harden(&mut self, s: usize, upto: impl Fn(&Unsynced) -> bool) {
         let Some(list) = self.unsynced.get_mut(&s) else {
             return;
@@ -261,6 +275,16 @@ impl Disk {
                 for s in dirty {
                     self.harden(s, |u| u.done.is_some_and(|d| d <= mark));
                 }
+            }
+            Running::Hash { span } => {
+                return Some(DiskResult::Hash(hash(&self.cache[sectors(span)])));
+            }
+            Running::Allocated { first, count } => {
+                let mut words = vec![0u64; count.div_ceil(64) as usize];
+                for i in (0..count).filter(|i| self.holds_data(Chunk(first.0 + i))) {
+                    words[i as usize / 64] |= 1 << (i % 64);
+                }
+                return Some(DiskResult::Allocated(words));
             }
             Running::Grow => {}
             other => self.persist(other),
@@ -358,6 +382,15 @@ impl Disk {
             Some(DirtyMap::from_words(self.superblock.size, words))
         })
     }
+}
+
+/// Stands for XXH3: equal for equal stamps, and for others not by any chance that a run meets.
+fn hash(stamps: &[u64]) -> u128 {
+    stamps.iter().fold(0x6c62_272e_07bb_0142, |h: u128, s| {
+        (h ^ u128::from(*s))
+            .wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+            .rotate_left(29)
+    })
 }
 
 fn chunks_of(region: Region, chunks: usize) -> std::ops::Range<usize> {
