@@ -3,18 +3,28 @@
 //!
 //! `LOCKSTEP_SEEDS=n` runs n seeds, `LOCKSTEP_SEED=s` one, with a trace of all it does.
 
+mod attachments;
+mod checks;
 mod disk;
-mod net;
+mod ending;
+mod faults;
+mod guest;
+mod network;
+mod nodes;
+
 mod oracle;
 mod registry;
 mod rng;
+mod scenario;
+mod seen;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use world::{Seen, World};
+use seen::Seen;
+use world::World;
 
 /// Runs by default: what one core does in a few seconds.
 const SEEDS: u64 = 400;

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 
-use lockstep::replication::attachment::Revision;
+use lockstep::replication::attachment::{CasOutcome, Revision};
 use lockstep::replication::ids::{Epoch, Instance, Tag};
 use lockstep::replication::record::{CopyStatus, Record, State};
+
+use super::world::{Ev, MS, World};
 
 pub struct Registry {
     pub record: Record,
@@ -72,5 +74,68 @@ impl Registry {
         if next.state == State::Clean {
             assert!(next.attachment.is_none(), "5: clean while attached");
         }
+    }
+}
+
+impl World {
+    pub fn registry_gone(&self, a: usize) -> bool {
+        let (alone, until) = self.isolated;
+        self.registry_down_until > self.now || until > self.now && self.atts[a].node == alone
+    }
+
+    pub fn registry_delay(&mut self) -> u64 {
+        if self.faults && self.rng.one_in(15) {
+            self.rng.between(20, 1_500) * MS
+        } else {
+            self.rng.between(1, 10) * MS
+        }
+    }
+
+    pub fn swap(&mut self, expected: Revision, next: &Record) -> bool {
+        if !self.registry.swap(expected, next) {
+            return false;
+        }
+        let r = &self.registry;
+        let (revision, found) = (r.revision, (r.record.clone(), r.revision));
+        self.say(|w| {
+            let in_sync: Vec<_> = w.registry.record.in_sync().map(|c| &c.node).collect();
+            format!(
+                "registry: revision {revision}, epoch {}, in sync {in_sync:?}, {:?} {:?}",
+                w.registry.record.epoch, w.registry.record.state, w.registry.record.failure_mode
+            )
+        });
+        self.weigh_power();
+        for a in 0..self.atts.len() {
+            if !self.atts[a].over {
+                let wait = self.registry_delay();
+                self.after(wait, Ev::Watch(a, Box::new(found.clone())));
+            }
+        }
+        true
+    }
+
+    pub fn cas(&mut self, a: usize, expected: Revision, record: &Record) {
+        let delay = self.registry_delay();
+        let outcome = if self.registry_gone(a)
+            || self.faults && self.rng.one_in(self.weather.registry_down)
+        {
+            CasOutcome::Unavailable
+        } else if self.faults && self.rng.one_in(self.weather.ambiguous) {
+            match self.rng.below(3) {
+                0 => drop(self.swap(expected, record)),
+                1 => {
+                    let late = self.rng.below(600) * MS;
+                    self.after(late, Ev::LateCas(expected, Box::new(record.clone())));
+                }
+                _ => {}
+            }
+            CasOutcome::Ambiguous
+        } else if self.swap(expected, record) {
+            CasOutcome::Done(self.registry.revision)
+        } else {
+            let r = &self.registry;
+            CasOutcome::Conflict(Some((r.record.clone(), r.revision)))
+        };
+        self.after(delay, Ev::CasAnswer(a, Box::new(outcome)));
     }
 }
