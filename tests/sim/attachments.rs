@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use lockstep::replication::attachment::{Action, Attachment, CasOutcome, Phase, Revision};
-use lockstep::replication::ids::Nanos;
-use lockstep::replication::message::Proof;
+use lockstep::replication::ids::{LINKS_MAX, Seq};
+use lockstep::replication::message::{Message, Proof, Status};
 use lockstep::replication::record::{self, Record};
 use lockstep::replication::timing::Timing;
 
@@ -15,14 +15,19 @@ use super::world::{Ev, MS, World};
 pub struct Att {
     pub node: usize,
     pub machine: Attachment<Stamps>,
-    pub links: Vec<Option<usize>>,
-    pub dials: Vec<u64>,
+    /// The session of each link.
+    pub links: [Option<usize>; LINKS_MAX],
+    /// Counts attempts, so that a late connection is known as such.
+    pub dials: [u64; LINKS_MAX],
     pub asked: BTreeMap<u64, Asked>,
     pub served: bool,
     pub serving_seen: bool,
     pub over: bool,
     pub leaving: bool,
+    /// Every in-sync copy lost power while it ran: its guest may be told that a flush failed.
+    pub lost_power: bool,
 }
+
 impl World {
     /// Wants the volume attached somewhere, for ever.
     pub fn operator(&mut self) {
@@ -90,18 +95,19 @@ impl World {
             proof,
             Timing::DEFAULT,
             seed,
-            Nanos(self.now),
+            self.clock(n),
         );
         self.atts.push(Att {
             node: n,
             machine,
-            links: vec![None; self.copies],
-            dials: vec![0; self.copies],
+            links: [None; LINKS_MAX],
+            dials: [0; LINKS_MAX],
             asked: BTreeMap::new(),
             served: false,
             serving_seen: false,
             over: false,
             leaving: false,
+            lost_power: false,
         });
         self.pump(n);
         self.after(MS, Ev::Guest(a));
@@ -110,24 +116,29 @@ impl World {
     pub fn act(&mut self, a: usize, action: Action<Stamps>) {
         match action {
             Action::Send { to, message, data } => {
-                for copy in to.iter() {
-                    if let Some(s) = self.atts[a].links[copy] {
+                for link in to.iter() {
+                    if let Some(s) = self.atts[a].links[link] {
                         self.tell_copy(s, message.clone(), data.clone());
                     }
                 }
             }
             Action::Complete { id, outcome, data } => self.complete(a, id, outcome, data),
-            Action::Dial { copy, .. } => {
-                self.atts[a].dials[copy] += 1;
-                let dial = self.atts[a].dials[copy];
-                let wait = if self.atts[a].node == copy {
+            Action::Dial {
+                copy: link,
+                copy_id,
+                node,
+            } => {
+                self.atts[a].dials[link] += 1;
+                let dial = self.atts[a].dials[link];
+                let there = self.node_named(&node).expect("records name only nodes");
+                let wait = if self.atts[a].node == there {
                     0
                 } else {
                     self.rng.between(1, 20) * MS
                 };
-                self.after(wait, Ev::Dialed(a, copy, dial));
+                self.after(wait, Ev::Dialed(a, link, dial, copy_id, there));
             }
-            Action::Hangup(copy) => self.hangup(a, copy),
+            Action::Hangup(link) => self.hangup(a, link),
             Action::Cas { expected, record } => {
                 self.say(|_| {
                     let in_sync: Vec<_> = record.in_sync().map(|c| &c.node).collect();
@@ -145,10 +156,10 @@ impl World {
             }
             Action::Event { rule, text } => {
                 if rule == "5.5 reconciled" && !text.contains(" 0 chunks") {
-                    self.seen.reconciled_differing += 1;
+                    self.seen.count("chunks reconciled");
                 }
                 if rule == "2.6 ambiguous CAS" {
-                    self.seen.ambiguous += 1;
+                    self.seen.count("ambiguous CAS");
                 }
                 self.say(|_| format!("att {a}: [{rule}] {text}"));
             }
@@ -158,14 +169,14 @@ impl World {
                 if *machine.phase() == Phase::Left
                     && machine.record().epoch == self.registry.record.epoch
                 {
-                    self.left();
+                    self.check_left();
                 }
                 self.end_att(a);
             }
         }
         if *self.atts[a].machine.phase() == Phase::Serving && !self.atts[a].serving_seen {
             self.atts[a].serving_seen = true;
-            self.seen.attaches += 1;
+            self.seen.count("attach");
             self.oracle.served_by(a, self.moment);
             self.say(|_| format!("att {a} serves"));
         }
@@ -174,8 +185,8 @@ impl World {
     /// The attachment is no more; what it has not answered it never will.
     pub fn end_att(&mut self, a: usize) {
         self.atts[a].over = true;
-        for copy in 0..self.copies {
-            self.hangup(a, copy);
+        for link in 0..LINKS_MAX {
+            self.hangup(a, link);
         }
         if !self.atts[a].asked.is_empty() && *self.atts[a].machine.phase() == Phase::Left {
             panic!("S19: left with requests under way");
@@ -190,5 +201,49 @@ pub fn brief(outcome: &CasOutcome) -> String {
             format!("conflict with revision {revision}, epoch {}", r.epoch)
         }
         other => format!("{other:?}"),
+    }
+}
+
+impl World {
+    /// What is counted of a message to an attachment: a read that no copy's disk answered, or whose answer may not be given.
+    pub fn note_message(&mut self, a: usize, message: &Message) {
+        let now = self.clock(self.atts[a].node);
+        let answers: &[(Seq, Status)] = match message {
+            Message::ReadReply { seq, status } => &[(*seq, *status)],
+            Message::AckVec { acks, .. } => acks,
+            _ => return,
+        };
+        let att = &mut self.atts[a];
+        for (seq, status) in answers.iter().filter(|(_, status)| *status != Status::Ok) {
+            let Some((op, _)) = att.machine.under_way(*seq) else {
+                continue;
+            };
+            for asked in att.asked.values_mut().filter(|q| q.op == op) {
+                asked.unreadable |= *status == Status::Io;
+                if *status == Status::NoSpace {
+                    asked.full.get_or_insert(now);
+                }
+            }
+        }
+        if let Message::ReadReply {
+            seq,
+            status: Status::Ok,
+        } = message
+            && let Some((op, _)) = att.machine.under_way(*seq)
+        {
+            let first = att.asked.iter().find(|(_, q)| q.op == op);
+            self.answered = first.map(|(id, _)| (a, *id));
+        }
+    }
+
+    /// A read that was answered and not completed is held back: by the failure mode, or for want of a lease (S8).
+    pub fn note_held_back(&mut self) {
+        let Some((a, id)) = self.answered.take() else {
+            return;
+        };
+        let att = &self.atts[a];
+        if att.asked.contains_key(&id) && !att.over && att.machine.mode_serves() {
+            self.seen.count("read held back by an expired lease");
+        }
     }
 }

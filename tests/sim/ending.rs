@@ -1,8 +1,8 @@
 //! How a run ends: faults stop, everything that was asked ends, and the copies agree.
 
 use lockstep::replication::attachment::{Op, Phase};
-use lockstep::replication::ids::{Nanos, SECTOR, Span};
-use lockstep::replication::record::CopyStatus;
+use lockstep::replication::ids::{SECTOR, Span};
+use lockstep::replication::record::{CopyStatus, State};
 
 use super::world::{Ev, MS, World};
 
@@ -30,13 +30,10 @@ impl World {
 
     /// Every in-sync copy's disk has failed for good: what the fault atlas could not exclude.
     pub fn is_dead(&self) -> bool {
-        (0..self.copies)
-            .filter(|c| self.is_in_sync(*c))
-            .all(|c| self.nodes[c].disk.as_ref().is_some_and(|d| d.failed))
-    }
-
-    pub fn is_in_sync(&self, copy: usize) -> bool {
-        self.registry.record.copies[copy].status == CopyStatus::InSync
+        self.registry
+            .record
+            .in_sync()
+            .all(|c| self.holder(c).is_none_or(|n| self.disk(n).failed))
     }
 
     pub fn live(&self) -> Option<usize> {
@@ -63,6 +60,7 @@ impl World {
             && healthy
             && self.now >= self.calm_since + 4_000 * MS
             && *a.machine.phase() == Phase::Serving
+            && r.state == State::Active
             && a.asked.is_empty()
             && a.machine.is_idle()
             && (!serves || a.machine.why_not_serving().is_none())
@@ -95,20 +93,7 @@ impl World {
             }
             assert!(self.settled(), "liveness: the last reads did not end");
         }
-        self.compare();
-    }
-
-    pub fn compare(&mut self) {
-        let in_sync: Vec<usize> = (0..self.copies).filter(|c| self.is_in_sync(*c)).collect();
-        let cache = |n: usize| &self.nodes[n].disk.as_ref().unwrap().cache;
-        for &c in &in_sync[1..] {
-            let differ = (0..cache(c).len()).find(|s| cache(c)[*s] != cache(in_sync[0])[*s]);
-            assert!(
-                differ.is_none(),
-                "S14: copies {} and {c} differ in sector {differ:?}",
-                in_sync[0]
-            );
-        }
+        self.check_identical();
     }
 
     /// A clean detach at the end: logs empty, copies clean and durable.
@@ -124,7 +109,7 @@ impl World {
             return;
         }
         self.atts[i].leaving = true;
-        let now = Nanos(self.now);
+        let now = self.clock(self.atts[i].node);
         self.atts[i].machine.detach(now);
         let node = self.atts[i].node;
         self.pump(node);

@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use lockstep::replication::attachment::{Op, Outcome, RequestId};
 use lockstep::replication::ids::{Nanos, SECTOR, Span};
+use lockstep::replication::record::State;
 
 use super::disk::{Stamps, sectors};
 use super::oracle::Moment;
@@ -12,6 +13,10 @@ use super::world::{Ev, MS, World};
 pub struct Asked {
     pub op: Op,
     pub start: Moment,
+    /// A copy could not read it.
+    pub unreadable: bool,
+    /// Since when a copy has had no space for it.
+    pub full: Option<Nanos>,
 }
 impl World {
     pub fn guest(&mut self, a: usize) {
@@ -69,10 +74,21 @@ impl World {
         if self.verbose {
             self.say(|_| format!("att {a}: {id} asks {op:?}"));
         }
-        self.atts[a].asked.insert(id, Asked { op, start });
-        self.atts[a]
-            .machine
-            .submit(Nanos(self.now), RequestId(id), op, data);
+        let machine = &self.atts[a].machine;
+        if machine.record().state == State::Recovering && machine.status().undecided > 0 {
+            self.seen.count("request while chunks are undecided");
+        }
+        self.atts[a].asked.insert(
+            id,
+            Asked {
+                op,
+                start,
+                unreadable: false,
+                full: None,
+            },
+        );
+        let now = self.clock(self.atts[a].node);
+        self.atts[a].machine.submit(now, RequestId(id), op, data);
     }
 
     pub fn complete(&mut self, a: usize, id: RequestId, outcome: Outcome, data: Option<Stamps>) {
@@ -83,14 +99,18 @@ impl World {
         let open = self.atts.iter().flat_map(|a| a.asked.values());
         self.oracle.floor = open.map(|q| q.start).min().unwrap_or(now).min(asked.start);
         if outcome == Outcome::IoError {
-            self.seen.failed += 1;
+            self.seen.count("failed");
             let machine = &self.atts[a].machine;
-            let suspended = machine.status().suspended_for.unwrap_or_default();
             let deadline = Nanos::from_ms(machine.record().suspend_deadline_ms);
-            let excused = self.disk_errors
-                || self.gapped.iter().any(|g| *g)
+            let suspended = machine.status().suspended_for;
+            // The last copies' disks may have died, or lost power: a flush that cannot keep its promise says so.
+            let dead = self.in_sync().iter().any(|c| self.disk(*c).failed);
+            let excused = dead
+                || asked.op == Op::Flush && self.atts[a].lost_power
                 || self.atts[a].leaving
-                || suspended >= deadline && machine.status().suspended_for.is_some();
+                || suspended.is_some_and(|s| s >= deadline)
+                // Its own failure ends the suspension that a full disk is.
+                || asked.full.is_some_and(|at| self.clock(self.atts[a].node).since(at) >= deadline);
             if asked.op == Op::Flush {
                 self.oracle.flush_failed(a);
             }
@@ -98,7 +118,10 @@ impl World {
             self.say(|_| format!("att {a}: {} fails {:?}", id.0, asked.op));
             return;
         }
-        self.seen.completed += 1;
+        self.seen.count("completed");
+        if asked.unreadable {
+            self.seen.count("failed read answered by another copy");
+        }
         if self.verbose {
             self.say(|_| format!("att {a}: {} completes {:?}", id.0, asked.op));
         }
@@ -125,23 +148,16 @@ impl World {
                     self.oracle.complete(s, by, id.0, now, fua);
                 }
                 // Acknowledged, then the last copies lost power, and nobody could know when this was completed.
-                let cut = |c: usize| !self.is_in_sync(c) || self.nodes[c].cut > asked.start;
-                if (0..self.copies).all(cut) {
+                if self
+                    .in_sync()
+                    .iter()
+                    .all(|c| self.nodes[*c].cut > asked.start)
+                {
                     self.oracle.power_lost(now);
                 }
             }
             Op::Flush => {
-                let covered = self.oracle.covered(by, asked.start);
-                for c in (0..self.copies).filter(|c| self.is_in_sync(*c)) {
-                    let disk = self.nodes[c].disk.as_ref().unwrap();
-                    for &(s, newest) in &covered {
-                        assert!(
-                            self.oracle.holds(s, disk.durable[s], by, newest),
-                            "S5: flush completed, but copy {c} has {} durable in sector {s}, not {newest}",
-                            disk.durable[s]
-                        );
-                    }
-                }
+                self.check_flushed(by, asked.start);
                 self.oracle.flushed(by, asked.start);
             }
         }

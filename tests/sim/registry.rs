@@ -12,18 +12,17 @@ pub struct Registry {
     pub record: Record,
     pub revision: Revision,
     owners: HashMap<(Epoch, Tag), Option<Instance>>,
-    pub promotions: u64,
-    pub ejections: u64,
+    /// Every epoch the record ever had, and its tag.
+    pub epochs: HashMap<Epoch, Tag>,
 }
 
 impl Registry {
     pub fn new(record: Record) -> Self {
         Self {
-            record,
             revision: 1,
             owners: HashMap::new(),
-            promotions: 0,
-            ejections: 0,
+            epochs: HashMap::from([(record.epoch, record.epoch_tag)]),
+            record,
         }
     }
 
@@ -33,13 +32,8 @@ impl Registry {
             return false;
         }
         self.check(next);
-        if next.master != self.record.master {
-            self.promotions += 1;
-        }
-        if next.in_sync().count() < self.record.in_sync().count() {
-            self.ejections += 1;
-        }
         self.record = next.clone();
+        self.epochs.insert(next.epoch, next.epoch_tag);
         self.revision += 1;
         true
     }
@@ -92,9 +86,12 @@ impl World {
     }
 
     pub fn swap(&mut self, expected: Revision, next: &Record) -> bool {
+        let before = self.registry.record.clone();
         if !self.registry.swap(expected, next) {
             return false;
         }
+        self.note_change(&before);
+        self.check_all_differences("S11");
         let r = &self.registry;
         let (revision, found) = (r.revision, (r.record.clone(), r.revision));
         self.say(|w| {
@@ -137,5 +134,28 @@ impl World {
             CasOutcome::Conflict(Some((r.record.clone(), r.revision)))
         };
         self.after(delay, Ev::CasAnswer(a, Box::new(outcome)));
+    }
+
+    fn note_change(&mut self, before: &Record) {
+        let now = &self.registry.record;
+        let (master, ejected) = (
+            now.master != before.master,
+            now.in_sync().count() < before.in_sync().count(),
+        );
+        let caches: Vec<_> = before
+            .in_sync()
+            .filter_map(|c| self.holder(c))
+            .map(|n| &self.disk(n).cache)
+            .collect();
+        let differ = caches.windows(2).any(|two| two[0] != two[1]);
+        if master {
+            self.seen.count("promotion");
+        }
+        if master && differ {
+            self.seen.count("promotion with differing copies");
+        }
+        if ejected {
+            self.seen.count("ejection");
+        }
     }
 }

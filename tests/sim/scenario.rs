@@ -12,7 +12,7 @@ use lockstep::replication::record::{Base, CopyEntry, CopyStatus, Record, State};
 use super::disk::Disk;
 use super::faults::{FAULTS, Fault, Weather};
 use super::network::Partitions;
-use super::nodes::Node;
+use super::nodes::{Clock, Node};
 use super::oracle::Oracle;
 use super::registry::Registry;
 use super::rng::Rng;
@@ -81,6 +81,8 @@ impl World {
                 disk,
                 fenced: false,
                 cut: 0,
+                gapped: false,
+                clock: Clock::new(&mut rng),
                 looked: 0,
             });
         }
@@ -117,6 +119,7 @@ impl World {
             ambiguous: rng.pick(&[0, 3, 10]),
             registry_down: rng.pick(&[0, 0, 5]),
             writeback: !rng.one_in(6),
+            rot: rng.one_in(3),
         };
         let all = (size / SECTOR) as usize;
         let hot = (0..6)
@@ -133,11 +136,11 @@ impl World {
             order: 0,
             queue: BinaryHeap::new(),
             nodes,
-            copies,
             atts: Vec::new(),
             sessions: Vec::new(),
             partitions: Partitions::default(),
             slow_net_until: 0,
+            slow_node: None,
             registry: Registry::new(record),
             registry_down_until: 0,
             isolated: (0, 0),
@@ -149,19 +152,18 @@ impl World {
             calm_since: 0,
             guest_stopped: false,
             verifying: false,
-            disk_errors: false,
             next_id: 1,
-            gapped: vec![false; copies],
             hot,
             trace: VecDeque::new(),
             verbose,
+            answered: None,
             seen: Seen::default(),
             rng,
         };
         world.say(|w| {
             format!(
                 "{} copies on {} nodes, {} bytes, {:?}, faults {:?} every {} ms",
-                w.copies,
+                w.registry.record.copies.len(),
                 w.nodes.len(),
                 w.registry.record.size,
                 w.registry.record.failure_mode,

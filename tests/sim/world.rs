@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use lockstep::replication::attachment::{CasOutcome, Revision};
 use lockstep::replication::failure_mode::FailureMode;
-use lockstep::replication::ids::{Nanos, Seq};
+use lockstep::replication::ids::{CopyId, Nanos, Seq};
 use lockstep::replication::message::{Message, Status};
 use lockstep::replication::record::Record;
 use lockstep::replication::replica::{DiskResult, Replica, SessionId, Ticket};
 
 use super::attachments::{Att, brief};
-use super::disk::Stamps;
+use super::disk::{Forgot, Stamps};
 use super::faults::Weather;
 use super::network::{Partitions, Session};
 use super::nodes::Node;
@@ -28,11 +28,13 @@ const TRACE: usize = 400;
 /// What is to happen.
 pub enum Ev {
     Tick(usize, u64),
-    ToCopy(usize, Message, Option<Stamps>),
-    ToAtt(usize, Message, Option<Stamps>),
+    /// By session and number.
+    ToCopy(usize, u64, Message, Option<Stamps>),
+    ToAtt(usize, u64, Message, Option<Stamps>),
     CopyClosed(usize),
     AttClosed(usize, &'static str),
-    Dialed(usize, usize, u64),
+    /// The attachment, the link, the attempt, and whom it was to.
+    Dialed(usize, usize, u64, CopyId, usize),
     DiskEffect(usize, u64, Ticket),
     DiskDone(usize, u64, Ticket),
     Cas(usize, Revision, Box<Record>),
@@ -80,11 +82,12 @@ pub struct World {
     pub order: u64,
     pub queue: BinaryHeap<Reverse<Queued>>,
     pub nodes: Vec<Node>,
-    pub copies: usize,
     pub atts: Vec<Att>,
     pub sessions: Vec<Session>,
     pub partitions: Partitions,
     pub slow_net_until: u64,
+    /// Only this node's links are slow.
+    pub slow_node: Option<usize>,
     pub registry: Registry,
     pub registry_down_until: u64,
     pub isolated: (usize, u64),
@@ -94,14 +97,14 @@ pub struct World {
     pub calm_since: u64,
     pub guest_stopped: bool,
     pub verifying: bool,
-    pub disk_errors: bool,
     pub budget: u64,
     pub next_id: u64,
-    pub gapped: Vec<bool>,
     pub fua: bool,
     pub hot: Vec<usize>,
     pub trace: VecDeque<String>,
     pub verbose: bool,
+    /// A read whose answer came in this step.
+    pub answered: Option<(usize, u64)>,
     pub seen: Seen,
 }
 
@@ -145,7 +148,7 @@ impl World {
             self.run_until(next);
         }
         if self.is_dead() {
-            self.seen.dead += 1;
+            self.seen.count("dead volume");
             for a in self.atts.iter().filter(|a| !a.over) {
                 let open: Vec<_> = a.asked.values().map(|q| q.op).collect();
                 assert!(
@@ -174,9 +177,11 @@ impl World {
     }
 
     pub fn finish(&mut self) {
-        self.seen.promotions = self.registry.promotions;
-        self.seen.ejections = self.registry.ejections;
-        self.seen.collapses = self.oracle.collapses;
+        self.seen
+            .times("sector decided by a read", self.oracle.collapses);
+        let repaired = |n: &Node| n.disk.as_ref().map_or(0, |d| d.repaired);
+        self.seen
+            .times("sector repaired", self.nodes.iter().map(repaired).sum());
     }
 
     pub fn run_until(&mut self, end: u64) {
@@ -198,7 +203,7 @@ impl World {
     pub fn home(&self, ev: &Ev) -> Option<usize> {
         match ev {
             Ev::Tick(n, _) | Ev::DiskDone(n, ..) => Some(*n),
-            Ev::ToCopy(s, ..) | Ev::CopyClosed(s) => Some(self.sessions[*s].copy),
+            Ev::ToCopy(s, ..) | Ev::CopyClosed(s) => Some(self.sessions[*s].node),
             Ev::ToAtt(s, ..) | Ev::AttClosed(s, _) => Some(self.atts[self.sessions[*s].att].node),
             Ev::Dialed(a, ..)
             | Ev::CasAnswer(a, _)
@@ -210,8 +215,8 @@ impl World {
     }
 
     pub fn step(&mut self, ev: Ev) {
-        let now = Nanos(self.now);
         let home = self.home(&ev);
+        let now = home.map_or(Nanos(0), |n| self.clock(n));
         if let Some(n) = home
             && self.nodes[n].paused_until > self.now
         {
@@ -237,40 +242,41 @@ impl World {
                 }
                 self.after(TICK, Ev::Tick(n, process));
             }
-            Ev::ToCopy(s, message, data) => {
-                let copy = self.sessions[s].copy;
-                if !self.sessions[s].to_copy {
+            Ev::ToCopy(s, number, message, data) => {
+                if !self.sessions[s].to_copy.arrive(number) {
                     return;
                 }
-                if let Some(replica) = &mut self.nodes[copy].replica {
+                if let Some(replica) = &mut self.nodes[self.sessions[s].node].replica {
                     replica.on_message(now, SessionId(s as u64), message, data);
                 }
             }
-            Ev::ToAtt(s, message, data) => {
-                let (a, copy) = (self.sessions[s].att, self.sessions[s].copy);
-                if !self.sessions[s].to_att || self.atts[a].over {
+            Ev::ToAtt(s, number, message, data) => {
+                let (a, link) = (self.sessions[s].att, self.sessions[s].link);
+                if !self.sessions[s].to_att.arrive(number) || self.atts[a].over {
                     return;
                 }
-                self.atts[a].machine.on_message(now, copy, message, data);
+                self.note_message(a, &message);
+                self.atts[a].machine.on_message(now, link, message, data);
             }
             Ev::CopyClosed(s) => {
-                self.sessions[s].to_copy = false;
-                let copy = self.sessions[s].copy;
-                if let Some(replica) = &mut self.nodes[copy].replica {
+                self.sessions[s].to_copy.open = false;
+                if let Some(replica) = &mut self.nodes[self.sessions[s].node].replica {
                     replica.on_close(now, SessionId(s as u64));
                 }
             }
             Ev::AttClosed(s, why) => {
-                let (a, copy) = (self.sessions[s].att, self.sessions[s].copy);
-                self.sessions[s].to_att = false;
-                if self.atts[a].links[copy] == Some(s) {
-                    self.atts[a].links[copy] = None;
+                let (a, link) = (self.sessions[s].att, self.sessions[s].link);
+                self.sessions[s].to_att.open = false;
+                if self.atts[a].links[link] == Some(s) {
+                    self.atts[a].links[link] = None;
                     if !self.atts[a].over {
-                        self.atts[a].machine.on_disconnected(now, copy, why);
+                        self.atts[a].machine.on_disconnected(now, link, why);
                     }
                 }
             }
-            Ev::Dialed(a, copy, dial) => self.dialed(a, copy, dial),
+            Ev::Dialed(a, link, dial, copy_id, node) => {
+                self.dialed(a, link, dial, copy_id, node);
+            }
             Ev::DiskEffect(n, process, ticket) => {
                 if self.nodes[n].process == process
                     && let Some(disk) = &mut self.nodes[n].disk
@@ -284,11 +290,16 @@ impl World {
                 if node.process != process || !node.up {
                     return;
                 }
-                let Some(result) = node.disk.as_mut().unwrap().end(ticket) else {
+                let disk = node.disk.as_mut().unwrap();
+                let Some(result) = disk.end(ticket) else {
                     return;
                 };
-                if !matches!(result, DiskResult::Done(_)) {
-                    self.disk_errors = true;
+                match disk.forgot.take() {
+                    Some(Forgot::Regions) => self.check_differences(n, "S11"),
+                    Some(Forgot::Bits) => self.check_differences(n, "S12"),
+                    None => {}
+                }
+                if matches!(result, DiskResult::NoSpace | DiskResult::Error) {
                     self.say(|_| format!("copy {n}: disk answers {result:?} to {ticket}"));
                 }
                 let replica = self.nodes[n].replica.as_mut().unwrap();
@@ -363,6 +374,7 @@ impl World {
         if let Some(n) = home {
             self.pump(n);
         }
+        self.note_held_back();
     }
 
     /// Carries out what the machines of a node decide, as a worker's turn does.
