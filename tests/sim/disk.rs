@@ -1,7 +1,8 @@
 //! One copy's disk: a page cache over stable storage, the superblock, the activity log and the bitmaps.
 //!
 //! A write takes effect sector by sector at some moment between its start and its end. A crash of the process leaves
-//! what took effect; a power cut takes back, sector by sector, whatever no completed sync covers.
+//! what took effect; a power cut takes back, sector by sector, whatever no completed sync covers. Rot shows when the copy
+//! is opened next (metadata) or read (data).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
@@ -9,7 +10,7 @@ use std::rc::Rc;
 use lockstep::replication::attachment::Payload;
 use lockstep::replication::copy_state::{BITMAPS_MAX, CopyState};
 use lockstep::replication::dirty_map::DirtyMap;
-use lockstep::replication::ids::{CHUNK, REGION, Region, SECTOR, Span};
+use lockstep::replication::ids::{CHUNK, Chunk, CopyId, Epoch, REGION, Region, SECTOR, Seq, Span};
 use lockstep::replication::replica::{DiskOp, DiskResult, Ticket};
 
 use super::rng::Rng;
@@ -27,6 +28,9 @@ impl Payload for Stamps {
         self.0.len() * SECTOR as usize
     }
 }
+
+/// Sectors of a chunk.
+pub const PER_CHUNK: usize = (CHUNK / SECTOR) as usize;
 
 pub fn sectors(span: Span) -> std::ops::Range<usize> {
     (span.offset / SECTOR) as usize..(span.end() / SECTOR) as usize
@@ -52,6 +56,8 @@ pub enum Running {
     Write {
         span: Span,
         values: Rc<Vec<u64>>,
+        /// Gives the space back.
+        unmap: bool,
         dsync: bool,
         applied: bool,
     },
@@ -61,9 +67,9 @@ pub enum Running {
     },
     Hash {
         span: Span,
-        early: Option<u128>,
     },
     Allocated {
+        first: Chunk,
         count: u32,
     },
     Sync {
@@ -78,6 +84,33 @@ pub enum Running {
     Bitmaps(Vec<(usize, Region, Vec<bool>)>),
 }
 
+/// What reads wrong at an opening (docs/DISK-FORMAT.md says what that means).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rot {
+    /// One half of the superblock: the other one counts.
+    Superblock(usize),
+    /// A sector of the log: every region counts as active.
+    Log,
+    /// A sector of the bitmap in this slot: all its chunks count as marked.
+    Bitmap(usize),
+}
+
+/// What a copy no longer has to look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forgot {
+    /// Regions left the log.
+    Regions,
+    /// Chunks were cleared in a bitmap.
+    Bits,
+}
+
+/// A copy as its disk has it.
+pub struct Opened {
+    pub state: CopyState,
+    pub regions: Vec<Region>,
+    pub maps: [Option<DirtyMap>; BITMAPS_MAX],
+}
+
 pub struct Disk {
     /// What a read returns.
     pub cache: Vec<u64>,
@@ -85,8 +118,23 @@ pub struct Disk {
     pub durable: Vec<u64>,
     unsynced: BTreeMap<usize, Vec<Unsynced>>,
     count: u64,
+    /// The state in force: of the newer half.
     pub superblock: CopyState,
+    /// Each with its generation.
+    halves: [(u64, CopyState); 2],
+    /// This half cannot be read until it is written again.
+    rotten: Option<usize>,
+    /// The highest epoch and promise whose write was reported done.
+    reported: (Epoch, Epoch),
     pub log: BTreeSet<Region>,
+    /// Chunks that are no holes.
+    data: Vec<bool>,
+    /// Sectors that cannot be read until they are written.
+    pub bad: BTreeSet<usize>,
+    /// Set when an operation took something out of the log or a bitmap.
+    pub forgot: Option<Forgot>,
+    /// Bad sectors that were written with what they had held.
+    pub repaired: u64,
     maps: Vec<Vec<bool>>,
     pub running: HashMap<Ticket, (Running, Fate)>,
     /// Full until this moment.
@@ -104,12 +152,51 @@ impl Disk {
             durable: vec![0; sectors],
             unsynced: BTreeMap::new(),
             count: 0,
+            halves: [(1, superblock.clone()), (2, superblock.clone())],
+            rotten: None,
+            reported: (superblock.epoch, superblock.promised),
+            data: vec![false; chunks],
+            bad: BTreeSet::new(),
+            repaired: 0,
+            forgot: None,
             superblock,
             log: BTreeSet::new(),
             maps: vec![vec![false; chunks]; BITMAPS_MAX],
             running: HashMap::new(),
             full_until: 0,
             failed: false,
+        }
+    }
+
+    pub fn copy_id(&self) -> CopyId {
+        self.superblock.copy_id
+    }
+
+    /// What the next process finds.
+    pub fn open(&mut self, rot: Option<Rot>) -> Opened {
+        match rot {
+            Some(Rot::Superblock(half)) => self.rotten = Some(half),
+            Some(Rot::Log) => {
+                self.log = (0..self.superblock.size.div_ceil(REGION) as u32)
+                    .map(Region)
+                    .collect();
+            }
+            Some(Rot::Bitmap(slot)) => self.maps[slot].fill(true),
+            None => {}
+        }
+        let readable = (0..2).filter(|half| self.rotten != Some(*half));
+        let newest = readable.max_by_key(|half| self.halves[*half].0).unwrap();
+        self.superblock = self.halves[newest].1.clone();
+        let (epoch, promised) = (self.superblock.epoch, self.superblock.promised);
+        assert!(
+            epoch >= self.reported.0 && promised >= self.reported.1,
+            "S2: opened in epoch {epoch} with promise {promised}, after {:?} had been reported durable",
+            self.reported
+        );
+        Opened {
+            state: self.superblock.clone(),
+            regions: self.log.iter().copied().collect(),
+            maps: self.maps(),
         }
     }
 
@@ -127,22 +214,24 @@ impl Disk {
                 Running::Write {
                     span,
                     values: data.0,
+                    unmap: false,
                     dsync,
                     applied: false,
                 }
             }
-            DiskOp::Zero { span, dsync, .. } => {
+            DiskOp::Zero { span, unmap, dsync } => {
                 self.s16(span);
                 Running::Write {
                     span,
                     values: Rc::new(vec![0; sectors(span).len()]),
+                    unmap,
                     dsync,
                     applied: false,
                 }
             }
             DiskOp::Read { span, .. } => Running::Read { span, early: None },
-            DiskOp::Hash { span } => Running::Hash { span, early: None },
-            DiskOp::Allocated { count, .. } => Running::Allocated { count },
+            DiskOp::Hash { span } => Running::Hash { span },
+            DiskOp::Allocated { first, count } => Running::Allocated { first, count },
             DiskOp::Sync => Running::Sync { mark: self.count },
             DiskOp::Grow { .. } => Running::Grow,
             DiskOp::Superblock(state) => Running::Superblock(state),
@@ -156,8 +245,7 @@ impl Disk {
                 for slot in 0..BITMAPS_MAX {
                     let Some(map) = bits(slot) else { continue };
                     for &region in &regions {
-                        let part = chunks_of(region, chunks)
-                            .map(|c| map.is_set(lockstep::replication::ids::Chunk(c as u32)));
+                        let part = chunks_of(region, chunks).map(|c| map.is_set(Chunk(c as u32)));
                         parts.push((slot, region, part.collect()));
                     }
                 }
@@ -193,15 +281,18 @@ impl Disk {
             Running::Write {
                 span,
                 values,
+                unmap,
                 applied,
                 ..
             } if !*applied && *fate == Fate::Done => {
                 *applied = true;
-                let (span, values) = (*span, values.clone());
+                let (span, values, unmap) = (*span, values.clone(), *unmap);
                 self.put(ticket, span, |i| Some(values[i]));
+                if unmap {
+                    self.give_back(span);
+                }
             }
             Running::Read { span, early } => *early = Some(self.cache[sectors(*span)].to_vec()),
-            Running::Hash { span, early } => *early = Some(hash(&self.cache[sectors(*span)])),
             _ => {}
         }
     }
@@ -209,6 +300,10 @@ impl Disk {
     fn put(&mut self, ticket: Ticket, span: Span, value: impl Fn(usize) -> Option<u64>) {
         for (i, s) in sectors(span).enumerate() {
             if let Some(value) = value(i) {
+                if self.bad.remove(&s) {
+                    self.repaired += u64::from(self.cache[s] == value);
+                }
+                self.data[s / PER_CHUNK] = true;
                 self.cache[s] = value;
                 self.unsynced.entry(s).or_default().push(Unsynced {
                     ticket,
@@ -217,6 +312,17 @@ impl Disk {
                 });
             }
         }
+    }
+
+    /// Whole chunks of zeros become holes, whether or not a power cut may bring back what they held.
+    fn give_back(&mut self, span: Span) {
+        let end = if span.end() == self.superblock.size {
+            span.end().next_multiple_of(CHUNK)
+        } else {
+            span.end()
+        };
+        let whole = span.offset.div_ceil(CHUNK)..end / CHUNK;
+        whole.for_each(|c| self.data[c as usize] = false);
     }
 
     fn harden(&mut self, s: usize, upto: impl Fn(&Unsynced) -> bool) {
@@ -239,11 +345,7 @@ impl Disk {
         match fate {
             Fate::Full => return Some(DiskResult::NoSpace),
             Fate::Error => {
-                let reads = matches!(
-                    op,
-                    Running::Read { .. } | Running::Hash { .. } | Running::Allocated { .. }
-                );
-                self.failed |= !reads;
+                self.failed |= !matches!(op, Running::Read { .. });
                 return Some(DiskResult::Error);
             }
             Fate::Done => {}
@@ -267,22 +369,22 @@ impl Disk {
             Running::Read { early, .. } => {
                 data = early.map(|values| Stamps(Rc::new(values)));
             }
-            Running::Hash { early, .. } => return early.map(DiskResult::Hash),
-            // As a file system answers that knows no holes.
-            Running::Allocated { count } => {
-                let word = |first: u32| match count - first {
-                    64.. => u64::MAX,
-                    rest => (1 << rest) - 1,
-                };
-                return Some(DiskResult::Allocated(
-                    (0..count).step_by(64).map(word).collect(),
-                ));
-            }
             Running::Sync { mark } => {
                 let dirty: Vec<usize> = self.unsynced.keys().copied().collect();
                 for s in dirty {
                     self.harden(s, |u| u.done.is_some_and(|d| d <= mark));
                 }
+            }
+            Running::Hash { span } => {
+                return Some(DiskResult::Hash(hash(&self.cache[sectors(span)])));
+            }
+            Running::Allocated { first, count } => {
+                let mut words = vec![0u64; count.div_ceil(64) as usize];
+                let data = |i: &u32| self.data.get((first.0 + i) as usize) == Some(&true);
+                for i in (0..count).filter(data) {
+                    words[i as usize / 64] |= 1 << (i % 64);
+                }
+                return Some(DiskResult::Allocated(words));
             }
             Running::Grow => {}
             other => self.persist(other),
@@ -302,9 +404,19 @@ impl Disk {
                     old.epoch,
                     old.promised
                 );
+                let newest = self.halves[0].0.max(self.halves[1].0);
+                self.halves = [
+                    (newest + 1, (*state).clone()),
+                    (newest + 2, (*state).clone()),
+                ];
+                self.rotten = None;
+                self.reported = (state.epoch, state.promised);
                 self.superblock = *state;
             }
             Running::Log { add, retire } => {
+                if !retire.is_empty() {
+                    self.forgot = Some(Forgot::Regions);
+                }
                 self.log.extend(add);
                 self.log.retain(|r| !retire.contains(r));
             }
@@ -312,6 +424,9 @@ impl Disk {
                 for (slot, region, bits) in parts {
                     let chunks = self.maps[slot].len();
                     for (c, bit) in chunks_of(region, chunks).zip(bits) {
+                        if self.maps[slot][c] && !bit {
+                            self.forgot = Some(Forgot::Bits);
+                        }
                         self.maps[slot][c] = bit;
                     }
                 }
@@ -335,6 +450,7 @@ impl Disk {
                     applied: false,
                     ..
                 } => {
+                    // A hole that was half punched is none.
                     let took: Vec<bool> = values.iter().map(|_| rng.one_in(2)).collect();
                     self.put(ticket, span, |i| took[i].then_some(values[i]));
                 }
@@ -342,13 +458,25 @@ impl Disk {
                     let kept = parts.into_iter().filter(|_| rng.one_in(2)).collect();
                     self.persist(Running::Bitmaps(kept));
                 }
-                other if rng.one_in(2) => self.persist(other),
+                // One half was written, and what the caller wanted was not reported.
+                Running::Superblock(state) if rng.one_in(3) => {
+                    let older = usize::from(self.halves[1].0 < self.halves[0].0);
+                    let newest = self.halves[1 - older].0;
+                    let half = self.rotten.take().unwrap_or(older);
+                    self.halves[half] = (newest + 1, (*state).clone());
+                    self.superblock = *state;
+                }
+                other if rng.one_in(2) => {
+                    let reported = self.reported;
+                    self.persist(other);
+                    self.reported = reported;
+                }
                 _ => {}
             }
         }
         // Tickets are given anew by the next process.
         for u in self.unsynced.values_mut().flatten() {
-            u.ticket = lockstep::replication::ids::Seq(0);
+            u.ticket = Seq(0);
             u.done.get_or_insert(self.count);
         }
     }
@@ -366,6 +494,7 @@ impl Disk {
                 self.durable[s] = list[survivor - 1].value;
             }
             self.cache[s] = self.durable[s];
+            self.data[s / PER_CHUNK] |= self.cache[s] != 0;
         }
     }
 
@@ -382,10 +511,13 @@ impl Disk {
     }
 }
 
-/// Equal for equal stamps, and only for them.
+/// Stands for XXH3: equal for equal stamps, and for others not by any chance that a run meets.
 fn hash(stamps: &[u64]) -> u128 {
-    let bytes: Vec<u8> = stamps.iter().flat_map(|s| s.to_le_bytes()).collect();
-    xxhash_rust::xxh3::xxh3_128(&bytes)
+    stamps.iter().fold(0x6c62_272e_07bb_0142, |h: u128, s| {
+        (h ^ u128::from(*s))
+            .wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+            .rotate_left(29)
+    })
 }
 
 fn chunks_of(region: Region, chunks: usize) -> std::ops::Range<usize> {

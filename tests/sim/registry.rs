@@ -2,26 +2,27 @@
 
 use std::collections::HashMap;
 
-use lockstep::replication::attachment::Revision;
+use lockstep::replication::attachment::{CasOutcome, Revision};
 use lockstep::replication::ids::{Epoch, Instance, Tag};
 use lockstep::replication::record::{CopyStatus, Record, State};
+
+use super::world::{Ev, MS, World};
 
 pub struct Registry {
     pub record: Record,
     pub revision: Revision,
     owners: HashMap<(Epoch, Tag), Option<Instance>>,
-    pub promotions: u64,
-    pub ejections: u64,
+    /// Every epoch the record ever had, and its tag.
+    pub epochs: HashMap<Epoch, Tag>,
 }
 
 impl Registry {
     pub fn new(record: Record) -> Self {
         Self {
-            record,
             revision: 1,
             owners: HashMap::new(),
-            promotions: 0,
-            ejections: 0,
+            epochs: HashMap::from([(record.epoch, record.epoch_tag)]),
+            record,
         }
     }
 
@@ -31,13 +32,8 @@ impl Registry {
             return false;
         }
         self.check(next);
-        if next.master != self.record.master {
-            self.promotions += 1;
-        }
-        if next.in_sync().count() < self.record.in_sync().count() {
-            self.ejections += 1;
-        }
         self.record = next.clone();
+        self.epochs.insert(next.epoch, next.epoch_tag);
         self.revision += 1;
         true
     }
@@ -71,6 +67,95 @@ impl Registry {
         );
         if next.state == State::Clean {
             assert!(next.attachment.is_none(), "5: clean while attached");
+        }
+    }
+}
+
+impl World {
+    pub fn registry_gone(&self, a: usize) -> bool {
+        let (alone, until) = self.isolated;
+        self.registry_down_until > self.now || until > self.now && self.atts[a].node == alone
+    }
+
+    pub fn registry_delay(&mut self) -> u64 {
+        if self.faults && self.rng.one_in(15) {
+            self.rng.between(20, 1_500) * MS
+        } else {
+            self.rng.between(1, 10) * MS
+        }
+    }
+
+    pub fn swap(&mut self, expected: Revision, next: &Record) -> bool {
+        let before = self.registry.record.clone();
+        if !self.registry.swap(expected, next) {
+            return false;
+        }
+        self.note_change(&before);
+        self.check_all_differences("S11");
+        let r = &self.registry;
+        let (revision, found) = (r.revision, (r.record.clone(), r.revision));
+        self.say(|w| {
+            let in_sync: Vec<_> = w.registry.record.in_sync().map(|c| &c.node).collect();
+            format!(
+                "registry: revision {revision}, epoch {}, in sync {in_sync:?}, {:?} {:?}",
+                w.registry.record.epoch, w.registry.record.state, w.registry.record.failure_mode
+            )
+        });
+        self.weigh_power();
+        for a in 0..self.atts.len() {
+            if !self.atts[a].over {
+                let wait = self.registry_delay();
+                self.after(wait, Ev::Watch(a, Box::new(found.clone())));
+            }
+        }
+        true
+    }
+
+    pub fn cas(&mut self, a: usize, expected: Revision, record: &Record) {
+        let delay = self.registry_delay();
+        let outcome = if self.registry_gone(a)
+            || self.faults && self.rng.one_in(self.weather.registry_down)
+        {
+            CasOutcome::Unavailable
+        } else if self.faults && self.rng.one_in(self.weather.ambiguous) {
+            match self.rng.below(3) {
+                0 => drop(self.swap(expected, record)),
+                1 => {
+                    let late = self.rng.below(600) * MS;
+                    self.after(late, Ev::LateCas(expected, Box::new(record.clone())));
+                }
+                _ => {}
+            }
+            CasOutcome::Ambiguous
+        } else if self.swap(expected, record) {
+            CasOutcome::Done(self.registry.revision)
+        } else {
+            let r = &self.registry;
+            CasOutcome::Conflict(Some((r.record.clone(), r.revision)))
+        };
+        self.after(delay, Ev::CasAnswer(a, Box::new(outcome)));
+    }
+
+    fn note_change(&mut self, before: &Record) {
+        let now = &self.registry.record;
+        let (master, ejected) = (
+            now.master != before.master,
+            now.in_sync().count() < before.in_sync().count(),
+        );
+        let caches: Vec<_> = before
+            .in_sync()
+            .filter_map(|c| self.holder(c))
+            .map(|n| &self.disk(n).cache)
+            .collect();
+        let differ = caches.windows(2).any(|two| two[0] != two[1]);
+        if master {
+            self.seen.count("promotion");
+        }
+        if master && differ {
+            self.seen.count("promotion with differing copies");
+        }
+        if ejected {
+            self.seen.count("ejection");
         }
     }
 }

@@ -1,0 +1,249 @@
+//! Attachments: who wants one where, and what the world does for it.
+
+use std::collections::BTreeMap;
+
+use lockstep::replication::attachment::{Action, Attachment, CasOutcome, Phase, Revision};
+use lockstep::replication::ids::{LINKS_MAX, Seq};
+use lockstep::replication::message::{Message, Proof, Status};
+use lockstep::replication::record::{self, Record};
+use lockstep::replication::timing::Timing;
+
+use super::disk::Stamps;
+use super::guest::Asked;
+use super::world::{Ev, MS, World};
+
+pub struct Att {
+    pub node: usize,
+    pub machine: Attachment<Stamps>,
+    /// The session of each link.
+    pub links: [Option<usize>; LINKS_MAX],
+    /// Counts attempts, so that a late connection is known as such.
+    pub dials: [u64; LINKS_MAX],
+    pub asked: BTreeMap<u64, Asked>,
+    pub served: bool,
+    pub serving_seen: bool,
+    pub over: bool,
+    pub leaving: bool,
+    /// Every in-sync copy lost power while it ran: its guest may be told that a flush failed.
+    pub lost_power: bool,
+}
+
+impl World {
+    /// Wants the volume attached somewhere, for ever.
+    pub fn operator(&mut self) {
+        self.after(400 * MS, Ev::Operator);
+        if self.live().is_some() {
+            return;
+        }
+        let before = self
+            .registry
+            .record
+            .attachment
+            .as_ref()
+            .and_then(|a| self.nodes.iter().position(|n| n.name == a.node));
+        let up: Vec<usize> = (0..self.nodes.len())
+            .filter(|n| self.nodes[*n].up)
+            .collect();
+        if up.is_empty() {
+            return;
+        }
+        let n = match before {
+            Some(n) if self.nodes[n].up && !self.rng.one_in(4) => n,
+            _ => self.rng.pick(&up),
+        };
+        self.ask_attach(n);
+    }
+
+    pub fn ask_attach(&mut self, n: usize) {
+        let busy = self.atts.iter().any(|a| a.node == n && !a.over);
+        let alive = self.atts.iter().filter(|a| !a.over).count();
+        if busy || alive > 1 || !self.nodes[n].up || self.registry_down_until > self.now {
+            return;
+        }
+        let found = (self.registry.record.clone(), self.registry.revision);
+        let (wait, process) = (self.registry_delay(), self.nodes[n].process);
+        self.after(wait, Ev::Attach(n, process, Box::new(found)));
+    }
+
+    pub fn attach(&mut self, n: usize, (record, revision): (Record, Revision)) {
+        if self.atts.iter().any(|a| a.node == n && !a.over) {
+            return;
+        }
+        let node = &self.nodes[n];
+        let me = record::Attachment {
+            node: node.name.clone(),
+            boot_id: node.boot,
+            instance: node.instance,
+        };
+        // One attachment a node, and the one before is over: its lock is free.
+        let mine = record
+            .attachment
+            .as_ref()
+            .is_some_and(|a| a.node == me.node);
+        let proof = if mine {
+            Proof::PredecessorDead
+        } else {
+            Proof::None
+        };
+        let a = self.atts.len();
+        self.say(|_| format!("att {a} on node {n}, epoch {}, {proof:?}", record.epoch));
+        let seed = self.rng.next();
+        let machine = Attachment::new(
+            me,
+            record,
+            revision,
+            proof,
+            Timing::DEFAULT,
+            seed,
+            self.clock(n),
+        );
+        self.atts.push(Att {
+            node: n,
+            machine,
+            links: [None; LINKS_MAX],
+            dials: [0; LINKS_MAX],
+            asked: BTreeMap::new(),
+            served: false,
+            serving_seen: false,
+            over: false,
+            leaving: false,
+            lost_power: false,
+        });
+        self.pump(n);
+        self.after(MS, Ev::Guest(a));
+    }
+
+    pub fn act(&mut self, a: usize, action: Action<Stamps>) {
+        match action {
+            Action::Send { to, message, data } => {
+                for link in to.iter() {
+                    if let Some(s) = self.atts[a].links[link] {
+                        self.tell_copy(s, message.clone(), data.clone());
+                    }
+                }
+            }
+            Action::Complete { id, outcome, data } => self.complete(a, id, outcome, data),
+            Action::Dial {
+                copy: link,
+                copy_id,
+                node,
+            } => {
+                self.atts[a].dials[link] += 1;
+                let dial = self.atts[a].dials[link];
+                let there = self.node_named(&node).expect("records name only nodes");
+                let wait = if self.atts[a].node == there {
+                    0
+                } else {
+                    self.rng.between(1, 20) * MS
+                };
+                self.after(wait, Ev::Dialed(a, link, dial, copy_id, there));
+            }
+            Action::Hangup(link) => self.hangup(a, link),
+            Action::Cas { expected, record } => {
+                self.say(|_| {
+                    let in_sync: Vec<_> = record.in_sync().map(|c| &c.node).collect();
+                    format!(
+                        "att {a}: CAS at {expected} to epoch {} {:?} {in_sync:?}",
+                        record.epoch, record.state
+                    )
+                });
+                let wait = self.registry_delay();
+                self.after(wait, Ev::Cas(a, expected, record));
+            }
+            Action::ReadRecord => {
+                let wait = self.registry_delay();
+                self.after(wait, Ev::Read(a));
+            }
+            Action::Event { rule, text } => {
+                if rule == "5.5 reconciled" && !text.contains(" 0 chunks") {
+                    self.seen.count("chunks reconciled");
+                }
+                if rule == "2.6 ambiguous CAS" {
+                    self.seen.count("ambiguous CAS");
+                }
+                self.say(|_| format!("att {a}: [{rule}] {text}"));
+            }
+            Action::Ended => {
+                let machine = &self.atts[a].machine;
+                // Unless somebody attached since, and this one hears late that it has left.
+                if *machine.phase() == Phase::Left
+                    && machine.record().epoch == self.registry.record.epoch
+                {
+                    self.check_left();
+                }
+                self.end_att(a);
+            }
+        }
+        if *self.atts[a].machine.phase() == Phase::Serving && !self.atts[a].serving_seen {
+            self.atts[a].serving_seen = true;
+            self.seen.count("attach");
+            self.oracle.served_by(a, self.moment);
+            self.say(|_| format!("att {a} serves"));
+        }
+    }
+
+    /// The attachment is no more; what it has not answered it never will.
+    pub fn end_att(&mut self, a: usize) {
+        self.atts[a].over = true;
+        for link in 0..LINKS_MAX {
+            self.hangup(a, link);
+        }
+        if !self.atts[a].asked.is_empty() && *self.atts[a].machine.phase() == Phase::Left {
+            panic!("S19: left with requests under way");
+        }
+        self.atts[a].asked.clear();
+    }
+}
+
+pub fn brief(outcome: &CasOutcome) -> String {
+    match outcome {
+        CasOutcome::Conflict(Some((r, revision))) => {
+            format!("conflict with revision {revision}, epoch {}", r.epoch)
+        }
+        other => format!("{other:?}"),
+    }
+}
+
+impl World {
+    /// What is counted of a message to an attachment: a read that no copy's disk answered, or whose answer may not be given.
+    pub fn note_message(&mut self, a: usize, message: &Message) {
+        let now = self.clock(self.atts[a].node);
+        let answers: &[(Seq, Status)] = match message {
+            Message::ReadReply { seq, status } => &[(*seq, *status)],
+            Message::AckVec { acks, .. } => acks,
+            _ => return,
+        };
+        let att = &mut self.atts[a];
+        for (seq, status) in answers.iter().filter(|(_, status)| *status != Status::Ok) {
+            let Some((op, _)) = att.machine.under_way(*seq) else {
+                continue;
+            };
+            for asked in att.asked.values_mut().filter(|q| q.op == op) {
+                asked.unreadable |= *status == Status::Io;
+                if *status == Status::NoSpace {
+                    asked.full.get_or_insert(now);
+                }
+            }
+        }
+        if let Message::ReadReply {
+            seq,
+            status: Status::Ok,
+        } = message
+            && let Some((op, _)) = att.machine.under_way(*seq)
+        {
+            let first = att.asked.iter().find(|(_, q)| q.op == op);
+            self.answered = first.map(|(id, _)| (a, *id));
+        }
+    }
+
+    /// A read that was answered and not completed is held back: by the failure mode, or for want of a lease (S8).
+    pub fn note_held_back(&mut self) {
+        let Some((a, id)) = self.answered.take() else {
+            return;
+        };
+        let att = &self.atts[a];
+        if att.asked.contains_key(&id) && !att.over && att.machine.mode_serves() {
+            self.seen.count("read held back by an expired lease");
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! The rules of PROTOCOL 9, by name, as far as they can be read off the world: from what the copies' disks hold, what is
+//! said on the network, and what the guest was told. The rest lies with the thing it is about: S1, S6 and S13 in `registry.rs`,
+//! S2 and S16 in `disk.rs`, S9 and S10 in `oracle.rs`, S8, S17 and S19 where the guest is answered (`guest.rs`).
+
+use lockstep::replication::copy_state::{CopyState, Standing};
+use lockstep::replication::ids::{Chunk, CopyId, IO_MAX, REGION, Region, SECTOR, Span};
+use lockstep::replication::message::{MAP_CHUNKS, Message, RUNS_MAX};
+use lockstep::replication::record::CopyStatus;
+use lockstep::replication::replica::{DiskOp, REQUESTS_MAX};
+
+use super::disk::{Disk, PER_CHUNK, Stamps, sectors};
+use super::oracle::Moment;
+use super::world::World;
+
+/// What one copy is to another, for S11.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Relation {
+    /// Both are in sync: they differ only where one of their logs says so.
+    Equals,
+    /// The first is in sync, the second would come back by a delta: the first one's bitmap counts too.
+    Delta,
+}
+
+impl World {
+    /// S3, S4: every member of the in-sync set in the registry has it.
+    pub fn check_applied(&mut self, by: usize, id: u64, span: Span, fua: bool, start: Moment) {
+        for c in self.in_sync() {
+            if self.nodes[c].cut > start {
+                continue;
+            }
+            let disk = self.disk(c);
+            for s in sectors(span) {
+                assert!(
+                    self.oracle.holds(s, disk.cache[s], by, id),
+                    "S3: write {id} completed, but in-sync copy {c} has {} in sector {s}",
+                    disk.cache[s]
+                );
+                assert!(
+                    !fua || self.oracle.holds(s, disk.durable[s], by, id),
+                    "S5: write-through {id} completed, but copy {c} has it not durable in sector {s}"
+                );
+            }
+        }
+    }
+
+    /// S5: what was completed before the flush began is on stable storage of every in-sync copy.
+    pub fn check_flushed(&mut self, by: usize, start: Moment) {
+        let covered = self.oracle.covered(by, start);
+        for c in self.in_sync() {
+            let disk = self.disk(c);
+            for &(s, newest) in &covered {
+                assert!(
+                    self.oracle.holds(s, disk.durable[s], by, newest),
+                    "S5: flush completed, but copy {c} has {} durable in sector {s}, not {newest}",
+                    disk.durable[s]
+                );
+            }
+        }
+    }
+
+    /// What a copy says is durable is (S2, S7), before it says so.
+    pub fn check_reply(&self, n: usize, message: &Message) {
+        let disk = self.disk(n);
+        let state = &disk.superblock;
+        match message {
+            Message::PromiseAck(answer) if !answer.probe => {
+                assert!(
+                    state.promised >= answer.promised,
+                    "S2: copy {n} promises epoch {}, its disk says {}",
+                    answer.promised,
+                    state.promised
+                );
+                assert_eq!(
+                    disk.writes_running(),
+                    0,
+                    "S7: promised with writes under way"
+                );
+            }
+            Message::AttachAck { epoch } | Message::EpochAck { epoch } => {
+                assert!(
+                    state.epoch >= *epoch && state.promised >= *epoch,
+                    "S2: copy {n} takes epoch {epoch}, its disk says {}",
+                    state.epoch
+                );
+                assert!(
+                    self.registry.epochs.get(&state.epoch) == Some(&state.tag),
+                    "S1: copy {n} is in epoch {} under another tag than the record had",
+                    state.epoch
+                );
+            }
+            Message::SyncReady { .. } => assert!(
+                state.standing == Standing::Inconsistent,
+                "6: copy {n} is ready to be synced, but its disk calls itself {:?}",
+                state.standing
+            ),
+            Message::SyncDoneAck { epoch } => assert!(
+                state.standing == Standing::InSync && state.epoch == *epoch,
+                "S13: copy {n} says that it is in sync, but its disk says {:?} in epoch {}",
+                state.standing,
+                state.epoch
+            ),
+            Message::DetachAck { .. } => assert!(
+                state.clean && disk.log.is_empty(),
+                "5: copy {n} detached, but its log has {:?} (clean: {})",
+                disk.log,
+                state.clean
+            ),
+            _ => {}
+        }
+    }
+
+    /// S19: what is sent fits a frame.
+    pub fn check_message(&self, message: &Message, data: Option<&Stamps>) {
+        let bytes = data.map_or(0, |d| d.0.len() as u64 * SECTOR);
+        assert!(
+            bytes <= u64::from(IO_MAX),
+            "S19: {bytes} bytes in one message"
+        );
+        let (is, most) = match message {
+            Message::AckVec { acks, .. } => (acks.len(), REQUESTS_MAX),
+            Message::MapRead { count, .. } => (*count as usize, MAP_CHUNKS as usize),
+            Message::Clear { runs, .. } => (runs.len(), RUNS_MAX),
+            _ => return,
+        };
+        assert!(is <= most, "S19: {is} in {message:?}");
+    }
+
+    /// S7: nothing is written after a promise until an attachment has bound the copy. S15: log before data, unless no other
+    /// copy ever held the volume, or the chunk is marked for this copy wherever a delta would be taken from.
+    pub fn check_disk_op(&self, n: usize, op: &DiskOp<Stamps>) {
+        let (DiskOp::Write { span, .. } | DiskOp::Zero { span, .. }) = op else {
+            return;
+        };
+        assert!(
+            !self.nodes[n].fenced,
+            "S7: a write after the promise, before an attach"
+        );
+        let disk = self.disk(n);
+        if span.regions().all(|r| disk.log.contains(&r)) {
+            return;
+        }
+        let id = disk.copy_id();
+        let record = &self.registry.record;
+        let ever_others = record
+            .present()
+            .any(|c| c.copy_id != id && c.base.since.0 > 0);
+        if !ever_others {
+            return;
+        }
+        let marked = || {
+            self.in_sync().into_iter().all(|y| {
+                let marks = |c| self.marks(y, id, c);
+                span.chunks().all(|c| marks(c.0 as usize))
+            })
+        };
+        assert!(
+            disk.superblock.standing == Standing::Inconsistent
+                && (!self.comes_back_by_delta(n) || marked()),
+            "S15: {span:?} is written at copy {n} before its region is in the log"
+        );
+    }
+
+    /// Whether the copy `y` marks the chunk for `copy`: in memory while its process runs.
+    fn marks(&self, y: usize, copy: CopyId, chunk: usize) -> bool {
+        let chunk = Chunk(chunk as u32);
+        let slot = |state: &CopyState| {
+            let mut slots = state.bitmaps.iter();
+            slots.position(|b| b.is_some_and(|b| b.copy_id == copy))
+        };
+        let disk = self.disk(y);
+        match &self.nodes[y].replica {
+            Some(replica) => slot(replica.state())
+                .and_then(|slot| replica.map(slot))
+                .is_some_and(|map| map.is_set(chunk)),
+            None => slot(&disk.superblock)
+                .and_then(|slot| disk.maps()[slot].take())
+                .is_some_and(|map| map.is_set(chunk)),
+        }
+    }
+
+    /// Whether an attachment would bring this absent copy up to date by what its disk says it is (PROTOCOL 6).
+    fn comes_back_by_delta(&self, n: usize) -> bool {
+        let Some(place) = self.place(n) else {
+            return false;
+        };
+        let record = &self.registry.record;
+        let (entry, state) = (&record.copies[place], &self.disk(n).superblock);
+        let last = entry.base.last.unwrap_or(record.epoch);
+        state.standing != Standing::Failed
+            && (entry.base.since..=last).contains(&state.epoch)
+            && record.lineage.contains(&(state.epoch, state.tag))
+    }
+
+    fn relation(&self, y: usize, x: usize) -> Option<Relation> {
+        let record = &self.registry.record;
+        let status = |n: usize| Some(record.copies[self.place(n)?].status);
+        let works = |n: usize| !self.disk(n).failed;
+        if !works(x) || !works(y) || status(y)? != CopyStatus::InSync {
+            return None;
+        }
+        match status(x)? {
+            CopyStatus::InSync => Some(Relation::Equals),
+            CopyStatus::Missing | CopyStatus::Syncing if self.comes_back_by_delta(x) => {
+                Some(Relation::Delta)
+            }
+            _ => None,
+        }
+    }
+
+    /// S11 for the copy on node `n` and every other one: where they differ, now or after power cuts, somebody's log or
+    /// bitmap says so. Asked for whenever something is forgotten or lost; S12 is the same of a bit just cleared.
+    pub fn check_differences(&self, n: usize, rule: &str) {
+        if self.nodes[n].disk.is_none() {
+            return;
+        }
+        for m in (0..self.nodes.len()).filter(|m| *m != n && self.nodes[*m].disk.is_some()) {
+            match self.relation(n, m) {
+                Some(relation) => self.check_pair(n, m, relation, rule),
+                None => {
+                    if let Some(relation) = self.relation(m, n) {
+                        self.check_pair(m, n, relation, rule);
+                    }
+                }
+            }
+        }
+    }
+
+    /// As [`Self::check_differences`], of all copies.
+    pub fn check_all_differences(&self, rule: &str) {
+        (0..self.nodes.len()).for_each(|n| self.check_differences(n, rule));
+    }
+
+    fn check_pair(&self, y: usize, x: usize, relation: Relation, rule: &str) {
+        let (at_y, at_x) = (self.disk(y), self.disk(x));
+        let per_region = (REGION / SECTOR) as usize;
+        let all = at_y.cache.len().min(at_x.cache.len());
+        for region in 0..all.div_ceil(per_region) {
+            let logged = |d: &Disk| d.log.contains(&Region(region as u32));
+            if logged(at_y) || logged(at_x) {
+                continue;
+            }
+            let span = region * per_region..((region + 1) * per_region).min(all);
+            if same(at_y, at_x, span.clone()) {
+                continue;
+            }
+            for chunk in span.start / PER_CHUNK..span.end.div_ceil(PER_CHUNK) {
+                let span = chunk * PER_CHUNK..((chunk + 1) * PER_CHUNK).min(all);
+                let known = relation == Relation::Delta && self.marks(y, at_x.copy_id(), chunk);
+                if known || same(at_y, at_x, span.clone()) {
+                    continue;
+                }
+                let s = span
+                    .clone()
+                    .find(|s| !same(at_y, at_x, *s..*s + 1))
+                    .unwrap();
+                panic!(
+                    "{rule}: copies {y} and {x} differ in sector {s} (chunk {chunk}), and nobody knows: cached {} and {}, durable {} and {}",
+                    at_y.cache[s], at_x.cache[s], at_y.durable[s], at_x.durable[s]
+                );
+            }
+        }
+    }
+
+    /// S14: with nothing under way all copies that count are the same to the last byte.
+    pub fn check_identical(&self) {
+        let all = self.in_sync();
+        let first = &self.disk(all[0]).cache;
+        for &c in &all[1..] {
+            let cache = &self.disk(c).cache;
+            let differ = (0..cache.len()).find(|s| cache[*s] != first[*s]);
+            assert!(
+                differ.is_none(),
+                "S14: copies {} and {c} differ in sector {differ:?}",
+                all[0]
+            );
+        }
+    }
+
+    /// After a clean detach: nothing in the logs, everything durable.
+    pub fn check_left(&mut self) {
+        self.seen.count("clean detach");
+        for c in self.in_sync() {
+            let disk = self.disk(c);
+            // It may have lost power between its answer and the record's change.
+            if self.nodes[c].cut > 0 && disk.cache != disk.durable {
+                continue;
+            }
+            assert!(
+                disk.superblock.clean && disk.log.is_empty(),
+                "5: left cleanly, but copy {c} has regions {:?} (clean: {})",
+                disk.log,
+                disk.superblock.clean
+            );
+            assert!(
+                disk.cache == disk.durable,
+                "S5: left cleanly, but copy {c} is not flushed"
+            );
+        }
+    }
+
+    /// Whether every in-sync copy lost power since it was last whole: then the guest may miss what no flush covered.
+    pub fn weigh_power(&mut self) {
+        let record = &self.registry.record;
+        let whole = record
+            .in_sync()
+            .any(|c| self.holder(c).is_some_and(|n| !self.nodes[n].gapped));
+        if whole {
+            return;
+        }
+        self.oracle.power_lost(self.moment);
+        self.seen.count("power loss of all in-sync copies");
+        self.say(|_| "every in-sync copy lost power".into());
+        for c in self.in_sync() {
+            self.nodes[c].gapped = false;
+        }
+        for att in &mut self.atts {
+            att.lost_power = true;
+        }
+    }
+}
+
+/// Whether two disks hold the same, whichever of them loses power now.
+fn same(a: &Disk, b: &Disk, span: std::ops::Range<usize>) -> bool {
+    let (ac, ad) = (&a.cache[span.clone()], &a.durable[span.clone()]);
+    let (bc, bd) = (&b.cache[span.clone()], &b.durable[span]);
+    ac == bc && ad == bc && ac == bd
+}

@@ -1,0 +1,67 @@
+//! What the runs have met: counted, reported in the last line, and some of it demanded (PROTOCOL 9, non-vacuity).
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+#[derive(Clone, Default)]
+pub struct Seen(BTreeMap<&'static str, u64>);
+
+impl Seen {
+    pub fn count(&mut self, what: &'static str) {
+        self.times(what, 1);
+    }
+
+    pub fn times(&mut self, what: &'static str, n: u64) {
+        *self.0.entry(what).or_default() += n;
+    }
+
+    /// Keeps the largest.
+    pub fn most(&mut self, what: &'static str, n: u64) {
+        let most = self.0.entry(what).or_default();
+        *most = n.max(*most);
+    }
+
+    pub fn of(&self, what: &str) -> u64 {
+        self.0.get(what).copied().unwrap_or(0)
+    }
+
+    pub fn add(&mut self, other: &Self) {
+        for (what, n) in &other.0 {
+            if what.starts_with("most ") {
+                self.most(what, *n);
+            } else {
+                self.times(what, *n);
+            }
+        }
+    }
+}
+
+impl fmt::Display for Seen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<String> = self
+            .0
+            .iter()
+            .map(|(what, n)| format!("{what} {n}"))
+            .collect();
+        f.write_str(&all.join(", "))
+    }
+}
+
+/// Without each of these the suite has proved little.
+pub const DEMANDED: &[&str] = &[
+    "promotion",
+    "promotion with differing copies",
+    "chunks reconciled",
+    "ejection",
+    "ambiguous CAS",
+    "read held back by an expired lease",
+    "request while chunks are undecided",
+    "power loss of all in-sync copies",
+    "failed read answered by another copy",
+    "one-way partition",
+    "half-open connection",
+    "connection reset in the middle",
+    "rot of a superblock",
+    "rot of a log",
+    "rot of a bitmap",
+];
