@@ -16,7 +16,8 @@ use super::conn::{Conn, OUT_MAX, Piece};
 use super::disk::Disk;
 use crate::replication::attachment::CopySet;
 use crate::replication::ids::{
-    BootId, ClusterId, CopyId, Epoch, Instance, Nanos, NodeName, Seq, VolumeId,
+    BootId, COPIES_MAX, ClusterId, CopyId, Epoch, Instance, LINKS_MAX, Nanos, NodeName, Seq,
+    VolumeId,
 };
 use crate::replication::message::{Message, Status};
 use crate::replication::replica::SessionId;
@@ -47,16 +48,16 @@ pub struct Identity {
 pub enum Role {
     /// Accepted; the greeting has not come.
     Stranger,
-    /// To a copy; the greeting is sent when the socket is connected.
+    /// The attachment's `link` to a copy; the greeting is sent when the socket is connected.
     Dialing {
         volume: usize,
-        copy: usize,
+        link: usize,
         hello: Box<Hello>,
     },
-    /// To a copy; the answer to the greeting has not come.
-    Greeting { volume: usize, copy: usize },
-    /// To a copy.
-    Copy { volume: usize, copy: usize },
+    /// The same; the answer to the greeting has not come.
+    Greeting { volume: usize, link: usize },
+    /// The same.
+    Copy { volume: usize, link: usize },
     /// From an attachment, with the answers of this turn.
     Attachment {
         volume: usize,
@@ -218,14 +219,14 @@ impl Context {
         Some(peer)
     }
 
-    /// Connects to the copy of `volume_id` on `node`; the token, or why not.
+    /// Connects to the copy of `volume_id` on `node`, for what `link` is for; the token, or why not.
     pub fn dial(
         &mut self,
         node: &NodeName,
         volume_id: VolumeId,
         copy_id: CopyId,
         volume: usize,
-        copy: usize,
+        link: usize,
     ) -> Result<usize, String> {
         let Some(address) = self.addresses.get(node).copied() else {
             return Err(format!(
@@ -241,7 +242,11 @@ impl Context {
             instance: self.me.instance,
             volume: volume_id,
             copy: copy_id,
-            purpose: Purpose::Foreground,
+            purpose: if link < COPIES_MAX {
+                Purpose::Foreground
+            } else {
+                Purpose::Bulk
+            },
         };
         let stream =
             TcpStream::connect(address).map_err(|e| format!("cannot connect to {address}: {e}"))?;
@@ -249,7 +254,7 @@ impl Context {
             stream,
             Role::Dialing {
                 volume,
-                copy,
+                link,
                 hello: Box::new(hello),
             },
         )
@@ -269,17 +274,17 @@ impl Context {
         self.send_all(std::iter::once(token), message, data, compress);
     }
 
-    /// Sends a message to the connections of a set of copies: encoded and compressed once.
+    /// Sends a message over a set of links: encoded and compressed once.
     pub fn send_set(
         &mut self,
         to: CopySet,
-        links: &[Option<usize>],
+        links: &[Option<usize>; LINKS_MAX],
         message: &Message,
         data: Option<&Bytes>,
         compress: bool,
     ) {
-        let tokens = to.iter().filter_map(|c| links.get(c).copied().flatten());
-        self.send_all(tokens, message, data, compress);
+        let chosen = links.iter().enumerate().filter(|(link, _)| to.has(*link));
+        self.send_all(chosen.filter_map(|(_, t)| *t), message, data, compress);
     }
 
     fn send_all(
@@ -434,7 +439,8 @@ pub fn next_frame(input: &[u8]) -> Result<Option<(Message, Option<Bytes>, usize)
             Some(Bytes::from_buffer(buffer))
         }
     };
-    if let (Message::Write(request), Some(data)) = (&frame.message, &data)
+    if let (Message::Write(request) | Message::SyncData(request), Some(data)) =
+        (&frame.message, &data)
         && request.span.len as usize != crate::replication::attachment::Payload::count(data)
     {
         return Err(format!(
@@ -443,4 +449,109 @@ pub fn next_frame(input: &[u8]) -> Result<Option<(Message, Option<Bytes>, usize)
         ));
     }
     Ok(Some((frame.message, data, taken)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::TcpListener;
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::replication::ids::Span;
+    use crate::replication::message::Request;
+
+    const VOLUME: VolumeId = VolumeId([1; 16]);
+    const COPY: CopyId = CopyId([2; 16]);
+
+    fn context(poll: &mio::Poll) -> Context {
+        let me = Identity {
+            cluster: ClusterId([3; 16]),
+            node: NodeName("n1".into()),
+            boot_id: BootId([4; 16]),
+            instance: Instance([5; 16]),
+        };
+        let disk = Disk::new(EventFd::new(0).unwrap().as_raw_fd()).unwrap();
+        let registry = poll.registry().try_clone().unwrap();
+        Context::new(me, disk, registry, 16, channel().0, channel().0)
+    }
+
+    /// Waits until the connection stands; mio says so once, and this test has no loop.
+    fn connected(ctx: &mut Context, poll: &mut mio::Poll, token: usize) {
+        let mut events = mio::Events::with_capacity(8);
+        let stream = |ctx: &Context| ctx.peers[&token].conn.stream.peer_addr().is_ok();
+        while !stream(ctx) {
+            poll.poll(&mut events, Some(Duration::from_secs(10)))
+                .unwrap();
+        }
+    }
+
+    /// What is said over link `i + COPIES_MAX` is said to copy `i`, over a connection that says that it is for bulk.
+    #[test]
+    fn both_links_of_a_copy_are_dialed_for_what_they_are_and_a_message_goes_out_on_those_it_is_for()
+    {
+        // Given a node n2, and links 1 and 9 to its copy,
+        let mut poll = mio::Poll::new().unwrap();
+        let mut ctx = context(&poll);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let n2 = NodeName("n2".into());
+        let address = listener.local_addr().unwrap();
+        ctx.addresses.insert(n2.clone(), address);
+        let mut links = [None; LINKS_MAX];
+        let mut ends = Vec::new();
+        for (link, purpose) in [(1, Purpose::Foreground), (1 + COPIES_MAX, Purpose::Bulk)] {
+            let token = ctx.dial(&n2, VOLUME, COPY, 0, link).unwrap();
+            let Role::Dialing {
+                link: found, hello, ..
+            } = &ctx.peers[&token].role
+            else {
+                panic!("dialing")
+            };
+            assert_eq!((*found, hello.purpose, hello.copy), (link, purpose, COPY));
+            connected(&mut ctx, &mut poll, token);
+            ctx.peers.get_mut(&token).unwrap().role = Role::Copy { volume: 0, link };
+            links[link] = Some(token);
+            ends.push(listener.accept().unwrap().0);
+        }
+        // when a chunk goes to the bulk link, then a flush to both,
+        let (epoch, seq) = (Epoch(1), Seq(2));
+        let span = Span {
+            offset: 0,
+            len: 4096,
+        };
+        let chunk = Message::SyncData(Request {
+            epoch,
+            seq,
+            span,
+            fua: false,
+        });
+        let flush = Message::Flush { epoch, seq };
+        let data = Bytes::from_buffer(Buffer::new(4096));
+        let mut both = CopySet::one(1 + COPIES_MAX);
+        ctx.send_set(both, &links, &chunk, Some(&data), false);
+        both.insert(1);
+        ctx.send_set(both, &links, &flush, None, false);
+        for token in ctx.unsent.clone() {
+            ctx.flush(token).unwrap();
+        }
+        // then the own link brings the flush alone, the other one both, with the bytes.
+        drop(ctx);
+        let mut received = ends.into_iter().map(|mut end| {
+            let mut bytes = Vec::new();
+            end.read_to_end(&mut bytes).unwrap();
+            bytes
+        });
+        let own = received.next().unwrap();
+        let (message, _, taken) = next_frame(&own).unwrap().unwrap();
+        assert_eq!((message, taken), (flush.clone(), own.len()));
+        let bulk = received.next().unwrap();
+        let (message, data, taken) = next_frame(&bulk).unwrap().unwrap();
+        assert_eq!(message, chunk);
+        assert!(matches!(data, Some(Bytes::Buffer(b)) if b.len() == 4096));
+        let (message, _, rest) = next_frame(&bulk[taken..]).unwrap().unwrap();
+        assert_eq!((message, taken + rest), (flush, bulk.len()));
+    }
 }

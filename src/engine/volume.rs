@@ -17,7 +17,9 @@ use crate::copy::layout::WORDS_PER_PAGE;
 use crate::copy::{BITS_PER_PAGE, MetaWrite, Metadata, Store};
 use crate::guest::Serial;
 use crate::replication::attachment::{Action as Do, Attachment, Op, Phase};
-use crate::replication::ids::{CHUNK, CopyId, Epoch, Nanos, REGION, Region, Seq, VolumeId};
+use crate::replication::ids::{
+    CHUNK, COPIES_MAX, CopyId, Epoch, LINKS_MAX, Nanos, REGION, Region, Seq, VolumeId,
+};
 use crate::replication::message::{Message, Refusal, Status};
 use crate::replication::replica::{
     Action as CopyDo, DiskOp, DiskResult, Replica, SessionId, Ticket,
@@ -58,9 +60,9 @@ pub struct Serving {
     /// The guest's rings.
     pub rings: Rings,
     name: String,
-    /// Connections to the copies, by index.
-    links: Vec<Option<usize>>,
-    /// The session with the copy of this process, and that copy's index.
+    /// Tokens of the connections to the copies, by link.
+    links: [Option<usize>; LINKS_MAX],
+    /// The session with the copy of this process, and that copy's link; it has none for bulk.
     local: Option<(SessionId, usize)>,
     /// Tokens of the watched kicks.
     kicks: HashMap<u16, usize>,
@@ -239,8 +241,8 @@ impl Volume {
                 seq,
                 status,
             } => match (local, &mut self.serving) {
-                (Some((mine, index)), Some(s)) if mine == session => {
-                    s.attachment.on_ack(ctx.now, index, seq, status)
+                (Some((mine, link)), Some(s)) if mine == session => {
+                    s.attachment.on_ack(ctx.now, link, seq, status)
                 }
                 _ => ctx.ack(session, seq, status),
             },
@@ -249,8 +251,8 @@ impl Volume {
                 message,
                 data,
             } => match (local, &mut self.serving) {
-                (Some((mine, index)), Some(s)) if mine == session => {
-                    s.attachment.on_message(ctx.now, index, message, data);
+                (Some((mine, link)), Some(s)) if mine == session => {
+                    s.attachment.on_message(ctx.now, link, message, data);
                 }
                 _ => {
                     if let Some(token) = ctx.sessions.get(&session).copied() {
@@ -259,11 +261,11 @@ impl Volume {
                 }
             },
             CopyDo::Close(session) => match (local, &mut self.serving) {
-                (Some((mine, index)), Some(s)) if mine == session => {
+                (Some((mine, link)), Some(s)) if mine == session => {
                     s.local = None;
                     s.attachment.on_disconnected(
                         ctx.now,
-                        index,
+                        link,
                         "the copy on this node ended the session",
                     );
                 }
@@ -379,7 +381,7 @@ impl Volume {
             attachment,
             rings,
             name: attach.name,
-            links: Vec::new(),
+            links: [None; LINKS_MAX],
             local: None,
             kicks: HashMap::new(),
             detaching: None,
@@ -405,10 +407,10 @@ impl Volume {
     }
 
     /// A message from a copy on another node.
-    pub fn copy_says(&mut self, ctx: &Context, copy: usize, message: Message, data: Option<Bytes>) {
+    pub fn copy_says(&mut self, ctx: &Context, link: usize, message: Message, data: Option<Bytes>) {
         if let Some(s) = &mut self.serving {
             s.count_answered(ctx.now, &message);
-            s.attachment.on_message(ctx.now, copy, message, data);
+            s.attachment.on_message(ctx.now, link, message, data);
         }
     }
 
@@ -416,32 +418,32 @@ impl Volume {
     pub fn copy_link(
         &mut self,
         ctx: &Context,
-        copy: usize,
+        link: usize,
         token: usize,
         state: Result<crate::replication::ids::BootId, &str>,
     ) {
         let Some(s) = &mut self.serving else { return };
-        if s.links.get(copy).copied().flatten() != Some(token) {
+        if s.links[link] != Some(token) {
             return;
         }
         match state {
-            Ok(boot_id) => s.attachment.on_connected(ctx.now, copy, boot_id),
+            Ok(boot_id) => s.attachment.on_connected(ctx.now, link, boot_id),
             Err(why) => {
-                s.links[copy] = None;
-                s.attachment.on_disconnected(ctx.now, copy, why);
+                s.links[link] = None;
+                s.attachment.on_disconnected(ctx.now, link, why);
             }
         }
     }
 
     /// The copy's node has no such copy.
-    pub fn copy_unknown(&mut self, ctx: &Context, copy: usize, token: usize) {
+    pub fn copy_unknown(&mut self, ctx: &Context, link: usize, token: usize) {
         if let Some(s) = &mut self.serving
-            && s.links.get(copy).copied().flatten() == Some(token)
+            && s.links[link] == Some(token)
         {
-            s.links[copy] = None;
+            s.links[link] = None;
             s.attachment
-                .on_disconnected(ctx.now, copy, &Refusal::UnknownCopy.to_string());
-            s.attachment.on_refused(ctx.now, copy, Refusal::UnknownCopy);
+                .on_disconnected(ctx.now, link, &Refusal::UnknownCopy.to_string());
+            s.attachment.on_refused(ctx.now, link, Refusal::UnknownCopy);
         }
     }
 
@@ -472,15 +474,15 @@ impl Volume {
                 copy_id,
                 node,
             } => self.dial(ctx, copy, copy_id, &node),
-            Do::Hangup(copy) => {
-                if let Some((session, index)) = s.local
-                    && index == copy
+            Do::Hangup(link) => {
+                if let Some((session, own)) = s.local
+                    && own == link
                 {
                     s.local = None;
                     if let Some(local) = &mut self.copy {
                         local.replica.on_close(ctx.now, session);
                     }
-                } else if let Some(token) = s.links.get_mut(copy).and_then(Option::take) {
+                } else if let Some(token) = s.links[link].take() {
                     ctx.remove(token);
                 }
             }
@@ -516,30 +518,34 @@ impl Volume {
     fn dial(
         &mut self,
         ctx: &mut Context,
-        copy: usize,
+        link: usize,
         copy_id: CopyId,
         node: &crate::replication::ids::NodeName,
     ) {
         let here = self.copy_id();
         let Some(s) = &mut self.serving else { return };
-        if s.links.len() <= copy {
-            s.links.resize(copy + 1, None);
+        // The attachment gave an attempt up before it came to anything, and so may not have hung up.
+        if let Some(former) = s.links[link].take() {
+            ctx.remove(former);
         }
         if *node == ctx.me.node {
-            if here == Some(copy_id) {
-                s.local = Some((ctx.session(), copy));
-                s.attachment.on_connected(ctx.now, copy, ctx.me.boot_id);
-            } else {
+            if here != Some(copy_id) {
                 let unknown = Refusal::UnknownCopy;
                 s.attachment
-                    .on_disconnected(ctx.now, copy, &unknown.to_string());
-                s.attachment.on_refused(ctx.now, copy, unknown);
+                    .on_disconnected(ctx.now, link, &unknown.to_string());
+                s.attachment.on_refused(ctx.now, link, unknown);
+            } else if link >= COPIES_MAX {
+                let why = "the copy of this process takes everything over one session";
+                s.attachment.on_disconnected(ctx.now, link, why);
+            } else {
+                s.local = Some((ctx.session(), link));
+                s.attachment.on_connected(ctx.now, link, ctx.me.boot_id);
             }
             return;
         }
-        match ctx.dial(node, self.id, copy_id, self.at, copy) {
-            Ok(token) => s.links[copy] = Some(token),
-            Err(why) => s.attachment.on_disconnected(ctx.now, copy, &why),
+        match ctx.dial(node, self.id, copy_id, self.at, link) {
+            Ok(token) => s.links[link] = Some(token),
+            Err(why) => s.attachment.on_disconnected(ctx.now, link, &why),
         }
     }
 

@@ -357,11 +357,11 @@ impl Loop {
             let waits = peer.conn.unblock();
             if let Role::Dialing {
                 volume,
-                copy,
+                link,
                 hello,
             } = &peer.role
             {
-                let (volume, copy) = (*volume, *copy);
+                let (volume, link) = (*volume, *link);
                 match peer
                     .conn
                     .stream
@@ -373,7 +373,7 @@ impl Loop {
                         let _ = peer.conn.stream.set_nodelay(true);
                         let mut bytes = Vec::new();
                         hello.encode(&mut bytes);
-                        peer.role = Role::Greeting { volume, copy };
+                        peer.role = Role::Greeting { volume, link };
                         self.ctx.push(token, bytes);
                     }
                     Err(e) if e.kind() == io::ErrorKind::NotConnected => return,
@@ -431,13 +431,13 @@ impl Loop {
                 return Ok(());
             };
             match &peer.role {
-                Role::Copy { volume, copy } => {
-                    let (volume, copy) = (*volume, *copy);
+                Role::Copy { volume, link } => {
+                    let (volume, link) = (*volume, *link);
                     let Some((message, data, taken)) = next_frame(peer.conn.input())? else {
                         return Ok(());
                     };
                     peer.conn.take(taken);
-                    self.volumes[volume].copy_says(&self.ctx, copy, message, data);
+                    self.volumes[volume].copy_says(&self.ctx, link, message, data);
                     self.touch(volume);
                 }
                 Role::Attachment {
@@ -465,8 +465,8 @@ impl Loop {
                     peer.conn.take(taken);
                     self.welcome(token, hello);
                 }
-                Role::Greeting { volume, copy } => {
-                    let (volume, copy) = (*volume, *copy);
+                Role::Greeting { volume, link } => {
+                    let (volume, link) = (*volume, *link);
                     let Some((answer, taken)) =
                         Answer::decode(peer.conn.input()).map_err(|e| e.to_string())?
                     else {
@@ -475,8 +475,8 @@ impl Loop {
                     peer.conn.take(taken);
                     match answer {
                         Answer::Ack(ack) => {
-                            peer.role = Role::Copy { volume, copy };
-                            self.volumes[volume].copy_link(&self.ctx, copy, token, Ok(ack.boot_id));
+                            peer.role = Role::Copy { volume, link };
+                            self.volumes[volume].copy_link(&self.ctx, link, token, Ok(ack.boot_id));
                             self.touch(volume);
                         }
                         Answer::Refusal(HelloRefusal {
@@ -484,7 +484,7 @@ impl Loop {
                             ..
                         }) => {
                             self.ctx.remove(token);
-                            self.volumes[volume].copy_unknown(&self.ctx, copy, token);
+                            self.volumes[volume].copy_unknown(&self.ctx, link, token);
                             self.touch(volume);
                             return Ok(());
                         }
@@ -573,10 +573,10 @@ impl Loop {
             return;
         };
         match peer.role {
-            Role::Dialing { volume, copy, .. }
-            | Role::Greeting { volume, copy }
-            | Role::Copy { volume, copy } => {
-                self.volumes[volume].copy_link(&self.ctx, copy, token, Err(why));
+            Role::Dialing { volume, link, .. }
+            | Role::Greeting { volume, link }
+            | Role::Copy { volume, link } => {
+                self.volumes[volume].copy_link(&self.ctx, link, token, Err(why));
                 self.touch(volume);
             }
             Role::Attachment {
