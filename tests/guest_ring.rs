@@ -2,11 +2,14 @@
 
 mod guest_driver;
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use guest_driver::*;
+use lockstep::engine::buffer::{Bytes, GuestPart, GuestRequest};
 use lockstep::guest::{
-    Chain, ChainFault, GuestMem, IoVec, MAX_DATA_SEGMENTS, Ring, RingError, copy_from_guest,
+    Chain, ChainFault, GuestMem, IoVec, Limits, MAX_DATA_SEGMENTS, Parsed, Ring, RingError, Status,
+    copy_from_guest,
 };
 use vm_memory::GuestAddress;
 
@@ -578,4 +581,54 @@ fn a_chain_of_another_ring_is_not_pushed() {
     a.offer_chain(1, &[desc(DATA, 1, WRITE, 0)]);
     let chain = take(&mut ring_a);
     ring_b.push_used(chain.complete(1));
+}
+
+#[test]
+fn a_write_that_was_sent_elsewhere_keeps_the_bytes_it_had_then() {
+    // Given a write of two parts from guest memory,
+    let mut driver = driver(8);
+    let mut ring = ring(&driver);
+    driver.write(DATA, &header(T_OUT, 0));
+    driver.write(DATA + 0x1000, &[1; 2048]);
+    driver.offer_chain(
+        0,
+        &[
+            desc(DATA, 16, 0, 0),
+            desc(DATA + 0x1000, 2048, 0, 0),
+            desc(DATA + 0x3000, 1, WRITE, 0),
+        ],
+    );
+    let limits = Limits {
+        capacity_sectors: 8,
+        read_only: false,
+    };
+    let Some(Parsed::Request(request)) = ring.next_request(&limits).unwrap() else {
+        panic!("a request")
+    };
+    let request = GuestRequest::new(request, 0, 0, 2);
+    let part = |start| {
+        let (request, len) = (Rc::clone(&request), 1024);
+        Bytes::Guest(GuestPart {
+            request,
+            start,
+            len,
+        })
+    };
+    let bytes = |data: Bytes| match data {
+        Bytes::Buffer(buffer) => buffer.to_vec(),
+        Bytes::Guest(_) => panic!("bytes of ours"),
+    };
+    // then it goes to the disk here as it is,
+    assert!(matches!(part(0).stable(false), Bytes::Guest(_)));
+    // but when one part is sent elsewhere, both get what it was at that moment, whatever the guest does to it,
+    assert_eq!(bytes(part(0).stable(true)), [1; 1024]);
+    driver.write(DATA + 0x1000, &[2; 2048]);
+    assert_eq!(bytes(part(0).stable(true)), [1; 1024]);
+    assert_eq!(bytes(part(0).stable(false)), [1; 1024]);
+    // and the other part is a matter of its own.
+    assert!(matches!(part(1024).stable(false), Bytes::Guest(_)));
+    assert_eq!(bytes(part(1024).stable(true)), [2; 1024]);
+    // When the guest was answered, what was taken is still there, and nothing else is taken.
+    assert!(request.finish(Status::Ok).is_some());
+    assert_eq!(bytes(part(0).stable(true)), [1; 1024]);
 }

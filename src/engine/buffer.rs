@@ -6,7 +6,7 @@ use std::fmt;
 use std::ptr::NonNull;
 use std::rc::Rc;
 
-use crate::guest::{IoVec, Request, Status, Used};
+use crate::guest::{IoVec, Request, Status, Used, copy_from_guest};
 use crate::replication::attachment::Payload;
 use crate::replication::ids::IO_MAX;
 
@@ -138,6 +138,8 @@ pub struct GuestRequest {
     pub parts: Cell<u32>,
     /// One of them failed.
     pub failed: Cell<bool>,
+    /// Bytes of parts that were sent to other nodes, by where the part starts.
+    snapshots: RefCell<Vec<(usize, Rc<Buffer>)>>,
 }
 
 impl GuestRequest {
@@ -151,6 +153,7 @@ impl GuestRequest {
             connection,
             parts,
             failed,
+            snapshots: RefCell::default(),
         })
     }
 
@@ -191,6 +194,29 @@ impl GuestPart {
             .with(|r| slice(r.data(), self.start, self.len))
             .unwrap_or_default()
     }
+
+    /// What [`GuestPart::snapshot`] took.
+    fn taken(&self) -> Option<Rc<Buffer>> {
+        let all = self.request.snapshots.borrow();
+        let own = all.iter().find(|(start, _)| *start == self.start);
+        own.map(|(_, buffer)| Rc::clone(buffer))
+    }
+
+    /// The part's bytes as they were at the first call; `None` when the request was answered before that.
+    fn snapshot(&self) -> Option<Rc<Buffer>> {
+        if let Some(taken) = self.taken() {
+            return Some(taken);
+        }
+        let buffer = self.request.with(|r| {
+            let mut buffer = Buffer::new(self.len);
+            // SAFETY: the request is not answered, so its pieces are mapped.
+            unsafe { copy_from_guest(&slice(r.data(), self.start, self.len), &mut buffer) };
+            Rc::new(buffer)
+        })?;
+        let mut all = self.request.snapshots.borrow_mut();
+        all.push((self.start, Rc::clone(&buffer)));
+        Some(buffer)
+    }
 }
 
 fn slice(pieces: &[IoVec], start: usize, len: usize) -> Vec<IoVec> {
@@ -229,6 +255,24 @@ impl Bytes {
     /// Takes a filled buffer.
     pub fn from_buffer(buffer: Buffer) -> Self {
         Self::Buffer(Rc::new(buffer))
+    }
+
+    /// The bytes to write, the same ones for every copy that they were ever sent to (PROTOCOL 2.1). `elsewhere`: copies on
+    /// other nodes are among those they are sent to now.
+    ///
+    /// A volume of one copy, here, writes from guest memory. When it is given a second copy, writes taken before may still
+    /// wait, for the disk or for one another, and then go to both; one of them may also go to the first copy again when the
+    /// guest has long been answered.
+    pub fn stable(self, elsewhere: bool) -> Self {
+        let Self::Guest(part) = &self else {
+            return self;
+        };
+        let known = if elsewhere {
+            part.snapshot()
+        } else {
+            part.taken()
+        };
+        known.map_or(self, Self::Buffer)
     }
 }
 

@@ -321,8 +321,8 @@ impl Context {
                     None => raw = Some(Piece::Raw(Rc::clone(buffer))),
                 }
             }
-            // Guest memory travels nowhere: writes of volumes with remote copies are snapshots, and a read's
-            // destination is only meant for the copy of this process.
+            // Guest memory travels nowhere: what is written elsewhere too is a snapshot, and a read's destination is
+            // only meant for the copy of this process.
             Some(Bytes::Guest(_)) | None => frame::encode(message, 0, None, &mut head),
         }
         let head = Piece::Head(Rc::new(head));

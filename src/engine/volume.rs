@@ -452,14 +452,18 @@ impl Volume {
         match action {
             Do::Send { to, message, data } => {
                 let mut remote = to;
-                if let Some((session, index)) = s.local {
-                    remote.remove(index);
-                    if to.has(index)
-                        && let Some(copy) = &mut self.copy
-                    {
-                        copy.replica
-                            .on_message(ctx.now, session, message.clone(), data.clone());
-                    }
+                if let Some((_, own)) = s.local {
+                    remote.remove(own);
+                }
+                let data = match (&message, data) {
+                    (Message::Write(_), Some(data)) => Some(data.stable(!remote.is_empty())),
+                    (_, data) => data,
+                };
+                if let (Some((session, own)), Some(copy)) = (s.local, &mut self.copy)
+                    && to.has(own)
+                {
+                    copy.replica
+                        .on_message(ctx.now, session, message.clone(), data.clone());
                 }
                 if !remote.is_empty() {
                     let compress = s.attachment.record().compress;
@@ -759,7 +763,7 @@ impl Volume {
 impl Serving {
     /// A volume whose only copy is here: writes go straight from guest memory (PROTOCOL 2.1).
     fn is_direct(&self, copy_here: bool) -> bool {
-        copy_here && self.local.is_some() && self.attachment.record().copies.len() == 1
+        copy_here && self.local.is_some() && !self.attachment.record().logged()
     }
 
     fn watch(&mut self, ctx: &mut Context, volume: usize, index: u16) -> GuestAnswer {
