@@ -108,6 +108,9 @@ impl Volume {
 
     /// Serves a copy.
     pub fn open(&mut self, ctx: &Context, open: OpenCopy) -> Result<(), String> {
+        if let Some(have) = self.copy_id() {
+            return Err(format!("copy {have} is open here: close it first"));
+        }
         let OpenCopy {
             store,
             metadata,
@@ -148,10 +151,10 @@ impl Volume {
         Ok(())
     }
 
-    /// Gives the copy up.
+    /// Gives the copy up. An attachment here that has let go of it, because the record did, goes on with the others.
     pub fn close(&mut self) -> Result<(), String> {
-        if self.serving.is_some() {
-            return Err("the volume is attached here: detach it first".into());
+        if self.serving.as_ref().is_some_and(|s| s.local.is_some()) {
+            return Err("the volume is attached here and uses this copy: detach it first".into());
         }
         if self.copy.as_ref().is_some_and(|c| !c.replica.is_idle()) {
             return Err("the copy has requests under way: try again".into());
