@@ -546,6 +546,8 @@ impl Host for NodeHost {
             all.wire_raw_bytes += worker.wire_raw;
             all.wire_compressed_bytes += worker.wire_sent;
             all.promotions += worker.promotions;
+            all.syncs_started += worker.syncs_started;
+            all.syncs_completed += worker.syncs_completed;
             for (reason, count) in worker.ejections {
                 *ejections.entry(reason).or_default() += count;
             }

@@ -95,6 +95,8 @@ fn metrics_have_the_names_of_the_interface() {
         "lockstep_wire_compressed_bytes_total 0",
         "lockstep_promotions_total 0",
         "lockstep_ejections_total{reason=\"late\"} 3",
+        "lockstep_syncs_total{result=\"started\"} 2",
+        "lockstep_syncs_total{result=\"completed\"} 1",
         "lockstep_failover_seconds_count 0",
         "lockstep_node_capacity_bytes{node=\"n1\"} 107374182400",
         "lockstep_node_free_bytes{node=\"n1\"} 53687091200",

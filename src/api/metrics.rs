@@ -94,6 +94,18 @@ fn engine(out: &mut Exposition, metrics: &Metrics) {
             *count as f64,
         );
     }
+    for (result, count) in [
+        ("started", metrics.syncs_started),
+        ("completed", metrics.syncs_completed),
+    ] {
+        out.sample(
+            "lockstep_syncs_total",
+            Kind::Counter,
+            "Copies that were begun to be brought up to date, and those that are in sync again.",
+            &[("result", result)],
+            count as f64,
+        );
+    }
     out.histogram(
         "lockstep_failover_seconds",
         "Time from the loss of a master or attachment until the volume served again.",

@@ -91,6 +91,10 @@ pub struct Metrics {
     pub promotions: u64,
     /// Copies ejected, by reason (`late`, `disconnected`, `io_error`, …).
     pub ejections: Vec<(String, u64)>,
+    /// Copies that were begun to be brought up to date.
+    pub syncs_started: u64,
+    /// Copies that are in sync again.
+    pub syncs_completed: u64,
     /// From the loss of a master or attachment until the volume served again.
     pub failover: Histogram,
 }

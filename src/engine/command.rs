@@ -121,6 +121,10 @@ pub struct WorkerMetrics {
     pub promotions: u64,
     /// Copies ejected, by reason.
     pub ejections: Vec<(String, u64)>,
+    /// Copies that were begun to be brought up to date, and those that are now.
+    pub syncs_started: u64,
+    /// See `syncs_started`.
+    pub syncs_completed: u64,
 }
 
 /// A change of state, as it is reported to the node.

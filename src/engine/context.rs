@@ -109,6 +109,10 @@ pub struct Context {
     pub promotions: u64,
     /// Copies ejected, by reason.
     pub ejections: HashMap<String, u64>,
+    /// Copies that were begun to be brought up to date, and those that are now.
+    pub syncs_started: u64,
+    /// See `syncs_started`.
+    pub syncs_completed: u64,
     /// Distinguishes what restarts: tokens and sessions are never reused.
     next: usize,
     poll: Registry,
@@ -141,6 +145,8 @@ impl Context {
             wire_sent: 0,
             promotions: 0,
             ejections: HashMap::new(),
+            syncs_started: 0,
+            syncs_completed: 0,
             next: first,
             poll,
             compressor: Compressor::default(),

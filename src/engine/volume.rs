@@ -500,13 +500,16 @@ impl Volume {
             }
             Do::ReadRecord => drop(ctx.registry.send(RegistryRequest::Read(self.id))),
             Do::Event { rule, text } => {
-                if rule == "5 promote" {
-                    ctx.promotions += 1;
-                } else if rule == "2.6 eject" {
-                    let reason = text.split(": ").nth(1).unwrap_or("unknown");
-                    *ctx.ejections
-                        .entry(eject_reason(reason).into())
-                        .or_default() += 1;
+                match rule {
+                    "5 promote" => ctx.promotions += 1,
+                    "6 sync begins" => ctx.syncs_started += 1,
+                    "6 in sync" => ctx.syncs_completed += 1,
+                    "2.6 eject" => {
+                        let reason = text.split(": ").nth(1).unwrap_or("unknown");
+                        let label = eject_reason(reason).into();
+                        *ctx.ejections.entry(label).or_default() += 1;
+                    }
+                    _ => {}
                 }
                 let epoch = s.attachment.record().epoch;
                 log::info!("volume {}: [{rule}] {text}", s.name);

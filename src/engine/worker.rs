@@ -664,6 +664,8 @@ impl Loop {
                         .iter()
                         .map(|(k, v)| (k.clone(), *v))
                         .collect(),
+                    syncs_started: self.ctx.syncs_started,
+                    syncs_completed: self.ctx.syncs_completed,
                 });
             }
             Command::Stop => self.stop = true,

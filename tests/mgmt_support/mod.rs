@@ -264,6 +264,7 @@ impl Host for TestHost {
         let served = self.served.lock().unwrap();
         let mut metrics = Metrics::default();
         metrics.ejections.push(("late".into(), 3));
+        (metrics.syncs_started, metrics.syncs_completed) = (2, 1);
         metrics.volumes.extend(served.values().map(|s| {
             let mut volume = VolumeMetrics {
                 volume: s.request.volume,
