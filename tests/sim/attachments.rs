@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use lockstep::replication::attachment::{Action, Attachment, CasOutcome, Phase, Revision};
-use lockstep::replication::ids::{LINKS_MAX, Seq};
+use lockstep::replication::ids::{Epoch, LINKS_MAX, Nanos, Seq};
 use lockstep::replication::message::{Message, Proof, Status};
 use lockstep::replication::record::{self, Record};
 use lockstep::replication::timing::Timing;
@@ -21,11 +21,14 @@ pub struct Att {
     pub dials: [u64; LINKS_MAX],
     pub asked: BTreeMap<u64, Asked>,
     pub served: bool,
-    pub serving_seen: bool,
+    /// The epoch in which it began to serve.
+    pub serves: Option<Epoch>,
     pub over: bool,
     pub leaving: bool,
     /// Every in-sync copy lost power while it ran: its guest may be told that a flush failed.
     pub lost_power: bool,
+    /// Since when requests have waited for space.
+    pub full: Option<Nanos>,
 }
 
 impl World {
@@ -104,10 +107,11 @@ impl World {
             dials: [0; LINKS_MAX],
             asked: BTreeMap::new(),
             served: false,
-            serving_seen: false,
+            serves: None,
             over: false,
             leaving: false,
             lost_power: false,
+            full: None,
         });
         self.pump(n);
         self.after(MS, Ev::Guest(a));
@@ -174,10 +178,11 @@ impl World {
                 self.end_att(a);
             }
         }
-        if *self.atts[a].machine.phase() == Phase::Serving && !self.atts[a].serving_seen {
-            self.atts[a].serving_seen = true;
+        if *self.atts[a].machine.phase() == Phase::Serving && self.atts[a].serves.is_none() {
+            self.atts[a].serves = Some(self.atts[a].machine.record().epoch);
             self.seen.count("attach");
-            self.oracle.served_by(a, self.moment);
+            let before = |by: usize| by != a && self.atts[by].serves.is_some();
+            self.oracle.served_after(before, self.moment);
             self.say(|_| format!("att {a} serves"));
         }
     }
@@ -221,7 +226,8 @@ impl World {
             for asked in att.asked.values_mut().filter(|q| q.op == op) {
                 asked.unreadable |= *status == Status::Io;
                 if *status == Status::NoSpace {
-                    asked.full.get_or_insert(now);
+                    asked.full = true;
+                    att.full.get_or_insert(now);
                 }
             }
         }

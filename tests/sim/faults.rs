@@ -140,7 +140,7 @@ impl World {
             Fault::SecondAttach => self.ask_attach(n),
             Fault::Detach => {
                 if let Some(a) = self.live()
-                    && self.atts[a].serving_seen
+                    && self.atts[a].serves.is_some()
                 {
                     self.atts[a].leaving = true;
                     let node = self.atts[a].node;

@@ -15,8 +15,8 @@ pub struct Asked {
     pub start: Moment,
     /// A copy could not read it.
     pub unreadable: bool,
-    /// Since when a copy has had no space for it.
-    pub full: Option<Nanos>,
+    /// A copy had no space for it.
+    pub full: bool,
 }
 impl World {
     pub fn guest(&mut self, a: usize) {
@@ -84,7 +84,7 @@ impl World {
                 op,
                 start,
                 unreadable: false,
-                full: None,
+                full: false,
             },
         );
         let now = self.clock(self.atts[a].node);
@@ -109,8 +109,8 @@ impl World {
                 || asked.op == Op::Flush && self.atts[a].lost_power
                 || self.atts[a].leaving
                 || suspended.is_some_and(|s| s >= deadline)
-                // Its own failure ends the suspension that a full disk is.
-                || asked.full.is_some_and(|at| self.clock(self.atts[a].node).since(at) >= deadline);
+                // The failure itself ends the suspension that a full disk is.
+                || self.atts[a].full.is_some_and(|at| self.clock(self.atts[a].node).since(at) >= deadline);
             if asked.op == Op::Flush {
                 self.oracle.flush_failed(a);
             }
@@ -129,7 +129,8 @@ impl World {
             self.atts[a].machine.mode_serves(),
             "S17: completed while the mode says suspend"
         );
-        let newer_served = self.atts[a + 1..].iter().any(|o| o.served);
+        let mine = self.atts[a].serves;
+        let newer_served = self.atts.iter().any(|o| o.served && o.serves > mine);
         match asked.op {
             Op::Read(span) => {
                 assert!(

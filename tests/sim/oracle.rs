@@ -170,9 +170,9 @@ impl Oracle {
     }
 
     /// An attachment serves: what those before it left open is decided now (S9).
-    pub fn served_by(&mut self, by: usize, now: Moment) {
+    pub fn served_after(&mut self, before: impl Fn(usize) -> bool, now: Moment) {
         for w in self.sectors.values_mut().flatten() {
-            if w.by < by && w.end == End::Open {
+            if w.end == End::Open && before(w.by) {
                 w.end = End::Maybe(now);
             }
         }

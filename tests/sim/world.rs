@@ -375,6 +375,11 @@ impl World {
             self.pump(n);
         }
         self.note_held_back();
+        for att in self.atts.iter_mut().filter(|a| a.full.is_some()) {
+            if !att.asked.values().any(|q| q.full) {
+                att.full = None;
+            }
+        }
     }
 
     /// Carries out what the machines of a node decide, as a worker's turn does.

@@ -248,6 +248,15 @@ impl<D: Payload> Attachment<D> {
         for (copy, why) in lost {
             self.lose(copy, &why);
         }
+        // The last copy, lost, comes back, is sent the configuration, and its machine loses power: it is lost already, and
+        // nothing but its answer would be sent on this connection. Only a new one finds it again.
+        for copy in self.failing.without(self.ready).iter() {
+            let silent = self.now.since(self.peers[copy].heard);
+            if self.peers[copy].link == Link::Up && silent >= self.timing.silence {
+                self.actions.push_back(Action::Hangup(copy));
+                self.unlink(copy, "no answer to the configuration");
+            }
+        }
     }
 
     /// `copy` is to be ejected. What it has not acknowledged stays pending until the record says so (S4).
