@@ -92,12 +92,12 @@ impl<T> InFlight<T> {
             .filter(|(_, v)| matters(v))
             .map(|(seq, _)| seq)
             .min();
-        oldest.unwrap_or(self.newest())
+        oldest.unwrap_or(Seq(self.newest().0 + 1))
     }
 
     /// No request taken in so far has a higher `Seq`.
     pub fn newest(&self) -> Seq {
-        Seq((self.count + 1) << SLOT_BITS)
+        Seq(((self.count + 1) << SLOT_BITS) - 1)
     }
 
     /// Gives up what is under way without dropping it: somebody else may still be using it.

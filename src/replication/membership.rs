@@ -167,7 +167,7 @@ mod tests {
             };
             match (c.copy_id == record.master, c.leaving) {
                 (true, _) => '*',
-                (_, true) => l.to_ascii_lowercase(),
+                (_, true) if l != 'R' => l.to_ascii_lowercase(),
                 _ => l,
             }
         };

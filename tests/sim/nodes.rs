@@ -205,7 +205,9 @@ impl World {
                 self.check_reply(n, &message);
                 match &message {
                     Message::PromiseAck(disk) if !disk.probe => self.nodes[n].fenced = true,
-                    Message::AttachAck { .. } => self.nodes[n].fenced = false,
+                    Message::AttachAck { .. } | Message::SyncReady { .. } => {
+                        self.nodes[n].fenced = false
+                    }
                     Message::Nack(refusal) => {
                         self.say(|_| format!("copy {n}: session {}: {refusal}", session.0));
                     }
