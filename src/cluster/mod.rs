@@ -12,11 +12,15 @@
 pub mod attach;
 pub mod config;
 mod control;
+mod control_attach;
+mod control_copies;
 mod control_creation;
 pub mod create;
 mod declared;
 pub mod events;
 pub mod fault;
+#[cfg(test)]
+mod fixture;
 pub mod health;
 pub mod host;
 pub mod join;
