@@ -9,6 +9,7 @@ use super::events::What;
 use super::fault::Fault;
 use super::host::{Birth, HostError, LocalCopy};
 use super::join::random;
+use super::membership::is_blank;
 use super::model::{Ready, Tombstone, VolumeName};
 use super::plane::whole_volumes;
 use super::snapshot::Snapshot;
@@ -393,12 +394,6 @@ impl Control {
             }
         }
     }
-}
-
-/// Whether the copy was never in sync.
-pub(super) fn is_blank(entry: &CopyEntry) -> bool {
-    entry.status == CopyStatus::Missing
-        && entry.base == CopyEntry::blank(entry.copy_id, entry.node.clone()).base
 }
 
 #[cfg(test)]

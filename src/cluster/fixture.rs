@@ -1,7 +1,8 @@
 //! Records for the tables of tests.
 
+use super::model::{Creator, Labels, VolumeSpec};
 use crate::replication::failure_mode::FailureMode;
-use crate::replication::ids::{CopyId, Epoch, NodeName, Tag, VolumeId};
+use crate::replication::ids::{CopyId, Epoch, Instance, NodeName, Tag, VolumeId};
 use crate::replication::record::{Base, CopyEntry, CopyStatus, Record, State};
 
 /// A node's name.
@@ -56,5 +57,20 @@ pub fn record(copies: &str) -> Record {
         preferred: None,
         copies,
         lineage: vec![(Epoch(5), Tag(7))],
+    }
+}
+
+/// What was asked of `default/vm1`: nothing.
+pub fn spec() -> VolumeSpec {
+    VolumeSpec {
+        namespace: "default".into(),
+        name: "vm1".into(),
+        created: 0,
+        labels: Labels::new(),
+        attachment: None,
+        creator: Creator {
+            node: node("n1"),
+            instance: Instance([1; 16]),
+        },
     }
 }

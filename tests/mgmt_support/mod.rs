@@ -27,7 +27,7 @@ use lockstep::cluster::store::{Registrar, Store};
 use lockstep::cluster::{Cluster, start};
 use lockstep::registry::{Location, Revision};
 use lockstep::replication::ids::{BootId, CopyId, Instance, NodeName, Tag, VolumeId};
-use lockstep::replication::record::{Attachment, CopyStatus, Record, State};
+use lockstep::replication::record::{Attachment, Base, CopyEntry, CopyStatus, Record, State};
 use serde_json::Value;
 
 /// Generous: only something broken takes this long.
@@ -57,6 +57,7 @@ pub struct Levers {
     pub free: Option<u64>,
     pub made: BTreeSet<CopyId>,
     pub syncs: BTreeMap<CopyId, SyncProgress>,
+    pub lags: BTreeMap<CopyId, String>,
 }
 
 struct Served {
@@ -257,7 +258,7 @@ impl Host for TestHost {
                             _ => "missing",
                         }
                         .into(),
-                        lag: String::new(),
+                        lag: levers.lags.get(&c.copy_id).cloned().unwrap_or_default(),
                         sync: levers.syncs.get(&c.copy_id).cloned(),
                     })
                     .collect(),
@@ -274,6 +275,7 @@ impl Host for TestHost {
     }
 
     fn metrics(&self) -> Metrics {
+        let levers = self.levers.lock().unwrap();
         let served = self.served.lock().unwrap();
         let mut metrics = Metrics::default();
         metrics.ejections.push(("late".into(), 3));
@@ -286,7 +288,7 @@ impl Host for TestHost {
                 network: Default::default(),
                 backend: Default::default(),
                 inflight: 2,
-                sync_remaining: 0,
+                sync_remaining: levers.syncs.values().map(|s| s.remaining_bytes).sum(),
             };
             volume.frontend.write.total = 7;
             volume.frontend.write.seconds.observe(0.001);
@@ -349,6 +351,37 @@ impl Node {
     /// Changes the record as an attachment or another node's management would.
     pub fn edit(&self, name: &str, change: impl Fn(&mut Record)) {
         self.host.change(self.volume_id(name), change).unwrap();
+    }
+
+    /// One change of the copies as an attachment makes it (RESYNC: membership): admits the copies `synced`, removes those
+    /// that leave once there are enough, and has the preferred one be the master.
+    pub fn settle(&self, name: &str, synced: &[CopyId]) {
+        self.edit(name, |r| {
+            let (epoch, tag) = (r.epoch.next(), Tag(r.epoch.0 * 31));
+            r.advance(epoch, tag);
+            for copy in r.copies.iter_mut().filter(|c| synced.contains(&c.copy_id)) {
+                copy.status = CopyStatus::InSync;
+                copy.base = Base {
+                    since: epoch,
+                    last: None,
+                };
+            }
+            let stay = |c: &&CopyEntry| c.status == CopyStatus::InSync && !c.leaving;
+            let staying: Vec<CopyId> = r.copies.iter().filter(stay).map(|c| c.copy_id).collect();
+            let enough = staying.len() > usize::from(r.replicas_wanted);
+            for copy in r.copies.iter_mut() {
+                let absent = copy.status == CopyStatus::Missing;
+                if (copy.leaving && (absent || enough)) || (absent && enough) {
+                    copy.status = CopyStatus::Removed;
+                }
+            }
+            if let Some(wish) = r.preferred.take().filter(|p| staying.contains(p)) {
+                r.master = wish;
+            }
+            if r.copy(r.master).unwrap().status != CopyStatus::InSync {
+                r.master = staying[0];
+            }
+        });
     }
 
     /// What the events of the volume say, all nodes', oldest first: `rule: text`.
