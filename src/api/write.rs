@@ -12,11 +12,13 @@ use super::reply::{Failure, Reply, body, json, name};
 use crate::cluster::attach::{AttachOptions, Attached, attach, detach};
 use crate::cluster::create::{CreateRequest, Created, create};
 use crate::cluster::plane::Plane;
+use crate::cluster::policy::{ClusterUpdate, update_cluster};
 use crate::cluster::replicas::{MoveRequest, PromoteRequest, move_copy, promote};
 use crate::cluster::update::{UpdateRequest, remove, update};
 
 pub(super) fn router() -> Router<Arc<Plane>> {
     Router::new()
+        .route("/api/v1/cluster", axum::routing::patch(change_cluster))
         .route("/api/v1/volumes", post(create_volume))
         .route(
             "/api/v1/volumes/{namespace}/{name}",
@@ -48,6 +50,19 @@ struct Done {
 struct Force {
     force: bool,
     no_wait: bool,
+}
+
+/// Nothing more to say.
+#[derive(Serialize)]
+struct Empty {}
+
+async fn change_cluster(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<Empty> {
+    let request: ClusterUpdate = body(&bytes)?;
+    json(plane, move |plane| {
+        update_cluster(plane, &request)?;
+        Ok(Empty {})
+    })
+    .await
 }
 
 async fn create_volume(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<Created> {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::control_copies::Copies;
 use super::control_creation::Creations;
+use super::control_replace::Replacements;
 use super::host::Capacity;
 use super::model::NodeRecord;
 use super::plane::Plane;
@@ -41,6 +42,7 @@ pub(super) struct Control {
     pub(super) retry: BTreeMap<VolumeId, (Revision, Instant)>,
     pub(super) creations: Creations,
     pub(super) copies: Copies,
+    pub(super) replacements: Replacements,
     capacity_written: Option<Instant>,
 }
 
@@ -55,6 +57,7 @@ impl Control {
             retry: BTreeMap::new(),
             creations: Creations::default(),
             copies: Copies::default(),
+            replacements: Replacements::default(),
             capacity_written: None,
         }
     }
@@ -118,7 +121,8 @@ impl Control {
             }
             let due = self.retry.values().any(|(_, at)| *at <= now)
                 || self.creations.due(now)
-                || self.copies.due(now);
+                || self.copies.due(now)
+                || self.replacements.due(now);
             if changed || due {
                 self.reconcile(&snapshot)?;
             }
@@ -155,6 +159,7 @@ impl Control {
         self.clean_creations(snapshot)?;
         self.tend_copies(snapshot)?;
         self.attachments(snapshot)?;
+        self.replace_copies(snapshot)?;
         self.remove_copies(snapshot)?;
         Ok(())
     }

@@ -190,6 +190,8 @@ pub struct ClusterView {
     pub created: String,
     /// Its registry.
     pub registry: String,
+    /// How long a missing copy is waited for before another node gets one, in milliseconds; 0: for ever.
+    pub replace_after_ms: u64,
     /// Nodes that answer.
     pub nodes_online: usize,
     /// All nodes.
@@ -466,6 +468,7 @@ pub fn cluster(snapshot: &Snapshot, live: &Live, id: ClusterId, registry: String
             .cluster
             .map_or_else(String::new, |c| show_time(c.created)),
         registry,
+        replace_after_ms: snapshot.cluster.map_or(0, |c| c.replace_after_ms),
         nodes_online: nodes.iter().filter(|n| n.health == "online").count(),
         nodes: nodes
             .iter()
