@@ -17,8 +17,8 @@ use crate::cluster::config::NodeConfig;
 use crate::cluster::events::{EventLog, What};
 use crate::cluster::fault::Fault;
 use crate::cluster::host::{
-    AttachRequest, AttachmentStatus, Capacity, CopyState as CopyView, Host, HostError, LocalCopy,
-    Phase,
+    AttachRequest, AttachmentStatus, Birth, Capacity, CopyState as CopyView, Host, HostError,
+    LocalCopy, Phase,
 };
 use crate::cluster::join::Membership;
 use crate::cluster::metrics::Metrics;
@@ -356,8 +356,7 @@ impl Host for NodeHost {
         volume: VolumeId,
         copy: CopyId,
         size: u64,
-        epoch: Epoch,
-        tag: Tag,
+        birth: Birth,
     ) -> Result<(), HostError> {
         let engine = &self.engine;
         if let Some(have) = engine
@@ -374,6 +373,10 @@ impl Host for NodeHost {
                 ))),
             };
         }
+        let (epoch, tag, standing) = match birth {
+            Birth::First { epoch, tag } => (epoch, tag, Standing::InSync),
+            Birth::Blank => (Epoch(0), Tag(0), Standing::Inconsistent),
+        };
         let state = CopyState {
             volume_id: volume,
             copy_id: copy,
@@ -381,8 +384,8 @@ impl Host for NodeHost {
             epoch,
             tag,
             promised: epoch,
-            standing: Standing::InSync,
-            clean: true,
+            standing,
+            clean: standing == Standing::InSync,
             bitmaps: [None; BITMAPS_MAX],
         };
         let (store, loaded) =
@@ -396,6 +399,20 @@ impl Host for NodeHost {
             maps,
         });
         Ok(())
+    }
+
+    fn has_files(&self, volume: VolumeId) -> bool {
+        match self.dir.volume_dir(volume).symlink_metadata() {
+            Ok(_) => true,
+            Err(e) => e.kind() != std::io::ErrorKind::NotFound,
+        }
+    }
+
+    fn set_aside(&self, volume: VolumeId) -> Result<String, HostError> {
+        self.engine.close(volume).map_err(HostError::Busy)?;
+        let aside = Store::set_aside(&self.dir.volume_dir(volume)).map_err(store_error)?;
+        lock(&self.broken).remove(&volume);
+        Ok(aside.display().to_string())
     }
 
     fn remove_copy(&self, volume: VolumeId) -> Result<(), HostError> {

@@ -440,6 +440,7 @@ fn settings_change_live_and_the_attachment_is_told() {
 
     for (body, status, code) in [
         (json!({}), 400, "invalid_input"),
+        // There is no third node for it.
         (json!({"wishes": {"replicas": 2}}), 409, "invalid_state"),
         (json!({"size": 2_u64 << 30}), 409, "invalid_state"),
         (json!({"size": 1 << 20}), 400, "invalid_input"),

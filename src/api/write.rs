@@ -12,10 +12,13 @@ use super::reply::{Failure, Reply, body, json, name};
 use crate::cluster::attach::{AttachOptions, Attached, attach, detach};
 use crate::cluster::create::{CreateRequest, Created, create};
 use crate::cluster::plane::Plane;
+use crate::cluster::policy::{ClusterUpdate, update_cluster};
+use crate::cluster::replicas::{MoveRequest, PromoteRequest, move_copy, promote};
 use crate::cluster::update::{UpdateRequest, remove, update};
 
 pub(super) fn router() -> Router<Arc<Plane>> {
     Router::new()
+        .route("/api/v1/cluster", axum::routing::patch(change_cluster))
         .route("/api/v1/volumes", post(create_volume))
         .route(
             "/api/v1/volumes/{namespace}/{name}",
@@ -28,6 +31,11 @@ pub(super) fn router() -> Router<Arc<Plane>> {
         .route(
             "/api/v1/volumes/{namespace}/{name}/detach",
             post(detach_volume),
+        )
+        .route("/api/v1/volumes/{namespace}/{name}/move", post(move_volume))
+        .route(
+            "/api/v1/volumes/{namespace}/{name}/promote",
+            post(promote_volume),
         )
 }
 
@@ -42,6 +50,19 @@ struct Done {
 struct Force {
     force: bool,
     no_wait: bool,
+}
+
+/// Nothing more to say.
+#[derive(Serialize)]
+struct Empty {}
+
+async fn change_cluster(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<Empty> {
+    let request: ClusterUpdate = body(&bytes)?;
+    json(plane, move |plane| {
+        update_cluster(plane, &request)?;
+        Ok(Empty {})
+    })
+    .await
 }
 
 async fn create_volume(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<Created> {
@@ -96,6 +117,36 @@ async fn detach_volume(
     let (name, options): (_, Force) = (name(&path)?, body(&bytes)?);
     json(plane, move |plane| {
         detach(plane, &name, options.force, options.no_wait)?;
+        Ok(Done {
+            volume: name.to_string(),
+        })
+    })
+    .await
+}
+
+async fn move_volume(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+    bytes: Bytes,
+) -> Reply<Done> {
+    let (name, request): (_, MoveRequest) = (name(&path)?, body(&bytes)?);
+    json(plane, move |plane| {
+        move_copy(plane, &name, &request)?;
+        Ok(Done {
+            volume: name.to_string(),
+        })
+    })
+    .await
+}
+
+async fn promote_volume(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+    bytes: Bytes,
+) -> Reply<Done> {
+    let (name, request): (_, PromoteRequest) = (name(&path)?, body(&bytes)?);
+    json(plane, move |plane| {
+        promote(plane, &name, &request)?;
         Ok(Done {
             volume: name.to_string(),
         })

@@ -1,18 +1,31 @@
 //! `lockstep cluster`.
 
 use clap::Subcommand;
+use hyper::Method;
+use serde_json::Value;
 
 use super::output::{fields, or_dash, print};
 use super::{Failure, Global};
+use crate::cluster::fault::Fault;
+use crate::cluster::policy::ClusterUpdate;
+use crate::cluster::units::{parse_span, show_ms};
 use crate::cluster::view::ClusterView;
 
 const STATUS_EXAMPLE: &str = "Example:\n  lockstep cluster status";
+const UPDATE_EXAMPLE: &str = "Example:\n  lockstep cluster update --replace-after 5m";
 
 #[derive(Subcommand)]
 pub(super) enum Command {
     /// Say how the cluster is and what needs attention
     #[command(after_help = STATUS_EXAMPLE)]
     Status,
+    /// Change what holds for the whole cluster
+    #[command(after_help = UPDATE_EXAMPLE)]
+    Update {
+        /// How long a missing copy is waited for before another node gets one; 0 waits for ever
+        #[arg(long, value_name = "TIME")]
+        replace_after: String,
+    },
 }
 
 pub(super) fn run(command: &Command, global: &Global) -> Result<(), Failure> {
@@ -20,6 +33,16 @@ pub(super) fn run(command: &Command, global: &Global) -> Result<(), Failure> {
         Command::Status => {
             let cluster: ClusterView = global.remote().get("/api/v1/cluster")?;
             print(global.output, &cluster, status)
+        }
+        Command::Update { replace_after } => {
+            let wait = parse_span(replace_after).map_err(Fault::from)?;
+            let request = ClusterUpdate {
+                replace_after_ms: Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
+            };
+            let done: Value = global
+                .remote()
+                .send(Method::PATCH, "/api/v1/cluster", &request)?;
+            print(global.output, &done, |_| String::new())
         }
     }
 }
@@ -34,6 +57,13 @@ fn status(cluster: &ClusterView) -> String {
         ("Cluster", cluster.id.to_string()),
         ("Created", cluster.created.clone()),
         ("Registry", cluster.registry.clone()),
+        (
+            "Replace after",
+            match cluster.replace_after_ms {
+                0 => "never".into(),
+                ms => show_ms(ms),
+            },
+        ),
         (
             "Nodes",
             format!("{} ({} online)", cluster.nodes.len(), cluster.nodes_online),

@@ -6,6 +6,7 @@ mod frontend;
 mod node;
 mod node_flags;
 mod output;
+mod progress;
 mod remote;
 mod volume;
 mod volume_text;

@@ -45,7 +45,7 @@ pub(super) fn write(text: &str) -> io::Result<()> {
     out.flush()
 }
 
-/// Two spaces between columns: no cell of ours has that many in a row.
+/// Two spaces between columns: no cell of ours has that many in a row, unless it is the last.
 const GAP: &str = "  ";
 
 /// A table with aligned columns.

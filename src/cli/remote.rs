@@ -16,9 +16,9 @@ const PATIENCE: Duration = Duration::from_secs(180);
 /// How often a waiting command says so on a terminal.
 const STEP: Duration = Duration::from_secs(1);
 /// And in a log, where each time is a line.
-const STEP_OF_LINES: Duration = Duration::from_secs(10);
+pub(super) const STEP_OF_LINES: Duration = Duration::from_secs(10);
 /// Back to the line's beginning, and nothing on it (ECMA-48 EL).
-const CLEAR_LINE: &str = "\r\x1b[K";
+pub(super) const CLEAR_LINE: &str = "\r\x1b[K";
 
 /// See the module.
 pub(super) struct Remote<'a> {
@@ -137,7 +137,8 @@ async fn with_progress<T>(work: impl Future<Output = T>) -> T {
     }
 }
 
-fn show(text: &str) {
+/// Writes to standard error, now.
+pub(super) fn show(text: &str) {
     let mut err = io::stderr().lock();
     // With stderr gone nobody watches.
     let _ = err.write_all(text.as_bytes()).and_then(|()| err.flush());

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::frontend::Frontend;
 use super::output::{Format, print, write};
+use super::progress::{follow, moved, resized};
 use super::remote::encode;
 use super::volume_text::{inspect, list};
 use super::{Failure, Global, note};
@@ -17,6 +18,7 @@ use crate::cluster::fault::Fault;
 use crate::cluster::host::Phase;
 use crate::cluster::labels::{Of, parse_all};
 use crate::cluster::model::{VolumeName, check_name};
+use crate::cluster::replicas::{MoveRequest, PromoteRequest};
 use crate::cluster::settings::Wishes;
 use crate::cluster::units::{parse_size, parse_span};
 use crate::cluster::update::UpdateRequest;
@@ -28,10 +30,14 @@ const CREATE_EXAMPLE: &str =
 const LS_EXAMPLE: &str =
     "Example:\n  lockstep volume ls\n  lockstep volume ls -A -l env=prod,!scratch";
 const INSPECT_EXAMPLE: &str = "Example:\n  lockstep volume inspect vm1";
-const UPDATE_EXAMPLE: &str = "Example:\n  lockstep volume update vm1 --failure-mode hard --label-add env=prod --label-rm scratch";
+const UPDATE_EXAMPLE: &str = "Example:\n  lockstep volume update vm1 --replicas 2\n  \
+    lockstep volume update vm1 --failure-mode hard --label-add env=prod --label-rm scratch";
 const ATTACH_EXAMPLE: &str =
     "Example:\n  lockstep volume attach vm1\n  lockstep volume attach vm1 --print qemu";
 const DETACH_EXAMPLE: &str = "Example:\n  lockstep volume detach vm1";
+const MOVE_EXAMPLE: &str =
+    "Example:\n  lockstep volume move vm1 n2 n4\n  lockstep volume move vm1 n2 n4 --async";
+const PROMOTE_EXAMPLE: &str = "Example:\n  lockstep volume promote vm1 --node n2";
 const RM_EXAMPLE: &str = "Example:\n  lockstep volume rm vm1";
 
 #[derive(Subcommand)]
@@ -48,7 +54,7 @@ pub(super) enum Command {
         /// NAME or NS/NAME
         name: String,
     },
-    /// Change a volume
+    /// Change a volume, live
     #[command(after_help = UPDATE_EXAMPLE)]
     Update(Update),
     /// Serve a volume to a virtual machine and print the socket
@@ -62,6 +68,31 @@ pub(super) enum Command {
         /// Even while a virtual machine is connected, or when the node that serves it is gone
         #[arg(long)]
         force: bool,
+        /// Return at once
+        #[arg(long)]
+        r#async: bool,
+    },
+    /// Move a copy to another node: brought up to date there first, dropped here afterwards
+    #[command(after_help = MOVE_EXAMPLE)]
+    Move {
+        /// NAME or NS/NAME
+        name: String,
+        /// The node that gives its copy up
+        from: String,
+        /// The node that gets one
+        to: String,
+        /// Return at once
+        #[arg(long)]
+        r#async: bool,
+    },
+    /// Serve reads from the copy on another node; refused unless that copy is in sync
+    #[command(after_help = PROMOTE_EXAMPLE)]
+    Promote {
+        /// NAME or NS/NAME
+        name: String,
+        /// The node of the copy that becomes the master
+        #[arg(long)]
+        node: String,
         /// Return at once
         #[arg(long)]
         r#async: bool,
@@ -155,6 +186,9 @@ pub(super) struct Update {
     /// A label to take away; may be repeated
     #[arg(long, value_name = "K")]
     label_rm: Vec<String>,
+    /// With --replicas: return before the new copies are in sync
+    #[arg(long)]
+    r#async: bool,
 }
 
 #[derive(Args)]
@@ -181,15 +215,17 @@ pub(super) struct Attach {
     r#async: bool,
 }
 
-fn path(name: &VolumeName) -> String {
+pub(super) fn path(name: &VolumeName) -> String {
     format!("/api/v1/volumes/{}/{}", name.namespace, name.name)
 }
 
 fn node_name(name: Option<String>) -> Result<Option<NodeName>, Fault> {
-    if let Some(name) = &name {
-        check_name(name)?;
-    }
-    Ok(name.map(NodeName))
+    name.map(a_node).transpose()
+}
+
+fn a_node(name: String) -> Result<NodeName, Fault> {
+    check_name(&name)?;
+    Ok(NodeName(name))
 }
 
 pub(super) fn run(command: Command, global: &Global) -> Result<(), Failure> {
@@ -214,6 +250,43 @@ pub(super) fn run(command: Command, global: &Global) -> Result<(), Failure> {
                 global
                     .remote()
                     .send(Method::POST, &format!("{}/detach", path(&name)), &body)?;
+            print(global.output, &done, |_| format!("{name}\n"))
+        }
+        Command::Move {
+            name,
+            from,
+            to,
+            r#async,
+        } => {
+            let name = global.volume(&name)?;
+            let request = MoveRequest {
+                from: a_node(from)?,
+                to: a_node(to)?,
+            };
+            let done: Value =
+                global
+                    .remote()
+                    .send(Method::POST, &format!("{}/move", path(&name)), &request)?;
+            if !r#async {
+                follow(global, &name, |v| moved(v, &request.from, &request.to))?;
+            }
+            print(global.output, &done, |_| format!("{name}\n"))
+        }
+        Command::Promote {
+            name,
+            node,
+            r#async,
+        } => {
+            let name = global.volume(&name)?;
+            let request = PromoteRequest {
+                node: a_node(node)?,
+                no_wait: r#async,
+            };
+            let done: Value = global.remote().send(
+                Method::POST,
+                &format!("{}/promote", path(&name)),
+                &request,
+            )?;
             print(global.output, &done, |_| format!("{name}\n"))
         }
         Command::Rm { name, force } => {
@@ -266,6 +339,7 @@ fn ls(args: &Ls, global: &Global) -> Result<(), Failure> {
 
 fn update(args: Update, global: &Global) -> Result<(), Failure> {
     let name = global.volume(&args.name)?;
+    let replicas = args.settings.replicas;
     let request = UpdateRequest {
         wishes: args.settings.wishes()?,
         size: args
@@ -277,9 +351,20 @@ fn update(args: Update, global: &Global) -> Result<(), Failure> {
         label_add: parse_all(&args.label_add, Of::Volume)?,
         label_rm: args.label_rm,
     };
+    // More replicas are there when they are in sync, fewer when the surplus is gone.
+    let followed = match replicas.filter(|_| !args.r#async) {
+        None => None,
+        Some(replicas) => {
+            let before: VolumeView = global.remote().get(&path(&name))?;
+            Some((replicas, replicas >= before.replicas))
+        }
+    };
     let done: Value = global
         .remote()
         .send(Method::PATCH, &path(&name), &request)?;
+    if let Some((replicas, all_in_sync)) = followed {
+        follow(global, &name, |v| resized(v, replicas, all_in_sync))?;
+    }
     print(global.output, &done, |_| format!("{name}\n"))
 }
 

@@ -3,7 +3,7 @@
 use super::output::{Table, fields, or_dash, show_labels};
 use crate::cluster::host::{Phase, SyncProgress};
 use crate::cluster::units::{show_age, show_size, wall_ms};
-use crate::cluster::view::{AttachmentView, MasterView, VolumeView};
+use crate::cluster::view::{AttachmentView, CopyView, MasterView, VolumeView};
 
 /// Width of a progress bar, in characters.
 const BAR: u64 = 20;
@@ -118,7 +118,7 @@ pub(super) fn inspect(v: &VolumeView) -> String {
             c.id.to_string(),
             node,
             c.role.clone(),
-            c.state.clone(),
+            state(c),
             c.allocated.map_or_else(|| "-".into(), show_size),
             progress,
         ]);
@@ -141,6 +141,11 @@ pub(super) fn inspect(v: &VolumeView) -> String {
     out
 }
 
+fn state(copy: &CopyView) -> String {
+    let leaving = if copy.leaving { ", leaving" } else { "" };
+    format!("{}{leaving}", copy.state)
+}
+
 fn failure_mode(v: &VolumeView) -> String {
     match v.failure_tolerance {
         Some(t) => format!("soft, tolerates the loss of {t}"),
@@ -148,23 +153,32 @@ fn failure_mode(v: &VolumeView) -> String {
     }
 }
 
-/// `[##########----------] 50% 1 GiB left, 100 MiB/s, ETA 10s`.
-fn bar(sync: &SyncProgress) -> String {
+/// `[##########..........] 50 %  1 GiB left  128 MiB/s  ETA 0:08`.
+pub(super) fn bar(sync: &SyncProgress) -> String {
     let total = sync.total_bytes.max(sync.remaining_bytes).max(1);
     let done = total - sync.remaining_bytes;
     let filled = (u128::from(done) * u128::from(BAR) / u128::from(total)) as usize;
     let percent = u128::from(done) * 100 / u128::from(total);
     let eta = match sync.bytes_per_second {
         0 => "?".into(),
-        rate => show_age(sync.remaining_bytes.div_ceil(rate)),
+        rate => clock(sync.remaining_bytes.div_ceil(rate)),
     };
     format!(
-        "[{}{}] {percent}% {} left, {}/s, ETA {eta}",
+        "[{}{}] {percent} %  {} left  {}/s  ETA {eta}",
         "#".repeat(filled),
-        "-".repeat(BAR as usize - filled),
+        ".".repeat(BAR as usize - filled),
         show_size(sync.remaining_bytes),
         show_size(sync.bytes_per_second),
     )
+}
+
+/// `0:15`, `1:02:03`.
+fn clock(seconds: u64) -> String {
+    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    match hours {
+        0 => format!("{minutes}:{seconds:02}"),
+        _ => format!("{hours}:{minutes:02}:{seconds:02}"),
+    }
 }
 
 #[cfg(test)]
@@ -180,9 +194,10 @@ mod tests {
         };
         assert_eq!(
             bar(&sync(1 << 30, 2 << 30, 128 << 20)),
-            "[##########----------] 50% 1 GiB left, 128 MiB/s, ETA 8s"
+            "[##########..........] 50 %  1 GiB left  128 MiB/s  ETA 0:08"
         );
-        assert!(bar(&sync(0, 0, 0)).starts_with("[####################] 100%"));
+        assert!(bar(&sync(0, 0, 0)).starts_with("[####################] 100 %"));
+        assert!(bar(&sync(7325, 7325, 1)).ends_with("  7.2 KiB left  1 B/s  ETA 2:02:05"));
         assert!(bar(&sync(5, 1, 0)).ends_with("ETA ?"));
     }
 }

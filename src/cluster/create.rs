@@ -14,7 +14,7 @@ use super::events::What;
 use super::fault::{Code, Fault};
 use super::join::random;
 use super::labels::{self, Of, PREFIX};
-use super::live::gather;
+use super::live::{Live, gather};
 use super::model::{Creator, Labels, Ready, VolumeName, VolumeSpec};
 use super::placement::{Candidate, Wanted, place};
 use super::plane::{Found, Plane};
@@ -88,9 +88,11 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
         copies: usize::from(replicas) + 1,
         master: wishes.master.clone(),
         master_is_hint,
-        topology_key: labels.get(&format!("{PREFIX}topology-key")).cloned(),
+        topology_key: topology_key(&labels),
+        beside: Vec::new(),
     };
-    let placement = place(&wanted, &candidates(plane, &snapshot)).map_err(|e| {
+    let live = gather(plane, snapshot.nodes.values().map(|(n, _)| n));
+    let placement = place(&wanted, &candidates(&snapshot, &live)).map_err(|e| {
         Fault::state(format!("volume {name} was not created: {e}"))
             .hint("ask for fewer --replicas, or start more nodes; see: lockstep node ls")
     })?;
@@ -173,8 +175,13 @@ fn exists(name: &VolumeName) -> Fault {
         .hint("choose another name, or see: lockstep volume inspect")
 }
 
-fn candidates(plane: &Plane, snapshot: &Snapshot) -> Vec<Candidate> {
-    let live = gather(plane, snapshot.nodes.values().map(|(n, _)| n));
+/// The label over whose values a volume's copies are spread.
+pub(super) fn topology_key(labels: &Labels) -> Option<String> {
+    labels.get(&format!("{PREFIX}topology-key")).cloned()
+}
+
+/// The nodes as placement sees them.
+pub(super) fn candidates(snapshot: &Snapshot, live: &Live) -> Vec<Candidate> {
     snapshot
         .nodes
         .values()

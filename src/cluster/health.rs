@@ -8,7 +8,7 @@ use super::model::Desired;
 use super::settings::show_failure_mode;
 use super::units::show_size;
 use crate::replication::ids::NodeName;
-use crate::replication::record::{CopyStatus, Record, State};
+use crate::replication::record::{CopyEntry, CopyStatus, Record, State};
 
 /// The five words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -60,6 +60,8 @@ pub struct Facts<'a> {
     pub failure: Option<&'a Fault>,
     /// Nodes of its copies that do not answer.
     pub unreachable: &'a [NodeName],
+    /// Nodes that answer and do not have the copy that the record has in sync on them.
+    pub lost: &'a [NodeName],
 }
 
 /// The word and one sentence why; the sentence is empty when all is well.
@@ -98,11 +100,17 @@ fn attached(record: &Record, attachment: &AttachmentStatus) -> (Health, String) 
         }
     };
     match attachment.phase {
-        Phase::Acquiring => (Health::Offline, why("it is being taken over")),
+        Phase::Acquiring => (
+            Health::Offline,
+            with_waits(why("it is being taken over"), attachment),
+        ),
         Phase::Fenced => (Health::Offline, why("another attachment took it over")),
         Phase::Suspended => (
             Health::Suspended,
-            why(&suspended(record, record.in_sync().count())),
+            with_waits(
+                why(&suspended(record, record.in_sync().count())),
+                attachment,
+            ),
         ),
         Phase::Recovering => (
             Health::Syncing,
@@ -112,13 +120,26 @@ fn attached(record: &Record, attachment: &AttachmentStatus) -> (Health, String) 
     }
 }
 
-fn by_copies(record: &Record, attachment: &AttachmentStatus) -> (Health, String) {
-    let is = |state: &'static str| move |c: &&CopyState| c.state == state;
-    let in_sync = attachment.copies.iter().filter(is("in_sync")).count();
-    let wanted = usize::from(record.replicas_wanted) + 1;
-    let rest: Vec<String> = attachment
+/// The sentence, and which copies are waited for: those that hold every completed write and cannot be reached.
+fn with_waits(why: String, attachment: &AttachmentStatus) -> String {
+    let waits: Vec<String> = attachment
         .copies
         .iter()
+        .filter(|c| c.state == "in_sync" && !c.lag.is_empty())
+        .map(|c| format!("the copy on {} ({})", c.node, c.lag))
+        .collect();
+    if waits.is_empty() {
+        return why;
+    }
+    format!("{why}; it waits for {}", waits.join(" and "))
+}
+
+fn by_copies(record: &Record, attachment: &AttachmentStatus) -> (Health, String) {
+    let is = |state: &'static str| move |c: &&CopyState| c.state == state;
+    let copies = || attachment.copies.iter().filter(|c| c.state != "removed");
+    let in_sync = copies().filter(is("in_sync")).count();
+    let wanted = usize::from(record.replicas_wanted) + 1;
+    let rest: Vec<String> = copies()
         .filter(|c| c.state != "in_sync")
         .map(describe)
         .collect();
@@ -126,11 +147,11 @@ fn by_copies(record: &Record, attachment: &AttachmentStatus) -> (Health, String)
         return (Health::Healthy, attachment.why.clone());
     }
     let why = if rest.is_empty() {
-        format!("{} of {wanted} copies exist", attachment.copies.len())
+        format!("{in_sync} of {wanted} copies exist")
     } else {
         rest.join("; ")
     };
-    if attachment.copies.iter().any(|c| c.state == "syncing") {
+    if copies().any(|c| c.state == "syncing") {
         (Health::Syncing, why)
     } else if in_sync >= wanted {
         (Health::Healthy, why)
@@ -152,22 +173,22 @@ fn describe(copy: &CopyState) -> String {
 
 fn detached(facts: &Facts<'_>) -> (Health, String) {
     let record = facts.record;
-    let usable = record
-        .in_sync()
-        .filter(|c| !facts.unreachable.contains(&c.node))
-        .count();
+    let gone = |c: &CopyEntry| facts.unreachable.contains(&c.node) || facts.lost.contains(&c.node);
+    let usable = record.in_sync().filter(|c| !gone(c)).count();
     let reasons: Vec<String> = record
-        .copies
-        .iter()
+        .present()
         .filter_map(|c| {
             if facts.unreachable.contains(&c.node) {
                 return Some(format!("{} cannot be reached", c.node));
             }
             match c.status {
-                CopyStatus::InSync => None,
+                CopyStatus::InSync if facts.lost.contains(&c.node) => Some(format!(
+                    "the copy on {} is not on its disk (was it wiped?) and is made anew at the next attach",
+                    c.node
+                )),
+                CopyStatus::InSync | CopyStatus::Removed => None,
                 CopyStatus::Syncing => Some(format!("the copy on {} is not up to date", c.node)),
                 CopyStatus::Missing => Some(format!("the copy on {} is missing", c.node)),
-                CopyStatus::Removed => None,
             }
         })
         .collect();
@@ -202,75 +223,45 @@ fn suspended(record: &Record, in_sync: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::fixture::{copy, node, record};
     use crate::replication::failure_mode::FailureMode;
-    use crate::replication::ids::{CopyId, Epoch, Tag, VolumeId};
-    use crate::replication::record::{Base, CopyEntry};
-
-    fn record(mode: FailureMode, copies: &[CopyStatus]) -> Record {
-        let copies: Vec<CopyEntry> = copies
-            .iter()
-            .enumerate()
-            .map(|(i, status)| CopyEntry {
-                copy_id: CopyId([i as u8; 16]),
-                node: NodeName(format!("n{}", i + 1)),
-                status: *status,
-                base: Base {
-                    since: Epoch(1),
-                    last: None,
-                },
-                boot_id: None,
-                leaving: false,
-            })
-            .collect();
-        Record {
-            volume_id: VolumeId([1; 16]),
-            size: 1 << 30,
-            block_size: 512,
-            replicas_wanted: copies.len() as u8 - 1,
-            failure_mode: mode,
-            suspend_deadline_ms: 30_000,
-            compress: true,
-            epoch: Epoch(1),
-            epoch_tag: Tag(7),
-            state: State::Clean,
-            attachment: None,
-            master: copies[0].copy_id,
-            preferred: None,
-            copies,
-            lineage: vec![(Epoch(1), Tag(7))],
-        }
-    }
+    use crate::replication::ids::Epoch;
 
     #[test]
     fn a_detached_volume_is_as_well_as_its_reachable_copies() {
-        use CopyStatus::{InSync, Missing};
         use FailureMode::{AlwaysOn, Hard, Soft};
         for (mode, copies, gone, expected) in [
-            (Hard, vec![InSync, InSync], vec![], Health::Healthy),
-            (Hard, vec![InSync, Missing], vec![], Health::Suspended),
-            (Soft(None), vec![InSync, Missing], vec![], Health::Degraded),
-            (
-                Soft(None),
-                vec![InSync, InSync],
-                vec!["n2"],
-                Health::Degraded,
-            ),
+            (Hard, "n1:i n2:i", vec![], Health::Healthy),
+            // A word that begins with '!': its disk was wiped.
+            (Hard, "n1:i n2:i", vec!["!n2"], Health::Suspended),
+            (Soft(None), "n1:i n2:i", vec!["!n2"], Health::Degraded),
+            (Soft(None), "n1:i n2:i", vec!["n1", "!n2"], Health::Offline),
+            (Hard, "n1:i n2:m", vec![], Health::Suspended),
+            (Soft(None), "n1:i n2:m", vec![], Health::Degraded),
+            (Soft(None), "n1:i n2:i", vec!["n2"], Health::Degraded),
             (
                 AlwaysOn,
-                vec![InSync, InSync, InSync],
+                "n1:i n2:i n3:i",
                 vec!["n1", "n2"],
                 Health::Degraded,
             ),
-            (AlwaysOn, vec![InSync, Missing], vec!["n1"], Health::Offline),
+            (AlwaysOn, "n1:i n2:m", vec!["n1"], Health::Offline),
         ] {
-            let record = record(mode, &copies);
-            let gone: Vec<NodeName> = gone.iter().map(|n| NodeName(n.to_string())).collect();
+            let record = Record {
+                failure_mode: mode,
+                ..record(copies)
+            };
+            let named = |wiped: bool| -> Vec<NodeName> {
+                let names = gone.iter().filter(|n| n.starts_with('!') == wiped);
+                names.map(|n| node(n.trim_start_matches('!'))).collect()
+            };
             let (health, why) = assess(&Facts {
                 record: &record,
                 desired: None,
                 serving: None,
                 failure: None,
-                unreachable: &gone,
+                unreachable: &named(false),
+                lost: &named(true),
             });
             assert_eq!(health, expected, "{mode:?} {copies:?} {gone:?}: {why}");
             assert_eq!(why.is_empty(), health == Health::Healthy, "{why}");
@@ -279,17 +270,17 @@ mod tests {
 
     #[test]
     fn an_attached_volume_is_as_its_attachment_says() {
-        let record = record(FailureMode::Soft(None), &[CopyStatus::InSync; 2]);
+        let record = record("n1:i n2:i");
         let desired = Desired {
-            node: NodeName("n1".into()),
+            node: node("n1"),
             socket: "/s".into(),
             num_queues: 1,
             read_only: false,
             release: None,
         };
-        let copy = |i: u8, state: &str| CopyState {
-            copy: CopyId([i; 16]),
-            node: NodeName(format!("n{}", i + 1)),
+        let state_of = |i: u8, state: &str| CopyState {
+            copy: copy(i),
+            node: node(&format!("n{i}")),
             role: "replica".into(),
             state: state.into(),
             lag: String::new(),
@@ -302,7 +293,7 @@ mod tests {
             socket: "/s".into(),
             connected: false,
             epoch: Epoch(2),
-            copies: vec![copy(0, "in_sync"), copy(1, second)],
+            copies: vec![state_of(1, "in_sync"), state_of(2, second)],
             inflight: 0,
         };
         for (status, expected) in [
@@ -334,9 +325,50 @@ mod tests {
                 serving: Some(status.as_ref().map(Option::as_ref).map_err(Clone::clone)),
                 failure: None,
                 unreachable: &[],
+                lost: &[],
             });
             assert_eq!(health, expected, "{status:?}: {why}");
             assert_eq!(why.is_empty(), health == Health::Healthy, "{why}");
         }
+    }
+
+    #[test]
+    fn it_is_said_which_copies_an_attachment_waits_for() {
+        let record = record("n1:i n2:i n3:m n4:r");
+        let state_of = |i: u8, state: &str, lag: &str| CopyState {
+            copy: copy(i),
+            node: node(&format!("n{i}")),
+            role: "replica".into(),
+            state: state.into(),
+            lag: lag.into(),
+            sync: None,
+        };
+        let mut status = AttachmentStatus {
+            volume: record.volume_id,
+            phase: Phase::Acquiring,
+            why: "the attachment is joining".into(),
+            socket: "/s".into(),
+            connected: false,
+            epoch: Epoch(2),
+            copies: vec![
+                state_of(1, "in_sync", ""),
+                state_of(2, "in_sync", "connection refused"),
+                state_of(3, "missing", "silent for 2000 ms"),
+                state_of(4, "removed", "it moved"),
+            ],
+            inflight: 0,
+        };
+        for phase in [Phase::Acquiring, Phase::Suspended] {
+            status.phase = phase;
+            let (_, why) = attached(&record, &status);
+            assert_eq!(
+                why,
+                "the attachment is joining; it waits for the copy on n2 (connection refused)"
+            );
+        }
+        status.phase = Phase::Serving;
+        let (health, why) = attached(&record, &status);
+        assert_eq!(health, Health::Degraded);
+        assert_eq!(why, "the copy on n3 is missing (silent for 2000 ms)");
     }
 }

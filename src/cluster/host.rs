@@ -46,6 +46,20 @@ pub struct LocalCopy {
     pub allocated: u64,
 }
 
+/// What a new copy counts for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Birth {
+    /// One of the copies that a volume begins with: all of them empty, and so in sync in the volume's first epoch.
+    First {
+        /// That epoch.
+        epoch: Epoch,
+        /// Its companion.
+        tag: Tag,
+    },
+    /// Added to a volume that has data: of no epoch, and inconsistent until its first sync ended (S18).
+    Blank,
+}
+
 /// A volume to serve.
 #[derive(Clone, Debug)]
 pub struct AttachRequest {
@@ -150,9 +164,15 @@ pub trait Host: Send + Sync {
         volume: VolumeId,
         copy: CopyId,
         size: u64,
-        epoch: Epoch,
-        tag: Tag,
+        birth: Birth,
     ) -> Result<(), HostError>;
+
+    /// Whether there are files of a copy of the volume, usable or not. When in doubt there are.
+    fn has_files(&self, volume: VolumeId) -> bool;
+
+    /// Takes the volume's copy out of use and keeps its files under another name, which is returned. For a copy that
+    /// nobody knows any more and that stands in the way of a new one.
+    fn set_aside(&self, volume: VolumeId) -> Result<String, HostError>;
 
     /// Destroys the volume's copy and its data. `Ok` when there is none.
     fn remove_copy(&self, volume: VolumeId) -> Result<(), HostError>;

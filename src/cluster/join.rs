@@ -199,13 +199,10 @@ fn boot_id() -> Result<BootId, Fault> {
 fn cluster_id(store: &Store) -> Result<ClusterId, Fault> {
     store
         .retry(|| {
-            if let Some(record) = store.cluster()? {
+            if let Some((record, _)) = store.cluster()? {
                 return Ok(record.id);
             }
-            let record = ClusterRecord {
-                id: ClusterId(random()?),
-                created: wall_ms(),
-            };
+            let record = ClusterRecord::new(ClusterId(random()?), wall_ms());
             // Read back by the next round if another node was faster.
             store.create_cluster(&record).map_err(Race::Cas)?;
             Ok::<_, Race>(record.id)

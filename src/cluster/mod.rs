@@ -12,20 +12,28 @@
 pub mod attach;
 pub mod config;
 mod control;
+mod control_attach;
+mod control_copies;
 mod control_creation;
+mod control_replace;
 pub mod create;
 mod declared;
 pub mod events;
 pub mod fault;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod health;
 pub mod host;
 pub mod join;
 pub mod labels;
 pub mod live;
+pub mod membership;
 pub mod metrics;
 pub mod model;
 pub mod placement;
 pub mod plane;
+pub mod policy;
+pub mod replicas;
 pub mod settings;
 pub mod snapshot;
 pub mod store;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -196,11 +197,46 @@ pub struct ClusterRecord {
     pub id: ClusterId,
     /// When it was made, milliseconds since 1970.
     pub created: u64,
+    /// How long a missing copy is waited for before another node gets one, in milliseconds; 0: for ever.
+    #[serde(default = "replace_after_ms")]
+    pub replace_after_ms: u64,
+}
+
+/// PROTOCOL 6: long enough for a node to be restarted, short enough not to be without a replica for long.
+const REPLACE_AFTER_MS: u64 = 60_000;
+
+fn replace_after_ms() -> u64 {
+    REPLACE_AFTER_MS
+}
+
+impl ClusterRecord {
+    /// A new cluster with the defaults.
+    pub fn new(id: ClusterId, created: u64) -> Self {
+        Self {
+            id,
+            created,
+            replace_after_ms: REPLACE_AFTER_MS,
+        }
+    }
+
+    /// How long a missing copy is waited for; `None`: for ever.
+    pub fn replace_after(&self) -> Option<Duration> {
+        (self.replace_after_ms > 0).then(|| Duration::from_millis(self.replace_after_ms))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cluster_of_before_waits_as_long_as_a_new_one() {
+        let id = ClusterId([1; 16]);
+        let old = format!("{{\"id\": \"{id}\", \"created\": 5}}");
+        let old: ClusterRecord = serde_json::from_str(&old).unwrap();
+        assert_eq!(old, ClusterRecord::new(id, 5));
+        assert_eq!(old.replace_after(), Some(Duration::from_secs(60)));
+    }
 
     #[test]
     fn a_volume_is_named_with_or_without_its_namespace() {

@@ -33,6 +33,17 @@ pub struct Wanted {
     pub master_is_hint: bool,
     /// Nodes with different values of this label are preferred.
     pub topology_key: Option<String>,
+    /// The nodes that have a copy of the volume.
+    pub beside: Vec<Beside>,
+}
+
+/// A node that has a copy of the volume already.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Beside {
+    /// Which.
+    pub node: NodeName,
+    /// The copy stays: nodes with the same value of the topology label are not preferred.
+    pub stays: bool,
 }
 
 /// A choice.
@@ -49,6 +60,8 @@ pub struct Placement {
 pub struct NoPlace {
     /// Copies wanted.
     pub wanted: usize,
+    /// They would be added to others.
+    pub more: bool,
     /// Nodes that would take one.
     pub fit: Vec<NodeName>,
     /// Why each other node was refused.
@@ -62,13 +75,12 @@ impl fmt::Display for NoPlace {
         match &self.master {
             Some(master) => write!(f, "the master cannot be placed on {master}")?,
             None => {
-                write!(
-                    f,
-                    "{} copies need {} nodes and {} can take one",
-                    self.wanted,
-                    self.wanted,
-                    self.fit.len()
-                )?;
+                let more = if self.more { "more " } else { "" };
+                match self.wanted {
+                    1 => write!(f, "1 {more}copy needs a node")?,
+                    n => write!(f, "{n} {more}copies need {n} nodes")?,
+                }
+                write!(f, " and {} can take one", self.fit.len())?;
                 if !self.fit.is_empty() {
                     let names: Vec<String> = self.fit.iter().map(ToString::to_string).collect();
                     write!(f, " ({})", names.join(", "))?;
@@ -89,7 +101,12 @@ pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoP
     let mut fit: Vec<(&Candidate, u64)> = Vec::new();
     let mut refused = Vec::new();
     for candidate in candidates {
-        match fitness(candidate) {
+        let has_one = wanted.beside.iter().any(|b| b.node == candidate.name);
+        let fitness = match has_one {
+            true => Err("it has a copy of the volume".into()),
+            false => fitness(candidate),
+        };
+        match fitness {
             Ok(free) => fit.push((candidate, free)),
             Err(why) => refused.push((candidate.name.clone(), why)),
         }
@@ -97,6 +114,7 @@ pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoP
     fit.sort_by(|(a, x), (b, y)| y.cmp(x).then_with(|| a.name.cmp(&b.name)));
     let no_place = |master: Option<NodeName>, refused| NoPlace {
         wanted: wanted.copies,
+        more: !wanted.beside.is_empty(),
         fit: fit.iter().map(|(c, _)| c.name.clone()).collect(),
         refused,
         master,
@@ -107,6 +125,11 @@ pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoP
         remarks: Vec::new(),
     };
     let mut spread = Spread::new(wanted.topology_key.as_deref());
+    for beside in wanted.beside.iter().filter(|b| b.stays) {
+        if let Some(candidate) = candidates.iter().find(|c| c.name == beside.node) {
+            spread.count(candidate);
+        }
+    }
     let mut rest: Vec<&Candidate> = fit.iter().map(|(c, _)| *c).collect();
     if let Some(master) = &wanted.master {
         match rest.iter().position(|c| c.name == *master) {
@@ -147,7 +170,8 @@ pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoP
     Ok(placement)
 }
 
-fn fitness(candidate: &Candidate) -> Result<u64, String> {
+/// Its free bytes, or why it takes no copy.
+pub fn fitness(candidate: &Candidate) -> Result<u64, String> {
     let free = candidate.free.clone()?;
     let compute_only = candidate
         .labels
@@ -190,10 +214,14 @@ impl<'a> Spread<'a> {
             .unwrap_or(0)
     }
 
-    fn take(&mut self, candidate: &Candidate, nodes: &mut Vec<NodeName>) {
+    fn count(&mut self, candidate: &Candidate) {
         if let Some(value) = self.value(candidate) {
             *self.taken.entry(value).or_default() += 1;
         }
+    }
+
+    fn take(&mut self, candidate: &Candidate, nodes: &mut Vec<NodeName>) {
+        self.count(candidate);
         nodes.push(candidate.name.clone());
     }
 }
@@ -292,6 +320,47 @@ mod tests {
             names(place(&wanted(3), &nodes)),
             "! 3 copies need 3 nodes and 2 can take one (a, e); b: it does not answer; c: it is compute-only; \
              d: its disk is full (1 B free)"
+        );
+    }
+
+    #[test]
+    fn a_copy_that_is_added_goes_beside_the_others() {
+        let nodes = [
+            node("a", 30 * G, &[("zone", "x")]),
+            node("b", 20 * G, &[("zone", "x")]),
+            node("c", 10 * G, &[("zone", "y")]),
+            node("d", 5 * G, &[("zone", "y")]),
+        ];
+        let beside = |names: &[(&str, bool)], copies| Wanted {
+            topology_key: Some("zone".into()),
+            beside: names
+                .iter()
+                .map(|(name, stays)| Beside {
+                    node: NodeName((*name).into()),
+                    stays: *stays,
+                })
+                .collect(),
+            ..wanted(copies)
+        };
+        for (what, expected) in [
+            (beside(&[("a", true)], 1), "c"),
+            (beside(&[("c", true)], 1), "a"),
+            // The one that goes leaves its zone free, and its node taken.
+            (beside(&[("a", true), ("c", false)], 1), "d"),
+            (beside(&[("a", false), ("c", true)], 1), "b"),
+            (beside(&[("a", true), ("c", true)], 2), "b,d"),
+            (
+                beside(&[("a", true), ("b", true), ("c", true)], 2),
+                "! 2 more copies need 2 nodes and 1 can take one (d); a: it has a copy of the volume; \
+                 b: it has a copy of the volume; c: it has a copy of the volume",
+            ),
+        ] {
+            assert_eq!(names(place(&what, &nodes)), expected, "{what:?}");
+        }
+        let nodes = [node("a", G, &[]), dead("b")];
+        assert_eq!(
+            names(place(&beside(&[("a", true)], 1), &nodes)),
+            "! 1 more copy needs a node and 0 can take one; a: it has a copy of the volume; b: it does not answer"
         );
     }
 

@@ -149,8 +149,18 @@ impl Store {
     }
 
     /// The cluster's own record.
-    pub fn cluster(&self) -> Result<Option<ClusterRecord>, RegistryError> {
-        Ok(self.get(CLUSTER)?.map(|(record, _)| record))
+    pub fn cluster(&self) -> Result<Option<Versioned<ClusterRecord>>, RegistryError> {
+        self.get(CLUSTER)
+    }
+
+    /// Replaces the cluster's record if it is still at `expected`.
+    pub fn cas_cluster(
+        &self,
+        expected: Revision,
+        record: &ClusterRecord,
+    ) -> Result<Revision, CasError> {
+        let change = put(CLUSTER, record)?;
+        self.txn(&[at(CLUSTER, expected)], &[change])
     }
 
     /// Makes the cluster's record if there is none.

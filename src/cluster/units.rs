@@ -90,6 +90,17 @@ pub fn show_age(seconds: u64) -> String {
     }
 }
 
+/// A span as it is written: `60s`, `250ms`, `5m`, `0`.
+pub fn show_ms(ms: u64) -> String {
+    match ms {
+        0 => "0".into(),
+        ms if ms.is_multiple_of(3_600_000) => format!("{}h", ms / 3_600_000),
+        ms if ms.is_multiple_of(60_000) && ms > 60_000 => format!("{}m", ms / 60_000),
+        ms if ms.is_multiple_of(1000) => format!("{}s", ms / 1000),
+        ms => format!("{ms}ms"),
+    }
+}
+
 /// Milliseconds since 1970 by the machine's clock. For showing, never for deciding: clocks jump.
 pub fn wall_ms() -> u64 {
     SystemTime::now()
@@ -170,6 +181,10 @@ mod tests {
         assert_eq!(parse_span("0").unwrap(), Duration::ZERO);
         assert_eq!(parse_span("250ms").unwrap(), Duration::from_millis(250));
         assert_eq!(parse_span("2m").unwrap(), Duration::from_secs(120));
+        for text in ["0", "250ms", "60s", "90s", "5m", "2h"] {
+            let span = parse_span(text).unwrap();
+            assert_eq!(show_ms(span.as_millis() as u64), text);
+        }
         assert!(parse_span("soon").is_err());
         assert!(parse_span("18446744073709551615h").is_err());
     }

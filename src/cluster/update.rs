@@ -1,4 +1,4 @@
-//! A volume's settings change, live where that takes no resync; and a volume is removed.
+//! A volume's settings change, live; and a volume is removed.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,10 +9,10 @@ use super::fault::Fault;
 use super::labels::{self, Of};
 use super::model::{Labels, VolumeName};
 use super::plane::{Found, Plane};
+use super::replicas::{Around, may_serve, resize};
 use super::settings::{Wishes, check_size, show_failure_mode};
 use super::store::Race;
 use super::units::{show_size, wall_ms};
-use crate::replication::failure_mode::FailureMode;
 use crate::replication::record::{Record, State};
 
 /// A request to change a volume.
@@ -52,15 +52,13 @@ pub fn update(plane: &Plane, name: &VolumeName, request: &UpdateRequest) -> Resu
         return Err(Fault::input(format!("nothing to change on {name}"))
             .hint("see: lockstep volume update --help"));
     }
+    let around = Around::look(plane)?;
     let changes = plane
         .store
         .retry(|| {
             let mut found = plane.find(name)?;
-            let mut changes =
-                change_record(&found, &wishes, request.size).map(|(record, changes)| {
-                    found.record.0 = record;
-                    changes
-                })?;
+            let (record, mut changes) = change_record(&found, &wishes, request.size, &around)?;
+            found.record.0 = record;
             let spec_labels = &mut found.spec.0.labels;
             let before = spec_labels.clone();
             spec_labels.extend(added.clone());
@@ -93,6 +91,7 @@ fn change_record(
     found: &Found,
     wishes: &Wishes,
     size: Option<u64>,
+    around: &Around,
 ) -> Result<(Record, Vec<String>), Fault> {
     let name = &found.name;
     let mut record = found.record.0.clone();
@@ -101,15 +100,6 @@ fn change_record(
         return Err(Fault::try_again(format!(
             "volume {name} is still being created"
         )));
-    }
-    if let Some(replicas) = wishes.replicas()?
-        && replicas != record.replicas_wanted
-    {
-        return Err(Fault::state(format!(
-            "volume {name} has {} replicas, and this version cannot change their number",
-            record.replicas_wanted
-        ))
-        .hint("create a volume with the replicas you need and copy the data inside a guest"));
     }
     if let Some(size) = size {
         let size = check_size(size)?;
@@ -137,13 +127,21 @@ fn change_record(
     }
     let mode = wishes.failure_mode(record.failure_mode)?;
     if mode != record.failure_mode {
-        may_take_mode(name, &record, mode)?;
         changes.push(format!(
             "failure mode {} -> {}",
             show_failure_mode(record.failure_mode),
             show_failure_mode(mode)
         ));
         record.failure_mode = mode;
+    }
+    if let Some(replicas) = wishes.replicas()?
+        && replicas != record.replicas_wanted
+    {
+        changes.push(resize(found, &mut record, replicas, around)?);
+    }
+    let policy = |r: &Record| (r.failure_mode, r.replicas_wanted);
+    if policy(&record) != policy(&found.record.0) {
+        may_serve(found, &record, around)?;
     }
     if let Some(ms) = wishes.suspend_deadline_ms()?
         && ms != record.suspend_deadline_ms
@@ -164,21 +162,6 @@ fn change_record(
         record.compress = compress;
     }
     Ok((record, changes))
-}
-
-/// A mode that would suspend the volume at once is refused.
-fn may_take_mode(name: &VolumeName, record: &Record, mode: FailureMode) -> Result<(), Fault> {
-    let in_sync = record.in_sync().count();
-    if mode.serves(record.replicas_wanted, in_sync) {
-        return Ok(());
-    }
-    Err(Fault::state(format!(
-        "volume {name} has {} of {} replicas in sync, with which failure mode {} would suspend it",
-        record.healthy_replicas(),
-        record.replicas_wanted,
-        show_failure_mode(mode)
-    ))
-    .hint("wait until its replicas are in sync, or choose a mode that tolerates their loss"))
 }
 
 /// Removes a volume and, on every node, its copy. Refused while it is attached, unless `force`: then it is detached

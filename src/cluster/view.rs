@@ -120,6 +120,9 @@ pub struct CopyView {
     pub state: String,
     /// What it waits for; empty when nothing.
     pub lag: String,
+    /// It is to be removed as soon as enough others are in sync.
+    #[serde(default)]
+    pub leaving: bool,
     /// The epochs in which it held every completed write.
     pub base: Base,
     /// Bytes on the disk; `None`: the node does not answer or has no such copy.
@@ -187,6 +190,8 @@ pub struct ClusterView {
     pub created: String,
     /// Its registry.
     pub registry: String,
+    /// How long a missing copy is waited for before another node gets one, in milliseconds; 0: for ever.
+    pub replace_after_ms: u64,
     /// Nodes that answer.
     pub nodes_online: usize,
     /// All nodes.
@@ -232,9 +237,13 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
         reports.iter().find(|r| r.volume == id).map(|r| &r.fault)
     });
     let unreachable: Vec<NodeName> = record
-        .copies
-        .iter()
+        .present()
         .filter(|c| live.node(&c.node).is_none())
+        .map(|c| c.node.clone())
+        .collect();
+    let lost: Vec<NodeName> = record
+        .in_sync()
+        .filter(|c| is_lost(c, live))
         .map(|c| c.node.clone())
         .collect();
     let status = serving.clone().and_then(Result::ok).flatten();
@@ -244,10 +253,10 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
         serving,
         failure,
         unreachable: &unreachable,
+        lost: &lost,
     });
     let copies: Vec<CopyView> = record
-        .copies
-        .iter()
+        .present()
         .map(|c| copy_view(record, c, status, live))
         .collect();
     let in_sync = copies.iter().filter(|c| c.state == "in_sync").count();
@@ -323,18 +332,35 @@ fn copy_view(
     } else {
         "replica"
     };
+    let sync = seen.and_then(|c| c.sync.clone());
+    let mut lag = seen.map_or_else(String::new, |c| c.lag.clone());
+    if lag.is_empty() && node.is_some() && local.is_none() && record.state != State::Creating {
+        lag = "not on its node's disk".into();
+    }
     CopyView {
         id: copy.copy_id,
         node: copy.node.clone(),
         online: node.is_some(),
         role: seen.map_or_else(|| role.into(), |c| c.role.clone()),
-        state: seen.map_or_else(|| by_record.into(), |c| c.state.clone()),
-        lag: seen.map_or_else(String::new, |c| c.lag.clone()),
+        state: match seen {
+            // The record says so only when it ended.
+            Some(_) if sync.is_some() => "syncing".into(),
+            Some(seen) => seen.state.clone(),
+            None => by_record.into(),
+        },
+        lag,
+        leaving: copy.leaving,
         base: copy.base,
         allocated: local.map(|c| c.allocated),
         standing: local.map(|c| c.standing.clone()),
-        sync: seen.and_then(|c| c.sync.clone()),
+        sync,
     }
+}
+
+/// Whether the copy's node answers and does not have it.
+fn is_lost(copy: &CopyEntry, live: &Live) -> bool {
+    live.node(&copy.node)
+        .is_some_and(|n| !n.copies.iter().any(|c| c.copy == copy.copy_id))
 }
 
 /// All nodes, in the order of their names.
@@ -442,6 +468,7 @@ pub fn cluster(snapshot: &Snapshot, live: &Live, id: ClusterId, registry: String
             .cluster
             .map_or_else(String::new, |c| show_time(c.created)),
         registry,
+        replace_after_ms: snapshot.cluster.map_or(0, |c| c.replace_after_ms),
         nodes_online: nodes.iter().filter(|n| n.health == "online").count(),
         nodes: nodes
             .iter()

@@ -17,6 +17,10 @@ const META: &str = "meta";
 /// A directory in the making, or being removed, begins with a dot: never taken for a copy, swept at the node's start.
 const MAKING: &str = ".new-";
 const REMOVING: &str = ".gone-";
+/// One that was taken out of use and is kept: neither taken for a copy nor swept.
+const ASIDE: &str = "aside-";
+/// Copies of one volume that may lie aside: each is somebody's decision to be made.
+const ASIDE_MAX: u32 = 1000;
 /// Bytes left free beside what a copy needs: its directory, and the file system's own blocks.
 const SLACK: u64 = 64 << 10;
 
@@ -245,26 +249,30 @@ impl Store {
     ///
     /// Errors: `Missing`, `InUse`, `Io`. Once it is renamed the copy is gone even if deleting its files fails.
     pub fn remove(dir: &Path) -> Result<(), StoreError> {
-        if !dir.is_dir() {
-            return Err(StoreError::Missing { dir: dir.into() });
-        }
-        let data_path = dir.join(DATA);
-        // Damaged copies are removed too: one without `data` has nobody to lock it.
-        let lock = match File::open(&data_path) {
-            Ok(file) => Some(file),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-            Err(e) => return Err(at("open", &data_path)(e)),
-        };
-        if let Some(file) = &lock
-            && !os::lock(file).map_err(at("lock", &data_path))?
-        {
-            return Err(StoreError::InUse { dir: dir.into() });
-        }
+        let _lock = lock_closed(dir)?;
         let (parent, aside) = siblings(dir, REMOVING)?;
         remove_all(&aside)?;
         fs::rename(dir, &aside).map_err(at("rename", dir))?;
         os::sync_dir(parent).map_err(at("sync", parent))?;
         remove_all(&aside)
+    }
+
+    /// Renames the copy in `dir` so that it is no copy any more, and says where it lies. Its `Store` must have been
+    /// dropped, and its requests ended.
+    ///
+    /// Errors: `Missing`, `InUse`, `Io`.
+    pub fn set_aside(dir: &Path) -> Result<PathBuf, StoreError> {
+        let _lock = lock_closed(dir)?;
+        for number in 1..=ASIDE_MAX {
+            let (parent, aside) = siblings(dir, &format!("{ASIDE}{number}-"))?;
+            if aside.symlink_metadata().is_ok() {
+                continue;
+            }
+            fs::rename(dir, &aside).map_err(at("rename", dir))?;
+            os::sync_dir(parent).map_err(at("sync", parent))?;
+            return Ok(aside);
+        }
+        Err(at("set aside", dir)(io::ErrorKind::AlreadyExists.into()))
     }
 
     /// Bytes that `data` takes on its disk.
@@ -301,6 +309,24 @@ impl Store {
     pub fn dir(&self) -> &Path {
         &self.dir
     }
+}
+
+/// The lock of a copy that nobody has open, held until it is dropped. Damaged copies are locked too: one without `data`
+/// has nobody to lock it.
+fn lock_closed(dir: &Path) -> Result<Option<File>, StoreError> {
+    if !dir.is_dir() {
+        return Err(StoreError::Missing { dir: dir.into() });
+    }
+    let data_path = dir.join(DATA);
+    let file = match File::open(&data_path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(at("open", &data_path)(e)),
+    };
+    if !os::lock(&file).map_err(at("lock", &data_path))? {
+        return Err(StoreError::InUse { dir: dir.into() });
+    }
+    Ok(Some(file))
 }
 
 /// Removes what creations and removals left unfinished in `volumes`. Nobody may be creating or removing there meanwhile: the

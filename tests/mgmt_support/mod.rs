@@ -17,7 +17,8 @@ use lockstep::cluster::config::{NodeConfig, Serve};
 use lockstep::cluster::events::{EventLog, What};
 use lockstep::cluster::fault::Fault;
 use lockstep::cluster::host::{
-    AttachRequest, AttachmentStatus, Capacity, CopyState, Host, HostError, LocalCopy, Phase,
+    AttachRequest, AttachmentStatus, Birth, Capacity, CopyState, Host, HostError, LocalCopy, Phase,
+    SyncProgress,
 };
 use lockstep::cluster::join::{Membership, join, open_registry};
 use lockstep::cluster::metrics::{Metrics, VolumeMetrics};
@@ -25,8 +26,8 @@ use lockstep::cluster::model::Labels;
 use lockstep::cluster::store::{Registrar, Store};
 use lockstep::cluster::{Cluster, start};
 use lockstep::registry::{Location, Revision};
-use lockstep::replication::ids::{BootId, CopyId, Epoch, Instance, NodeName, Tag, VolumeId};
-use lockstep::replication::record::{Attachment, CopyStatus, Record, State};
+use lockstep::replication::ids::{BootId, CopyId, Instance, NodeName, Tag, VolumeId};
+use lockstep::replication::record::{Attachment, Base, CopyEntry, CopyStatus, Record, State};
 use serde_json::Value;
 
 /// Generous: only something broken takes this long.
@@ -54,6 +55,9 @@ pub struct Levers {
     pub changes: Vec<(VolumeId, Record)>,
     pub peers: Vec<(NodeName, SocketAddr)>,
     pub free: Option<u64>,
+    pub made: BTreeSet<CopyId>,
+    pub syncs: BTreeMap<CopyId, SyncProgress>,
+    pub lags: BTreeMap<CopyId, String>,
 }
 
 struct Served {
@@ -116,13 +120,25 @@ impl Host for TestHost {
         volume: VolumeId,
         copy: CopyId,
         _size: u64,
-        _epoch: Epoch,
-        _tag: Tag,
+        birth: Birth,
     ) -> Result<(), HostError> {
-        if let Some(e) = self.levers.lock().unwrap().create_error.clone() {
+        let mut levers = self.levers.lock().unwrap();
+        if let Some(e) = levers.create_error.clone() {
             return Err(e);
         }
+        // S18, over the life of the whole host: no identity is ever made a second time as a blank copy.
+        assert!(levers.made.insert(copy) || birth != Birth::Blank);
         fs::write(self.path(volume), copy.to_string()).map_err(|e| HostError::Io(e.to_string()))
+    }
+
+    fn has_files(&self, volume: VolumeId) -> bool {
+        self.path(volume).exists()
+    }
+
+    fn set_aside(&self, volume: VolumeId) -> Result<String, HostError> {
+        let aside = self.dir.with_file_name(format!("aside-{volume}"));
+        fs::rename(self.path(volume), &aside).map_err(|e| HostError::Io(e.to_string()))?;
+        Ok(aside.display().to_string())
     }
 
     fn remove_copy(&self, volume: VolumeId) -> Result<(), HostError> {
@@ -136,7 +152,7 @@ impl Host for TestHost {
             .map(|e| LocalCopy {
                 volume: e.file_name().to_str().unwrap().parse().unwrap(),
                 copy: fs::read_to_string(e.path()).unwrap().parse().unwrap(),
-                epoch: Epoch(1),
+                epoch: lockstep::replication::ids::Epoch(1),
                 standing: "in sync".into(),
                 allocated: 4096,
             })
@@ -226,8 +242,7 @@ impl Host for TestHost {
                 epoch: s.record.epoch,
                 copies: s
                     .record
-                    .copies
-                    .iter()
+                    .present()
                     .map(|c| CopyState {
                         copy: c.copy_id,
                         node: c.node.clone(),
@@ -239,13 +254,12 @@ impl Host for TestHost {
                         .into(),
                         state: match c.status {
                             CopyStatus::InSync => "in_sync",
-                            CopyStatus::Syncing => "syncing",
-                            CopyStatus::Missing => "missing",
-                            CopyStatus::Removed => "removed",
+                            _ if levers.syncs.contains_key(&c.copy_id) => "syncing",
+                            _ => "missing",
                         }
                         .into(),
-                        lag: String::new(),
-                        sync: None,
+                        lag: levers.lags.get(&c.copy_id).cloned().unwrap_or_default(),
+                        sync: levers.syncs.get(&c.copy_id).cloned(),
                     })
                     .collect(),
                 inflight: 0,
@@ -261,6 +275,7 @@ impl Host for TestHost {
     }
 
     fn metrics(&self) -> Metrics {
+        let levers = self.levers.lock().unwrap();
         let served = self.served.lock().unwrap();
         let mut metrics = Metrics::default();
         metrics.ejections.push(("late".into(), 3));
@@ -273,7 +288,7 @@ impl Host for TestHost {
                 network: Default::default(),
                 backend: Default::default(),
                 inflight: 2,
-                sync_remaining: 0,
+                sync_remaining: levers.syncs.values().map(|s| s.remaining_bytes).sum(),
             };
             volume.frontend.write.total = 7;
             volume.frontend.write.seconds.observe(0.001);
@@ -325,6 +340,55 @@ impl Node {
 
     pub fn volume_id(&self, name: &str) -> VolumeId {
         self.volume(name)["id"].as_str().unwrap().parse().unwrap()
+    }
+
+    /// The record as the registry has it.
+    pub fn record(&self, name: &str) -> Record {
+        let id = self.volume_id(name);
+        self.store.get_record(id).unwrap().unwrap().0
+    }
+
+    /// Changes the record as an attachment or another node's management would.
+    pub fn edit(&self, name: &str, change: impl Fn(&mut Record)) {
+        self.host.change(self.volume_id(name), change).unwrap();
+    }
+
+    /// One change of the copies as an attachment makes it (RESYNC: membership): admits the copies `synced`, removes those
+    /// that leave once there are enough, and has the preferred one be the master.
+    pub fn settle(&self, name: &str, synced: &[CopyId]) {
+        self.edit(name, |r| {
+            let (epoch, tag) = (r.epoch.next(), Tag(r.epoch.0 * 31));
+            r.advance(epoch, tag);
+            for copy in r.copies.iter_mut().filter(|c| synced.contains(&c.copy_id)) {
+                copy.status = CopyStatus::InSync;
+                copy.base = Base {
+                    since: epoch,
+                    last: None,
+                };
+            }
+            let stay = |c: &&CopyEntry| c.status == CopyStatus::InSync && !c.leaving;
+            let staying: Vec<CopyId> = r.copies.iter().filter(stay).map(|c| c.copy_id).collect();
+            let enough = staying.len() > usize::from(r.replicas_wanted);
+            for copy in r.copies.iter_mut() {
+                let absent = copy.status == CopyStatus::Missing;
+                if (copy.leaving && (absent || enough)) || (absent && enough) {
+                    copy.status = CopyStatus::Removed;
+                }
+            }
+            if let Some(wish) = r.preferred.take().filter(|p| staying.contains(p)) {
+                r.master = wish;
+            }
+            if r.copy(r.master).unwrap().status != CopyStatus::InSync {
+                r.master = staying[0];
+            }
+        });
+    }
+
+    /// What the events of the volume say, all nodes', oldest first: `rule: text`.
+    pub fn events(&self, name: &str) -> Vec<String> {
+        let events = self.get(&format!("/api/v1/events?volume={name}"));
+        let line = |e: &Value| Some(format!("{}: {}", e["rule"].as_str()?, e["text"].as_str()?));
+        events.as_array().unwrap().iter().filter_map(line).collect()
     }
 
     pub fn fatal(&self) -> Option<String> {
@@ -429,6 +493,13 @@ impl Lab {
 
     pub fn nodes<const N: usize>(&self) -> [Node; N] {
         std::array::from_fn(|i| self.node(&format!("n{}", i + 1)))
+    }
+
+    /// Which copy of `volume` the node's disk holds.
+    pub fn copy_on(&self, node: &str, volume: VolumeId) -> Option<CopyId> {
+        let path = self.dir.path().join(node).join("copies");
+        let text = fs::read_to_string(path.join(volume.to_string())).ok()?;
+        text.parse().ok()
     }
 
     pub fn copies(&self, name: &str) -> Vec<String> {

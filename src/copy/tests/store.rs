@@ -135,6 +135,29 @@ fn a_copy_is_neither_made_twice_nor_found_where_there_is_none() {
 }
 
 #[test]
+fn a_copy_set_aside_is_kept_and_is_no_copy_any_more() {
+    let tmp = tempfile::tempdir().unwrap();
+    let id = small().volume_id.to_string();
+    let dir = tmp.path().join(&id);
+    for expected in ["aside-1-", "aside-2-"] {
+        let (store, _) = Store::create(&dir, &small(), false).unwrap();
+        assert!(matches!(
+            Store::set_aside(&dir),
+            Err(StoreError::InUse { .. })
+        ));
+        drop(store);
+        let aside = Store::set_aside(&dir).unwrap();
+        assert_eq!(aside, tmp.path().join(format!("{expected}{id}")));
+        super::super::store::sweep(tmp.path()).unwrap();
+        assert!(aside.join("data").exists() && !dir.exists());
+    }
+    assert!(matches!(
+        Store::set_aside(&dir),
+        Err(StoreError::Missing { .. })
+    ));
+}
+
+#[test]
 fn a_damaged_copy_is_refused_and_can_be_removed() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path().join("v");

@@ -1,0 +1,283 @@
+//! A copy that is missing for too long gets a successor on another node (PROTOCOL 6).
+//!
+//! The node that serves the volume does it, since it alone knows whether the copy is being brought up to date; for a
+//! detached volume the node of the master copy. The old copy stays in the record: should it return, the one of the two
+//! that is in sync first stays, and the attachment removes the other.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use super::control::{Control, raced};
+use super::events::What;
+use super::live::gather;
+use super::membership::{self, is_blank, lacking, staying};
+use super::plane::{Found, whole_volumes};
+use super::replicas::{add_all, place_more};
+use super::snapshot::Snapshot;
+use super::store::Registrar;
+use super::units::show_ms;
+use crate::registry::RegistryError;
+use crate::replication::ids::{CopyId, NodeName, VolumeId};
+use crate::replication::record::{CopyStatus, Record, State};
+
+/// New copies on their way at once, over all volumes that one node looks after. Each is a full sync, and a node that is
+/// lost may have had a copy of every volume.
+const UNDER_WAY_MAX: usize = 2;
+/// Pause before a place is looked for again where there was none.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// Since when each copy is missing, as far as this process has seen.
+#[derive(Default)]
+pub(super) struct Replacements {
+    missing: BTreeMap<VolumeId, BTreeMap<CopyId, Instant>>,
+    next: Option<Instant>,
+}
+
+impl Replacements {
+    /// Whether a wait may have ended.
+    pub(super) fn due(&self, now: Instant) -> bool {
+        self.next.is_some_and(|at| at <= now)
+    }
+
+    /// Notes which copies are missing now, and tells which are so for `wait`.
+    fn lost(
+        &mut self,
+        volume: VolumeId,
+        record: &Record,
+        syncing: &BTreeSet<CopyId>,
+        now: Instant,
+        wait: Option<Duration>,
+    ) -> BTreeSet<CopyId> {
+        let seen = self.missing.entry(volume).or_default();
+        let waited_for: BTreeSet<CopyId> = staying(record)
+            .filter(|c| c.status == CopyStatus::Missing && !syncing.contains(&c.copy_id))
+            .map(|c| c.copy_id)
+            .collect();
+        seen.retain(|copy, _| waited_for.contains(copy));
+        for copy in waited_for {
+            seen.entry(copy).or_insert(now);
+        }
+        let Some(wait) = wait else {
+            return BTreeSet::new();
+        };
+        let mut lost = BTreeSet::new();
+        for (copy, since) in seen {
+            let end = *since + wait;
+            if end <= now {
+                lost.insert(*copy);
+            } else {
+                self.next = Some(self.next.map_or(end, |next| next.min(end)));
+            }
+        }
+        lost
+    }
+}
+
+/// A volume that this node looks after.
+struct Tended {
+    found: Found,
+    lost: BTreeSet<CopyId>,
+}
+
+impl Control {
+    /// Gives every volume that this node looks after the copies that it lacks.
+    pub(super) fn replace_copies(&mut self, snapshot: &Snapshot) -> Result<(), RegistryError> {
+        let now = Instant::now();
+        let wait = snapshot.cluster.and_then(|c| c.replace_after());
+        self.replacements.next = None;
+        let tended = self.tended(snapshot, now, wait);
+        let mut under_way: usize = tended.iter().map(on_their_way).sum();
+        let mut live = None;
+        for volume in &tended {
+            let lacks = lacking(&volume.found.record.0, &volume.lost);
+            if lacks == 0 || under_way >= UNDER_WAY_MAX {
+                continue;
+            }
+            let live = live.get_or_insert_with(|| {
+                gather(&self.plane, snapshot.nodes.values().map(|(n, _)| n))
+            });
+            let count = lacks.min(UNDER_WAY_MAX - under_way);
+            let Tended { found, lost } = volume;
+            // Better one of two than none.
+            let mut placed = place_more(found, snapshot, live, count, lost);
+            for fewer in (1..count).rev() {
+                placed = placed.or_else(|_| place_more(found, snapshot, live, fewer, lost));
+            }
+            match placed {
+                Ok(placement) => {
+                    under_way += placement.nodes.len();
+                    self.replace(volume, &placement.nodes, &placement.remarks, wait)?;
+                }
+                Err(why) => self.no_place(found, &why.to_string(), now),
+            }
+        }
+        Ok(())
+    }
+
+    fn tended(&mut self, snapshot: &Snapshot, now: Instant, wait: Option<Duration>) -> Vec<Tended> {
+        let serving = self.plane.host.attachments();
+        let mut tended = Vec::new();
+        for (id, spec, record) in whole_volumes(snapshot) {
+            if record.0.state == State::Creating {
+                continue;
+            }
+            let status = serving.iter().find(|s| s.volume == id);
+            let master = record.0.copy(record.0.master).map(|c| &c.node);
+            let ours = match &spec.0.attachment {
+                Some(desired) => desired.node == self.plane.node && status.is_some(),
+                None => master == Some(&self.plane.node),
+            };
+            if !ours {
+                self.replacements.missing.remove(&id);
+                continue;
+            }
+            let syncing = status.map_or_else(BTreeSet::new, |s| {
+                let copies = s.copies.iter().filter(|c| c.sync.is_some());
+                copies.map(|c| c.copy).collect()
+            });
+            tended.push(Tended {
+                found: Found {
+                    id,
+                    name: spec.0.full_name(),
+                    spec: spec.clone(),
+                    record: record.clone(),
+                },
+                lost: self.replacements.lost(id, &record.0, &syncing, now, wait),
+            });
+        }
+        self.replacements
+            .missing
+            .retain(|id, _| snapshot.volumes.contains_key(id));
+        tended
+    }
+
+    fn replace(
+        &mut self,
+        volume: &Tended,
+        nodes: &[NodeName],
+        remarks: &[String],
+        wait: Option<Duration>,
+    ) -> Result<(), RegistryError> {
+        let Tended { found, lost } = volume;
+        let mut next = found.record.0.clone();
+        if let Err(fault) = add_all(&found.name, &mut next, nodes) {
+            self.no_place(found, &fault.message, Instant::now());
+            return Ok(());
+        }
+        // A lost copy that was never in sync has nothing that its return would save.
+        let useless: Vec<CopyId> = staying(&next)
+            .filter(|c| lost.contains(&c.copy_id) && is_blank(c))
+            .map(|c| c.copy_id)
+            .collect();
+        membership::leave(&mut next, &useless);
+        if !raced(self.plane.store.cas_record(found.id, found.record.1, &next))? {
+            return Ok(());
+        }
+        self.said.remove(&format!("replacement of {}", found.id));
+        let list = |names: Vec<&str>| names.join(" and ");
+        let gone = found.record.0.copies.iter();
+        let gone = gone.filter(|c| lost.contains(&c.copy_id));
+        let gone = list(gone.map(|c| c.node.0.as_str()).collect());
+        let mut text = match gone.is_empty() {
+            true => "a copy is lacking".to_string(),
+            false => format!(
+                "the copy on {gone} is missing for {} and more",
+                show_ms(wait.map_or(0, |w| w.as_millis() as u64))
+            ),
+        };
+        text += &format!(
+            ": a new one on {}",
+            list(nodes.iter().map(|n| n.0.as_str()).collect())
+        );
+        for remark in remarks {
+            text += &format!(" ({remark})");
+        }
+        self.plane.events.push(
+            What::volume(&found.name, "missing", "replacing", "6 replace")
+                .epoch(next.epoch)
+                .text(text),
+        );
+        Ok(())
+    }
+
+    fn no_place(&mut self, found: &Found, why: &str, now: Instant) {
+        let again = now + PAUSE;
+        let next = &mut self.replacements.next;
+        *next = Some(next.map_or(again, |at| at.min(again)));
+        let text = format!("a missing copy of {} is not replaced: {why}", found.name);
+        if self.say_new(&format!("replacement of {}", found.id), &text) {
+            self.plane.events.push(
+                What::volume(&found.name, "missing", "missing", "6 replace")
+                    .epoch(found.record.0.epoch)
+                    .text(text),
+            );
+        }
+    }
+}
+
+/// New copies that are expected to be in sync some time.
+fn on_their_way(volume: &Tended) -> usize {
+    staying(&volume.found.record.0)
+        .filter(|c| is_blank(c) && !volume.lost.contains(&c.copy_id))
+        .count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::fixture::{copy, record};
+
+    const WAIT: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_copy_is_lost_when_it_was_missing_for_the_whole_wait() {
+        let volume = VolumeId([1; 16]);
+        let mut seen = Replacements::default();
+        let begin = Instant::now();
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        // (at, copies, syncing, lost): one life of a volume, in order.
+        for (seconds, copies, syncing, expected) in [
+            (0, "n1:i n2:m n3:b", &[][..], &[][..]),
+            (30, "n1:i n2:m n3:b", &[3], &[]),
+            (60, "n1:i n2:m n3:b", &[3], &[2]),
+            // Its sync broke off: the wait begins anew, also for a blank one.
+            (70, "n1:i n2:m n3:b", &[], &[2]),
+            (129, "n1:i n2:m n3:b", &[], &[2]),
+            (130, "n1:i n2:m n3:b", &[], &[2, 3]),
+            // Back in sync, and lost again.
+            (140, "n1:i n2:i n3:b", &[], &[3]),
+            (150, "n1:i n2:m n3:bl", &[], &[]),
+            (209, "n1:i n2:m n3:r", &[], &[]),
+            (210, "n1:i n2:m n3:r", &[], &[2]),
+        ] {
+            let syncing = syncing.iter().map(|n| copy(*n)).collect();
+            let expected: BTreeSet<CopyId> = expected.iter().map(|n| copy(*n)).collect();
+            let lost = seen.lost(volume, &record(copies), &syncing, at(seconds), Some(WAIT));
+            assert_eq!(lost, expected, "{copies} after {seconds}s");
+        }
+        let never = seen.lost(
+            volume,
+            &record("n1:i n2:m"),
+            &BTreeSet::new(),
+            at(1000),
+            None,
+        );
+        assert_eq!(never, BTreeSet::new());
+    }
+
+    #[test]
+    fn the_end_of_the_next_wait_is_known() {
+        let mut seen = Replacements::default();
+        let now = Instant::now();
+        let none = BTreeSet::new();
+        seen.lost(
+            VolumeId([1; 16]),
+            &record("n1:i n2:m"),
+            &none,
+            now,
+            Some(WAIT),
+        );
+        assert!(!seen.due(now + WAIT - Duration::from_millis(1)));
+        assert!(seen.due(now + WAIT));
+    }
+}
