@@ -677,14 +677,14 @@ impl<D: Payload> Attachment<D> {
             return;
         }
         self.propose_members();
+        let leaves = self.leaving
+            && self.phase == Phase::Serving
+            && self.record.state == State::Active
+            && self.break_off_all("the volume is being detached");
         match self.phase {
             Phase::Configuring => self.advance_configuring(),
             // Not before the copies are known to be the same everywhere.
-            Phase::Serving if self.leaving && self.record.state == State::Active => {
-                if self.break_off_all("the volume is being detached") {
-                    self.set_phase(Phase::Leaving, "5 clean detach");
-                }
-            }
+            Phase::Serving if leaves => self.set_phase(Phase::Leaving, "5 clean detach"),
             Phase::Serving => {
                 self.advance_reconcile();
                 self.advance_syncs();
