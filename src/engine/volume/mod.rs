@@ -1,0 +1,256 @@
+//! One volume on its worker: the copy on this node's disk, the attachment if the volume is served from here, and the
+//! guest's rings. Carries out what the state machines of `replication` decide.
+
+mod copy;
+mod serving;
+
+use std::collections::HashMap;
+use std::sync::mpsc::SyncSender;
+
+use super::buffer::Bytes;
+use super::command::{CopyStatus, VolumeStatus};
+use super::context::Context;
+use super::disk::DataFile;
+use super::rings::Rings;
+use crate::cluster::metrics::{Layer, VolumeMetrics};
+use crate::copy::{MetaWrite, Metadata, Store};
+use crate::replication::attachment::{Attachment, Phase};
+use crate::replication::ids::{LINKS_MAX, Nanos, VolumeId};
+use crate::replication::replica::{Replica, SessionId, Ticket};
+
+/// How often a copy looks for regions that can leave its log.
+const IDLE_LOOK: Nanos = Nanos::from_ms(1_000);
+/// A guest's requests are waited for this long when the volume is detached.
+const QUIESCE: Nanos = Nanos::from_ms(10_000);
+
+/// The copy on this node.
+pub struct LocalCopy {
+    /// Its state machine.
+    pub replica: Replica<Bytes>,
+    metadata: Metadata,
+    store: Store,
+    data: DataFile,
+    meta: DataFile,
+    /// Metadata operations under way, of one or several writes each.
+    batches: HashMap<Ticket, Batch>,
+    looked: Nanos,
+    stats: Layer,
+}
+
+/// Writes that make one metadata operation.
+struct Batch {
+    left: usize,
+    failed: bool,
+    /// To be written when the others are durable.
+    then: Option<MetaWrite>,
+}
+
+/// The volume served from here.
+pub struct Serving {
+    /// Its state machine.
+    pub attachment: Attachment<Bytes>,
+    /// The guest's rings.
+    pub rings: Rings,
+    name: String,
+    /// Tokens of the connections to the copies, by link.
+    links: [Option<usize>; LINKS_MAX],
+    /// The session with the copy of this process, and that copy's link; it has none for bulk.
+    local: Option<(SessionId, usize)>,
+    /// Tokens of the watched kicks.
+    kicks: HashMap<u16, usize>,
+    detaching: Option<Detaching>,
+    network: Layer,
+}
+
+struct Detaching {
+    reply: SyncSender<Result<(), String>>,
+    deadline: Nanos,
+    told: bool,
+}
+
+/// A volume that this worker has to do with.
+pub struct Volume {
+    /// Which.
+    pub id: VolumeId,
+    /// Its place in the worker.
+    pub at: usize,
+    /// The copy here.
+    pub copy: Option<LocalCopy>,
+    /// The attachment here.
+    pub serving: Option<Serving>,
+}
+
+impl Volume {
+    /// Nothing yet.
+    pub fn new(id: VolumeId, at: usize) -> Self {
+        Self {
+            id,
+            at,
+            copy: None,
+            serving: None,
+        }
+    }
+
+    /// Neither a copy nor an attachment.
+    pub fn is_unused(&self) -> bool {
+        self.copy.is_none() && self.serving.is_none()
+    }
+
+    // ---- the turn
+
+    /// Time passed.
+    pub fn on_tick(&mut self, ctx: &mut Context) {
+        if let Some(s) = &mut self.serving {
+            s.attachment.on_tick(ctx.now);
+        }
+        if let Some(copy) = &mut self.copy
+            && ctx.now.since(copy.looked) >= IDLE_LOOK
+        {
+            copy.looked = ctx.now;
+            copy.replica.on_tick(ctx.now);
+        }
+    }
+
+    /// Takes the guest's requests, and carries out decisions until there are none.
+    pub fn settle(&mut self, ctx: &mut Context) {
+        if let Some(s) = &mut self.serving {
+            let direct = s.is_direct(self.copy.is_some());
+            s.rings.take(ctx.now, &mut s.attachment, direct);
+        }
+        loop {
+            let mut any = false;
+            while let Some(action) = self.serving.as_mut().and_then(|s| s.attachment.poll()) {
+                any = true;
+                self.on_attachment_action(ctx, action);
+            }
+            while let Some(action) = self.copy.as_mut().and_then(|c| c.replica.poll()) {
+                any = true;
+                self.on_copy_action(ctx, action);
+            }
+            if any {
+                continue;
+            }
+            // Everything of this turn has arrived: one log transaction for all of it.
+            let Some(copy) = &mut self.copy else { break };
+            copy.replica.end_turn();
+            match copy.replica.poll() {
+                Some(action) => self.on_copy_action(ctx, action),
+                None => break,
+            }
+        }
+    }
+
+    /// After the last `settle` of a turn: answers to the guest, stopped rings, the end of a detach. Returns whether
+    /// a ring has more to take at once.
+    pub fn finish_turn(&mut self, ctx: &mut Context) -> bool {
+        let Some(s) = &mut self.serving else {
+            return false;
+        };
+        let more = s.rings.end_turn();
+        for (index, ring) in s.rings.stopped(ctx.now) {
+            if let Some(token) = s.kicks.remove(&index) {
+                ctx.unwatch(ring.kick_fd(), token);
+            }
+        }
+        self.housekeeping(ctx);
+        more
+    }
+
+    fn housekeeping(&mut self, ctx: &mut Context) {
+        let Some(s) = &mut self.serving else { return };
+        let Some(detaching) = &mut s.detaching else {
+            return;
+        };
+        let quiet = s.rings.in_flight() == 0 || ctx.now >= detaching.deadline;
+        if !detaching.told && quiet {
+            detaching.told = true;
+            s.attachment.detach(ctx.now);
+            return;
+        }
+        let end = match s.attachment.phase() {
+            Phase::Left => Ok(()),
+            Phase::Fenced(why) => Err(why.clone()),
+            _ if ctx.now < detaching.deadline.after(QUIESCE) => return,
+            phase => Err(format!(
+                "it could not be left cleanly in time (it is {phase:?}); the next attach reconciles"
+            )),
+        };
+        let reply = detaching.reply.clone();
+        self.drop_serving(ctx);
+        let _ = reply.try_send(end);
+    }
+
+    /// Ends the attachment here, whatever its state.
+    pub fn drop_serving(&mut self, ctx: &mut Context) {
+        let Some(mut s) = self.serving.take() else {
+            return;
+        };
+        s.drop_rings(ctx);
+        for token in s.links.iter().flatten() {
+            ctx.remove(*token);
+        }
+        if let (Some((session, _)), Some(copy)) = (s.local, &mut self.copy) {
+            copy.replica.on_close(ctx.now, session);
+        }
+    }
+
+    /// Something waits for time to pass.
+    pub fn is_busy(&self) -> bool {
+        self.serving.is_some()
+            || self
+                .copy
+                .as_ref()
+                .is_some_and(|c| !c.replica.is_idle() || c.replica.bound().is_some())
+    }
+
+    // ---- for people
+
+    /// The attachment here.
+    pub fn status(&self) -> Option<VolumeStatus> {
+        let s = self.serving.as_ref()?;
+        let status = s.attachment.status();
+        Some(VolumeStatus {
+            volume: self.id,
+            phase: status.phase,
+            why: s.attachment.why_not_serving(),
+            epoch: s.attachment.record().epoch,
+            record: s.attachment.record().clone(),
+            copies: status.copies,
+            in_flight: status.in_flight,
+            undecided: status.undecided,
+        })
+    }
+
+    /// The copy here.
+    pub fn copy_status(&self) -> Option<CopyStatus> {
+        let copy = self.copy.as_ref()?;
+        Some(CopyStatus {
+            volume: self.id,
+            state: copy.replica.state().clone(),
+            allocated: copy.store.allocated_bytes().unwrap_or_default(),
+            active_regions: copy.replica.active_regions(),
+        })
+    }
+
+    /// Counters, of attached volumes.
+    pub fn metrics(&self) -> Option<VolumeMetrics> {
+        let s = self.serving.as_ref()?;
+        Some(VolumeMetrics {
+            volume: self.id,
+            name: s.name.clone(),
+            frontend: s.rings.stats.clone(),
+            network: s.network.clone(),
+            backend: self
+                .copy
+                .as_ref()
+                .map(|c| c.stats.clone())
+                .unwrap_or_default(),
+            inflight: s.rings.in_flight() as u64,
+            sync_remaining: 0,
+        })
+    }
+}
+
+fn seconds(span: Nanos) -> f64 {
+    span.0 as f64 / 1e9
+}

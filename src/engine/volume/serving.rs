@@ -1,0 +1,346 @@
+//! The volume served from here: its links to the copies, and the guest.
+
+use std::collections::HashMap;
+use std::sync::mpsc::SyncSender;
+
+use super::{Detaching, QUIESCE, Serving, Volume, seconds};
+use crate::cluster::metrics::Layer;
+use crate::engine::buffer::Bytes;
+use crate::engine::command::{AttachVolume, Event, GuestAnswer, GuestCommand, RegistryRequest};
+use crate::engine::context::Context;
+use crate::engine::rings::Rings;
+use crate::guest::Serial;
+use crate::replication::attachment::{Action as Do, Attachment, Op};
+use crate::replication::ids::{COPIES_MAX, CopyId, LINKS_MAX, Nanos, Seq};
+use crate::replication::message::{Message, Refusal, Status};
+use crate::replication::timing::Timing;
+
+impl Volume {
+    /// Serves the volume from here.
+    pub fn attach(&mut self, ctx: &Context, attach: AttachVolume) -> Result<(), String> {
+        if self.serving.is_some() {
+            return Err(format!("volume {} is attached here already", attach.name));
+        }
+        let mut seed = [0; 8];
+        getrandom::fill(&mut seed)
+            .map_err(|e| format!("no random numbers from the kernel: {e}"))?;
+        let serial = Serial::new(&self.id.to_string());
+        let rings = Rings::new(
+            attach.name.clone(),
+            serial,
+            attach.record.size,
+            attach.read_only,
+        );
+        let attachment = Attachment::new(
+            attach.me,
+            attach.record,
+            attach.revision,
+            attach.proof,
+            Timing::DEFAULT,
+            u64::from_le_bytes(seed),
+            ctx.now,
+        );
+        self.serving = Some(Serving {
+            attachment,
+            rings,
+            name: attach.name,
+            links: [None; LINKS_MAX],
+            local: None,
+            kicks: HashMap::new(),
+            detaching: None,
+            network: Layer::default(),
+        });
+        Ok(())
+    }
+
+    /// Leaves cleanly; `reply` is answered when that ended.
+    pub fn detach(&mut self, ctx: &Context, reply: SyncSender<Result<(), String>>) {
+        match &mut self.serving {
+            None => drop(reply.try_send(Ok(()))),
+            Some(s) => {
+                s.rings.paused = true;
+                let deadline = ctx.now.after(QUIESCE);
+                s.detaching = Some(Detaching {
+                    reply,
+                    deadline,
+                    told: false,
+                });
+            }
+        }
+    }
+
+    /// A message from a copy on another node.
+    pub fn copy_says(&mut self, ctx: &Context, link: usize, message: Message, data: Option<Bytes>) {
+        if let Some(s) = &mut self.serving {
+            s.count_answered(ctx.now, &message);
+            s.attachment.on_message(ctx.now, link, message, data);
+        }
+    }
+
+    /// The connection to a copy was made, or was lost.
+    pub fn copy_link(
+        &mut self,
+        ctx: &Context,
+        link: usize,
+        token: usize,
+        state: Result<crate::replication::ids::BootId, &str>,
+    ) {
+        let Some(s) = &mut self.serving else { return };
+        if s.links[link] != Some(token) {
+            return;
+        }
+        match state {
+            Ok(boot_id) => s.attachment.on_connected(ctx.now, link, boot_id),
+            Err(why) => {
+                s.links[link] = None;
+                s.attachment.on_disconnected(ctx.now, link, why);
+            }
+        }
+    }
+
+    /// The copy's node has no such copy.
+    pub fn copy_unknown(&mut self, ctx: &Context, link: usize, token: usize) {
+        if let Some(s) = &mut self.serving
+            && s.links[link] == Some(token)
+        {
+            s.links[link] = None;
+            s.attachment
+                .on_disconnected(ctx.now, link, &Refusal::UnknownCopy.to_string());
+            s.attachment.on_refused(ctx.now, link, Refusal::UnknownCopy);
+        }
+    }
+
+    pub(super) fn on_attachment_action(&mut self, ctx: &mut Context, action: Do<Bytes>) {
+        let Some(s) = &mut self.serving else { return };
+        match action {
+            Do::Send { to, message, data } => {
+                let mut remote = to;
+                if let Some((_, own)) = s.local {
+                    remote.remove(own);
+                }
+                let data = match (&message, data) {
+                    (Message::Write(_), Some(data)) => Some(data.stable(!remote.is_empty())),
+                    (_, data) => data,
+                };
+                if let (Some((session, own)), Some(copy)) = (s.local, &mut self.copy)
+                    && to.has(own)
+                {
+                    copy.replica
+                        .on_message(ctx.now, session, message.clone(), data.clone());
+                }
+                if !remote.is_empty() {
+                    let compress = s.attachment.record().compress;
+                    ctx.send_set(remote, &s.links, &message, data.as_ref(), compress);
+                }
+            }
+            Do::Complete { id, outcome, data } => {
+                s.rings.complete(ctx.now, id, outcome, data.as_ref())
+            }
+            Do::Dial {
+                copy,
+                copy_id,
+                node,
+            } => self.dial(ctx, copy, copy_id, &node),
+            Do::Hangup(link) => {
+                if let Some((session, own)) = s.local
+                    && own == link
+                {
+                    s.local = None;
+                    if let Some(local) = &mut self.copy {
+                        local.replica.on_close(ctx.now, session);
+                    }
+                } else if let Some(token) = s.links[link].take() {
+                    ctx.remove(token);
+                }
+            }
+            Do::Cas { expected, record } => {
+                let _ = ctx
+                    .registry
+                    .send(RegistryRequest::Cas(self.id, expected, record));
+            }
+            Do::ReadRecord => drop(ctx.registry.send(RegistryRequest::Read(self.id))),
+            Do::Event { rule, text } => {
+                match rule {
+                    "5 promote" => ctx.promotions += 1,
+                    "6 sync begins" => ctx.syncs_started += 1,
+                    "6 in sync" => ctx.syncs_completed += 1,
+                    "2.6 eject" => {
+                        let reason = text.split(": ").nth(1).unwrap_or("unknown");
+                        let label = eject_reason(reason).into();
+                        *ctx.ejections.entry(label).or_default() += 1;
+                    }
+                    _ => {}
+                }
+                let epoch = s.attachment.record().epoch;
+                log::info!("volume {}: [{rule}] {text}", s.name);
+                let _ = ctx.events.send(Event {
+                    volume: self.id,
+                    rule,
+                    epoch,
+                    text,
+                });
+            }
+            // Seen by `housekeeping`.
+            Do::Ended => {}
+        }
+    }
+
+    fn dial(
+        &mut self,
+        ctx: &mut Context,
+        link: usize,
+        copy_id: CopyId,
+        node: &crate::replication::ids::NodeName,
+    ) {
+        let here = self.copy_id();
+        let Some(s) = &mut self.serving else { return };
+        // The attachment gave an attempt up before it came to anything, and so may not have hung up.
+        if let Some(former) = s.links[link].take() {
+            ctx.remove(former);
+        }
+        if *node == ctx.me.node {
+            if here != Some(copy_id) {
+                let unknown = Refusal::UnknownCopy;
+                s.attachment
+                    .on_disconnected(ctx.now, link, &unknown.to_string());
+                s.attachment.on_refused(ctx.now, link, unknown);
+            } else if link >= COPIES_MAX {
+                let why = "the copy of this process takes everything over one session";
+                s.attachment.on_disconnected(ctx.now, link, why);
+            } else {
+                s.local = Some((ctx.session(), link));
+                s.attachment.on_connected(ctx.now, link, ctx.me.boot_id);
+            }
+            return;
+        }
+        match ctx.dial(node, self.id, copy_id, self.at, link) {
+            Ok(token) => s.links[link] = Some(token),
+            Err(why) => s.attachment.on_disconnected(ctx.now, link, &why),
+        }
+    }
+
+    /// A vhost-user control thread's call.
+    pub fn on_guest(
+        &mut self,
+        ctx: &mut Context,
+        command: GuestCommand,
+        reply: SyncSender<GuestAnswer>,
+    ) {
+        let Some(s) = &mut self.serving else {
+            let _ = reply.try_send(Err("the volume is not attached here any more".into()));
+            return;
+        };
+        let answer = match command {
+            GuestCommand::Start(start) => s
+                .rings
+                .start(start)
+                .and_then(|index| s.watch(ctx, self.at, index)),
+            GuestCommand::Kick(index, kick) => {
+                s.unwatch(ctx, index);
+                s.rings.set_kick(index, kick);
+                s.watch(ctx, self.at, index)
+            }
+            GuestCommand::Call(index, call) => {
+                s.rings.set_call(index, call);
+                Ok(0)
+            }
+            GuestCommand::Stop(index) => return s.rings.stop(ctx.now, index, reply),
+            GuestCommand::Enabled(index, enabled) => {
+                s.rings.set_enabled(index, enabled);
+                Ok(0)
+            }
+            GuestCommand::Memory(mem) => s.rings.set_memory(&mem).map(|()| 0),
+            GuestCommand::Features { writeback } => {
+                s.rings.set_writeback(writeback);
+                Ok(0)
+            }
+            GuestCommand::Disconnected => {
+                s.drop_rings(ctx);
+                Ok(0)
+            }
+        };
+        let _ = reply.try_send(answer);
+    }
+
+    /// A kick came in.
+    pub fn kicked(&mut self, index: u16) {
+        if let Some(s) = &mut self.serving {
+            s.rings.kicked(index);
+        }
+    }
+}
+
+impl Serving {
+    /// A volume whose only copy is here: writes go straight from guest memory (PROTOCOL 2.1).
+    pub(super) fn is_direct(&self, copy_here: bool) -> bool {
+        copy_here && self.local.is_some() && !self.attachment.record().logged()
+    }
+
+    fn watch(&mut self, ctx: &mut Context, volume: usize, index: u16) -> GuestAnswer {
+        let Some(kick) = self.rings.kick(index) else {
+            return Err(format!("queue {index} is not started"));
+        };
+        let token = ctx.watch(kick, volume, index)?;
+        self.kicks.insert(index, token);
+        Ok(0)
+    }
+
+    fn unwatch(&mut self, ctx: &mut Context, index: u16) {
+        if let (Some(token), Some(kick)) = (self.kicks.remove(&index), self.rings.kick(index)) {
+            ctx.unwatch(kick, token);
+        }
+    }
+
+    pub(super) fn drop_rings(&mut self, ctx: &mut Context) {
+        let watched: Vec<u16> = self.kicks.keys().copied().collect();
+        for index in watched {
+            self.unwatch(ctx, index);
+        }
+        self.rings.disconnect();
+    }
+
+    /// Answers of a copy on another node, for the counters.
+    fn count_answered(&mut self, now: Nanos, message: &Message) {
+        match message {
+            Message::AckVec { acks, .. } => {
+                acks.iter()
+                    .for_each(|(seq, status)| self.count_answer(now, *seq, *status));
+            }
+            Message::ReadReply { seq, status } => self.count_answer(now, *seq, *status),
+            _ => {}
+        }
+    }
+
+    fn count_answer(&mut self, now: Nanos, seq: Seq, status: Status) {
+        let Some((op, submitted)) = self.attachment.under_way(seq) else {
+            return;
+        };
+        let (counter, bytes) = match op {
+            Op::Read(span) => (&mut self.network.read, span.len),
+            Op::Write { span, .. } => (&mut self.network.write, span.len),
+            Op::Zero { span, .. } => (&mut self.network.discard, span.len),
+            Op::Flush => (&mut self.network.flush, 0),
+        };
+        counter.total += 1;
+        counter.bytes += u64::from(bytes);
+        counter.errors += u64::from(status != Status::Ok);
+        counter.seconds.observe(seconds(now.since(submitted)));
+    }
+}
+
+/// The metric's label for why a copy was ejected.
+fn eject_reason(text: &str) -> &'static str {
+    const KNOWN: &[(&str, &str)] = &[
+        ("not reachable", "disconnected"),
+        ("silent", "silent"),
+        ("a request unanswered", "late"),
+        ("its disk is full", "disk_full"),
+        ("its disk failed", "io_error"),
+        ("its machine was restarted", "restarted"),
+        ("no copy of that identity", "unknown_copy"),
+    ];
+    KNOWN
+        .iter()
+        .find(|(start, _)| text.starts_with(start))
+        .map_or("other", |(_, label)| label)
+}
