@@ -2,26 +2,27 @@
 //! round one loop. A turn takes what has arrived, has the state machines decide, then submits once to the disk, writes
 //! once to each peer and notifies each guest once.
 
+mod greeting;
+
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
+use std::os::fd::AsRawFd;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
-use mio::net::{TcpListener, TcpStream};
+use mio::net::TcpListener;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::command::{Command, Event, Mailbox, RegistryRequest, WorkerMetrics};
-use super::context::{Context, Identity, Peer, Role, next_frame};
+use super::context::{Context, Identity, Role, next_frame};
 use super::disk::Disk;
 use super::volume::Volume;
 use crate::replication::ids::{Nanos, VolumeId};
-use crate::replication::replica::REQUESTS_MAX;
 use crate::wire::WireError;
 use crate::wire::frame;
-use crate::wire::hello::{Answer, Hello, HelloAck, HelloRefusal, Reason, VERSIONS};
+use crate::wire::hello::{Answer, Hello, HelloRefusal, Reason};
 
 const MAIL: Token = Token(0);
 const DISK: Token = Token(1);
@@ -32,8 +33,6 @@ const FIRST: usize = 16;
 const TICK: Nanos = Nanos::from_ms(25);
 /// The same while nothing is attached and no attachment is connected.
 const IDLE_TICK: Nanos = Nanos::from_ms(500);
-/// Connections that have not greeted yet: peers greet at once, and each holds a buffer (S19).
-const STRANGERS: usize = 256;
 /// Reads of one connection in one turn; the others have their turn before it goes on.
 const READS: usize = 8;
 
@@ -313,38 +312,6 @@ impl Loop {
 
     // ---- connections
 
-    fn accept(&mut self) {
-        loop {
-            let Some(listener) = &self.listener else {
-                return;
-            };
-            match listener.accept() {
-                Ok((stream, from)) => {
-                    let strangers = |p: &&Peer| matches!(p.role, Role::Stranger);
-                    if self.ctx.peers.values().filter(strangers).count() >= STRANGERS {
-                        log::warn!(
-                            "a connection from {from} was dropped: {STRANGERS} others have not greeted"
-                        );
-                        continue;
-                    }
-                    let _ = stream.set_nodelay(true);
-                    if let Err(e) = self.ctx.add(stream, Role::Stranger) {
-                        log::warn!("a connection cannot be watched: {e}");
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // No descriptor left, for instance: tried again at each tick, because what waits is
-                // not announced twice.
-                Err(e) => {
-                    log::warn!("accepting a connection failed: {e}");
-                    self.door_waits = true;
-                    return;
-                }
-            }
-        }
-    }
-
     fn on_ready(&mut self, token: usize, readable: bool, writable: bool) {
         if let Some(&(at, index)) = self.ctx.kicks.get(&token) {
             self.volumes[at].kicked(index);
@@ -498,75 +465,6 @@ impl Loop {
         }
     }
 
-    /// A greeting: answered here, or by the worker that owns the volume.
-    fn welcome(&mut self, token: usize, hello: Hello) {
-        let me = &self.setup.me;
-        if hello.cluster != me.cluster {
-            let text = format!(
-                "node {} is of cluster {}, you are of {}",
-                me.node, me.cluster, hello.cluster
-            );
-            log::warn!("node {} was refused: {text}", hello.node);
-            return self.refuse(token, HelloRefusal::new(Reason::WrongCluster, text));
-        }
-        let owner = owner(hello.volume, self.setup.workers);
-        if owner == self.setup.index {
-            return self.admit(token, &hello);
-        }
-        let Some(peer) = self.ctx.remove(token) else {
-            return;
-        };
-        let rest = peer.conn.input().to_vec();
-        // SAFETY: `into_raw_fd` gives up the only owner of this descriptor.
-        let stream = unsafe { std::net::TcpStream::from_raw_fd(peer.conn.stream.into_raw_fd()) };
-        if let Some(sibling) = self.siblings.get(owner) {
-            sibling.send(Command::Adopt(stream, Box::new(hello), rest));
-        }
-    }
-
-    fn refuse(&mut self, token: usize, refusal: HelloRefusal) {
-        let mut bytes = Vec::new();
-        Answer::Refusal(refusal).encode(&mut bytes);
-        self.ctx.push(token, bytes);
-        if let Some(peer) = self.ctx.peers.get_mut(&token) {
-            peer.role = Role::Closing;
-        }
-    }
-
-    fn admit(&mut self, token: usize, hello: &Hello) {
-        let at = self.by_id.get(&hello.volume).copied();
-        let known = at.filter(|at| self.volumes[*at].copy_id() == Some(hello.copy));
-        let Some(at) = known else {
-            let text = format!(
-                "node {} has no copy {} of volume {}",
-                self.setup.me.node, hello.copy, hello.volume
-            );
-            return self.refuse(token, HelloRefusal::new(Reason::UnknownCopy, text));
-        };
-        let me = &self.setup.me;
-        let ack = HelloAck {
-            version: VERSIONS.max.min(hello.versions.max),
-            features: 0,
-            cluster: me.cluster,
-            node: me.node.clone(),
-            boot_id: me.boot_id,
-            instance: me.instance,
-            credits: REQUESTS_MAX as u32 / 2,
-        };
-        let mut bytes = Vec::new();
-        Answer::Ack(ack).encode(&mut bytes);
-        self.ctx.push(token, bytes);
-        let session = self.ctx.session();
-        self.ctx.sessions.insert(session, token);
-        if let Some(peer) = self.ctx.peers.get_mut(&token) {
-            peer.role = Role::Attachment {
-                volume: at,
-                session,
-                acks: Vec::new(),
-            };
-        }
-    }
-
     /// Ends a connection and tells whom it concerns.
     fn end(&mut self, token: usize, why: &str) {
         let Some(peer) = self.ctx.remove(token) else {
@@ -683,38 +581,6 @@ impl Loop {
         if let Some(s) = &mut self.volumes[at].serving {
             f(&mut s.attachment, self.ctx.now);
             self.touch(at);
-        }
-    }
-
-    fn listen(&mut self, listener: std::net::TcpListener) {
-        let mut listener = match listener.set_nonblocking(true) {
-            Ok(()) => TcpListener::from_std(listener),
-            Err(e) => return log::error!("the replication socket cannot be used: {e}"),
-        };
-        if let Err(e) = self
-            .poll
-            .registry()
-            .register(&mut listener, DOOR, Interest::READABLE)
-        {
-            log::error!("the replication socket cannot be watched: {e}");
-        }
-        self.listener = Some(listener);
-        self.accept();
-    }
-
-    fn adopt(&mut self, stream: std::net::TcpStream, hello: &Hello, rest: &[u8]) {
-        match self.ctx.add(TcpStream::from_std(stream), Role::Stranger) {
-            Ok(token) => {
-                if let Some(peer) = self.ctx.peers.get_mut(&token) {
-                    peer.conn.preload(rest);
-                }
-                self.admit(token, hello);
-                if let Err(why) = self.understand(token) {
-                    self.end(token, &why);
-                }
-                self.readable.push(token);
-            }
-            Err(e) => log::warn!("a connection cannot be watched: {e}"),
         }
     }
 
