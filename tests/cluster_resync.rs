@@ -80,3 +80,23 @@ fn a_copy_beside_the_attachment_is_brought_up_to_date_from_another_node() {
     cluster.detach(1, "vm1");
     assert_eq!(cluster.copies_are_identical(1, "vm1"), ["n1", "n2"]);
 }
+
+#[test]
+fn a_volume_of_one_copy_gets_a_second_one_under_load() {
+    // Given a volume without replicas, whose writes go from guest memory to the disk,
+    let cluster = Cluster::start_in(Path::new("/tmp"), 2);
+    let create = "--size 32MiB --replicas 0 --master n1";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let load = Load::start(&socket, Plan::mixed(), Oracle::new(SIZE));
+    load.goes_on();
+    // when it is given one,
+    cluster.ok(1, "volume update vm1 --replicas 1");
+    // then that is in sync after a while in which no request failed, and both are the same.
+    cluster.wait_for(1, "vm1", "has both copies in sync", |v| {
+        copies(v, "in_sync") == ["n1", "n2"]
+    });
+    load.goes_on();
+    assert_eq!(load.finish().failed, 0);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1"), ["n1", "n2"]);
+}
