@@ -5,7 +5,7 @@
 use lockstep::replication::copy_state::{CopyState, Standing};
 use lockstep::replication::ids::{Chunk, CopyId, IO_MAX, REGION, Region, SECTOR, Span};
 use lockstep::replication::message::{MAP_CHUNKS, Message, RUNS_MAX};
-use lockstep::replication::record::CopyStatus;
+use lockstep::replication::record::{CopyEntry, CopyStatus, Record};
 use lockstep::replication::replica::{DiskOp, REQUESTS_MAX};
 
 use super::disk::{Disk, PER_CHUNK, Stamps, sectors};
@@ -85,7 +85,8 @@ impl World {
                     state.epoch
                 );
                 assert!(
-                    self.registry.epochs.get(&state.epoch) == Some(&state.tag),
+                    self.registry.epochs.get(&state.epoch) == Some(&state.tag)
+                        || state.standing == Standing::Inconsistent,
                     "S1: copy {n} is in epoch {} under another tag than the record had",
                     state.epoch
                 );
@@ -258,6 +259,46 @@ impl World {
                 panic!(
                     "{rule}: copies {y} and {x} differ in sector {s} (chunk {chunk}), and nobody knows: cached {} and {}, durable {} and {}",
                     at_y.cache[s], at_x.cache[s], at_y.durable[s], at_x.durable[s]
+                );
+            }
+        }
+    }
+
+    /// S13, S18: a copy that was just taken in calls itself in sync, durably, and holds all that the others hold but for what
+    /// is under way: every completed write, blank disk or not.
+    pub fn check_joined(&mut self, before: &Record) {
+        let was = |c: &CopyEntry| {
+            before
+                .copy(c.copy_id)
+                .is_some_and(|b| b.status == CopyStatus::InSync)
+        };
+        let joined: Vec<CopyEntry> = self
+            .registry
+            .record
+            .in_sync()
+            .filter(|c| !was(c))
+            .cloned()
+            .collect();
+        for entry in joined {
+            let Some(n) = self.holder(&entry) else {
+                continue;
+            };
+            // Its machine may have lost power meanwhile; the record names the boot it was synced under.
+            self.nodes[n].gapped = entry.boot_id != Some(self.nodes[n].boot);
+            let state = &self.disk(n).superblock;
+            assert!(
+                state.standing == Standing::InSync,
+                "S13: copy {n} is taken in, but its disk says that its sync has not ended"
+            );
+            self.check_differences(n, "S13");
+            if self.nodes[n].gapped || self.disk(n).failed {
+                continue;
+            }
+            for s in self.oracle.touched() {
+                let value = self.disk(n).cache[s];
+                assert!(
+                    self.oracle.allows(s, value, self.moment),
+                    "S13: copy {n} is taken in with {value} in sector {s}, and a completed write is lost"
                 );
             }
         }

@@ -5,6 +5,7 @@
 
 mod attachments;
 mod checks;
+mod control;
 mod disk;
 mod ending;
 mod faults;

@@ -216,6 +216,16 @@ impl Oracle {
         Ok(())
     }
 
+    /// Whether a copy may hold `value` now.
+    pub fn allows(&mut self, s: usize, value: u64, now: Moment) -> bool {
+        let list = self.of(s);
+        let over = |w: &Write| {
+            list.iter()
+                .any(|o| matches!(o.end, End::Ok(at) if at < now) && w.before(o.start))
+        };
+        list.iter().any(|w| w.value == value && !over(w))
+    }
+
     /// Whether a copy that holds `value` in `s` has applied the write `id` of `by`: it is that one or one that came
     /// after it (S3).
     pub fn holds(&self, s: usize, value: u64, by: usize, id: u64) -> bool {
