@@ -122,12 +122,14 @@ impl Oracle {
                 }
             }
             if let Some(since) = covered {
-                // What was over before that write began is over again.
+                // What was over before that write began is over again, in its favour; whether it overwrote anything itself
+                // is not known better than before.
                 for w in self.of(s) {
                     if let Some(told) = w.told
                         && told < since
+                        && !w.before(since)
                     {
-                        w.end = End::Ok(told);
+                        w.end = End::Maybe(told);
                     }
                 }
                 self.prune(s);

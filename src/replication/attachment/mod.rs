@@ -640,7 +640,13 @@ impl<D: Payload> Attachment<D> {
     pub fn on_refused(&mut self, now: Nanos, link: usize, refusal: Refusal) {
         self.now = now;
         if !self.ended() {
-            self.refused(link % COPIES_MAX, refusal);
+            let copy = link % COPIES_MAX;
+            // A wiped copy refuses while another candidate is met, and all votes are asked for again: were its link not
+            // down, it would never be dialed again, and a volume that needs all others would wait for its vote for ever.
+            if link == copy {
+                self.unlink(copy, "");
+            }
+            self.refused(copy, refusal);
             self.advance();
         }
     }
