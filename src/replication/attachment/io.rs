@@ -613,18 +613,44 @@ impl<D: Payload> Attachment<D> {
             .collect();
         let over = self.failing_requests();
         for seq in full {
-            let Some(p) = self.pending.get_mut(seq) else {
+            if over && self.give_up(seq) {
                 continue;
-            };
-            if over {
-                // The deadline passed: the guest gets its error (the failure stays noted).
-                p.waiting = CopySet::EMPTY;
-                self.settle(seq);
-            } else {
+            }
+            if let Some(p) = self.pending.get_mut(seq) {
                 let to = p.waiting.and(self.ready);
                 self.transmit(seq, to);
             }
         }
+    }
+
+    /// The deadline passed and the last copy has no space for this write: the guest gets its error. `false` when the write itself
+    /// must go on.
+    ///
+    /// S9: a target of a sync has the write and the last copy has not; were the target taken in then, the two would
+    /// differ for good. So its session ends, and what the last copy's log holds is marked for it. Unless the swap that takes
+    /// it in may have been done: then the write is tried on, and the copy without space for it is ejected.
+    fn give_up(&mut self, seq: Seq) -> bool {
+        if self.taking_in() {
+            if let Some(p) = self.pending.get_mut(seq)
+                && let Origin::Guest(id) = p.origin
+            {
+                p.origin = Origin::Abandoned;
+                self.complete(id, Outcome::IoError, None);
+            }
+            return false;
+        }
+        for copy in self.mirrors.iter() {
+            self.break_off(
+                copy,
+                "the last in-sync copy has no space for a write that this one may have",
+            );
+        }
+        if let Some(p) = self.pending.get_mut(seq) {
+            // The failure stays noted.
+            p.waiting = CopySet::EMPTY;
+            self.settle(seq);
+        }
+        true
     }
 
     /// The suspend deadline passed: everything that waits is answered with an error (PROTOCOL 7).

@@ -11,6 +11,7 @@ use super::copying::ChunkState;
 use super::{Action, Attachment, CopySet, Kind, Link, Origin, Payload, Phase, SyncView, Work};
 use crate::replication::dirty_map::DirtyMap;
 use crate::replication::ids::{BootId, CHUNK, COPIES_MAX, Chunk, Nanos, Region, Seq, Span};
+use crate::replication::membership;
 use crate::replication::message::{DiskState, MAP_CHUNKS, Message, Status};
 use crate::replication::record::{CopyStatus, State};
 use crate::replication::throttle::Throttle;
@@ -518,6 +519,15 @@ impl<D: Payload> Attachment<D> {
             self.break_off(copy, why);
         }
         self.syncs.is_empty()
+    }
+
+    /// Whether the change under way makes a member of a target.
+    pub(super) fn taking_in(&self) -> bool {
+        let joins = |c: &super::Change| {
+            let members = membership::with_status(&c.proposed, CopyStatus::InSync);
+            !members.without(self.in_sync).is_empty()
+        };
+        self.change.as_ref().is_some_and(joins)
     }
 
     /// Those that were lost while a change might have taken them in, once that is decided.
