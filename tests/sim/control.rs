@@ -5,6 +5,8 @@ use std::collections::HashSet;
 
 use lockstep::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
 use lockstep::replication::ids::{CopyId, Epoch, Tag};
+#[cfg(feature = "mutants")]
+use lockstep::replication::mutants::{Mutant, on};
 use lockstep::replication::record::{CopyEntry, CopyStatus, Record};
 
 use super::disk::Disk;
@@ -106,6 +108,14 @@ impl World {
         let up = |c: &CopyEntry| self.node_named(&c.node).is_some_and(|n| self.nodes[n].up);
         let lost = (record.copies.iter()).position(|c| gone(c) && up(c));
         let Some(place) = lost else { return };
+        #[cfg(feature = "mutants")]
+        if on(Mutant::ReuseIdentity) {
+            let (n, id) = (
+                self.node_named(&record.copies[place].node),
+                record.copies[place].copy_id,
+            );
+            return self.make_files(n.unwrap(), id);
+        }
         let mut next = record.clone();
         let id = CopyId(self.rng.id());
         next.copies[place] = CopyEntry::blank(id, next.copies[place].node.clone());

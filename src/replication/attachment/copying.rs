@@ -5,6 +5,7 @@ use super::sync::{Stage, Step, Sync};
 use super::{Attachment, CopySet, Kind, Origin, Payload, Work};
 use crate::replication::ids::{Chunk, Nanos, Seq, Span};
 use crate::replication::message::{Message, RUNS_MAX, Status};
+use crate::replication::mutants::{self, Mutant};
 
 /// Chunks that one flush of the target covers: 16 MiB, so that a flush's cost is spread and little is copied again after
 /// a crash.
@@ -174,6 +175,11 @@ impl<D: Payload> Attachment<D> {
         sync.copied.push(chunk);
         sync.counted += 1;
         self.release(self.chunk_span(chunk));
+        if mutants::on(Mutant::ClearBeforeFlush) {
+            let (epoch, copy) = (self.record.epoch, self.record.copies[copy].copy_id);
+            let runs = vec![(chunk, 1)];
+            self.send(self.ready, Message::Clear { epoch, copy, runs }, None);
+        }
     }
 
     fn flush_copied(&mut self, copy: usize) {

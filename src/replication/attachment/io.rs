@@ -7,6 +7,7 @@ use super::{
 };
 use crate::replication::ids::{CHUNK, Chunk, Nanos, Seq, Span};
 use crate::replication::message::{Message, Request, Status};
+use crate::replication::mutants::{self, Mutant};
 use crate::replication::replica::REQUESTS_MAX;
 
 /// A takeover is no suspension: whatever the volume's deadline, requests wait this long for it. Below the 60 s after
@@ -108,7 +109,15 @@ impl<D: Payload> Attachment<D> {
         self.unflushed = false;
         self.flushed_at = self.now;
         // S11: a region leaves the logs when its writes are durable on the targets of syncs, too.
-        let to = self.in_sync.or(self.mirrors);
+        let to = if mutants::on(Mutant::FlushOneCopy) {
+            CopySet::one(
+                self.local
+                    .filter(|c| self.in_sync.has(*c))
+                    .unwrap_or(self.master),
+            )
+        } else {
+            self.in_sync.or(self.mirrors)
+        };
         self.request(
             origin,
             Kind::Flush { covers },
@@ -519,6 +528,9 @@ impl<D: Payload> Attachment<D> {
 
     /// Every in-sync copy but the one in this process acknowledged a heartbeat sent less than `lease` ago.
     fn lease_holds(&self) -> bool {
+        if mutants::on(Mutant::ReadWithoutLease) {
+            return true;
+        }
         self.in_sync
             .iter()
             .filter(|c| Some(*c) != self.local)

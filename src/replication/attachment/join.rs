@@ -3,6 +3,7 @@
 use super::{Attachment, CopySet, Link, Origin, Outcome, Payload, Phase, Purpose, Vote};
 use crate::replication::ids::{Epoch, Nanos};
 use crate::replication::message::{DiskState, Message, Promise, Proof, Refusal};
+use crate::replication::mutants::{self, Mutant};
 use crate::replication::record::{CopyStatus, Record, State};
 
 /// The first step back of an outbid candidate is below twice this.
@@ -219,7 +220,7 @@ impl<D: Payload> Attachment<D> {
             // Another boot than the one it was taken in under: unflushed completed writes may be gone (PROTOCOL 5).
             // After a clean detach there were none.
             let gap = self.record.state != State::Clean && known.is_some_and(|b| b != disk.boot_id);
-            if gap {
+            if gap && !mutants::on(Mutant::HighestCounter) {
                 with_gap.insert(copy)
             } else {
                 without.insert(copy)

@@ -8,6 +8,7 @@ use super::{
 use crate::replication::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos};
 use crate::replication::membership::{self, Facts};
 use crate::replication::message::{Message, Refusal};
+use crate::replication::mutants::{self, Mutant};
 use crate::replication::record::{Base, CopyStatus, Record, State};
 
 use super::sync::Sync;
@@ -274,6 +275,9 @@ impl<D: Payload> Attachment<D> {
             self.damp(copy);
             let node = self.record.copies[copy].node.clone();
             self.event("2.6 copy lost", format!("copy on {node}: {why}"));
+            if mutants::on(Mutant::CompleteBeforeCas) {
+                self.forget_copies(CopySet::one(copy));
+            }
         }
         if !self.in_sync.has(copy) {
             self.damp(copy);
@@ -453,6 +457,7 @@ impl<D: Payload> Attachment<D> {
             CasOutcome::Done(revision) => self.commit(revision),
             CasOutcome::Conflict(found) => self.compare(found),
             // Never assume: read it back until it is known (PROTOCOL 2.6).
+            CasOutcome::Ambiguous if mutants::on(Mutant::AmbiguousIsFailed) => {}
             CasOutcome::Ambiguous => (change.unknown, change.in_doubt) = (true, true),
             CasOutcome::Unavailable => {}
         }

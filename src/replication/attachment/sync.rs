@@ -13,6 +13,7 @@ use crate::replication::dirty_map::DirtyMap;
 use crate::replication::ids::{BootId, CHUNK, COPIES_MAX, Chunk, Nanos, Region, Seq, Span};
 use crate::replication::membership;
 use crate::replication::message::{DiskState, MAP_CHUNKS, Message, Status};
+use crate::replication::mutants::{self, Mutant};
 use crate::replication::record::{CopyStatus, State};
 use crate::replication::throttle::Throttle;
 
@@ -246,7 +247,12 @@ impl<D: Payload> Attachment<D> {
                 disk.epoch
             )
         };
-        sync.own = (known && based).then_some(disk.regions);
+        let known = known && based || mutants::on(Mutant::ReuseIdentity) && base.since.0 > 0;
+        sync.own = known.then_some(if mutants::on(Mutant::DropReturningLog) {
+            Vec::new()
+        } else {
+            disk.regions
+        });
         sync.boot = disk.boot_id;
         sync.ticket = ticket;
         sync.stage = Stage::Marking;
@@ -420,6 +426,11 @@ impl<D: Payload> Attachment<D> {
         for (copy, sync) in &mut self.syncs {
             if sync.stage == Stage::Mapping {
                 sync.begun.set_span(span);
+            } else if self.mirrors.has(*copy) && mutants::on(Mutant::MirrorIntoDirty) {
+                span.chunks().for_each(|c| {
+                    sync.todo.clear(c);
+                });
+                to.insert(*copy);
             } else if self.mirrors.has(*copy) && !sync.todo.covers(span) {
                 // All of a write that touches a chunk the target has. What falls into marked chunks does no harm: they are
                 // locked against writes while they are copied, and stay marked until then.
