@@ -566,6 +566,9 @@ impl<D: Payload> Attachment<D> {
         }
         self.adopt();
         let now = self.configuration();
+        if now.logged && !before.logged {
+            self.unlogged = self.pending.newest();
+        }
         if now != before && self.owns() {
             // Before the first sync of a new copy: each in-sync copy keeps a bitmap for it.
             let to = self.ready.or(self.targets());

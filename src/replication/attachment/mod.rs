@@ -391,6 +391,8 @@ pub struct Attachment<D> {
     done: VecDeque<Done<D>>,
     not_serving_since: Option<Nanos>,
     stable: Seq,
+    /// Writes up to this one may be in no activity log: the volume had a single copy.
+    unlogged: Seq,
     /// The newest write completed that was not written through.
     newest: Seq,
     /// A power cut may have taken completed writes back; the guest's next flush says so.
@@ -490,6 +492,8 @@ impl<D: Payload> Attachment<D> {
             done: VecDeque::new(),
             not_serving_since: Some(now),
             stable: Seq(0),
+            // An attachment before this one may have left such writes unflushed.
+            unlogged: Seq(1),
             newest: Seq(0),
             lost_unflushed: false,
             flushes_fail_through: Seq(0),
