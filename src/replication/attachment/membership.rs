@@ -27,6 +27,7 @@ impl Peer {
             gap: false,
             accepted: None,
             refused: false,
+            unknown: false,
             vote: None,
             detached: false,
             broke_off: 0,
@@ -111,8 +112,12 @@ impl<D: Payload> Attachment<D> {
             .or(self.record.copies[copy].boot_id);
         let gap = known.is_some_and(|b| b != boot_id);
         self.peers[copy].gap = gap;
-        // One whose disk failed is no better, it never comes back: waited for, it would keep the last copy out for ever.
-        let whole = |c: usize| c != copy && !self.peers[c].gap && !self.peers[c].refused;
+        // One whose disk failed or was wiped is no better, it never comes back: waited for, it would keep the last copy out
+        // for ever.
+        let whole = |c: usize| {
+            let peer = &self.peers[c];
+            c != copy && !peer.gap && !peer.refused && !peer.unknown
+        };
         if gap && self.in_sync.iter().any(whole) {
             // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
             return self.lose(copy, "its machine was restarted");
@@ -302,6 +307,7 @@ impl<D: Payload> Attachment<D> {
         }
         self.peers[copy].why.clear();
         self.peers[copy].refused = false;
+        self.peers[copy].unknown = false;
         self.peers[copy].beat = Nanos(0);
         self.resend(copy);
         self.tick_heartbeats();
@@ -320,6 +326,7 @@ impl<D: Payload> Attachment<D> {
             }
             other => {
                 self.peers[copy].refused = other == Refusal::Failed;
+                self.peers[copy].unknown = other == Refusal::UnknownCopy;
                 self.lose(copy, &other.to_string())
             }
         }
@@ -687,7 +694,8 @@ impl<D: Payload> Attachment<D> {
         let lost = self.syncs.remove(&copy).and_then(|s| s.lost);
         let peer = &mut self.peers[copy];
         peer.in_sync_since = self.now;
-        (peer.gap, peer.accepted, peer.refused) = (false, None, false);
+        (peer.gap, peer.accepted) = (false, None);
+        (peer.refused, peer.unknown) = (false, false);
         peer.lease = None;
         if lost.is_none() {
             self.ready.insert(copy);

@@ -195,6 +195,8 @@ struct Peer {
     accepted: Option<BootId>,
     /// It answered that its disk has failed, and has taken no configuration since.
     refused: bool,
+    /// Its node answered that it has no such copy, and it has taken no configuration since.
+    unknown: bool,
     vote: Option<Vote>,
     detached: bool,
     /// Syncs that broke off, one after the other, and when the next may begin (PROTOCOL 6: rejoin damping).
