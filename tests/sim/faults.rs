@@ -18,8 +18,10 @@
 //! * **Registry.** It may be slow, down, or not say whether it swapped; a late swap may still happen. It never loses
 //!   or takes back a value.
 
+use lockstep::replication::attachment::CopyView;
 use lockstep::replication::copy_state::BITMAPS_MAX;
 use lockstep::replication::ids::{SECTOR, Span};
+use lockstep::replication::record::CopyStatus;
 use lockstep::replication::replica::DiskOp;
 
 use super::disk::{Fate, Rot, Stamps, sectors};
@@ -246,7 +248,9 @@ impl World {
             return false;
         };
         let status = self.atts[a].machine.status();
-        let mut others = status.copies.iter().filter(|c| c.connected);
+        // By its own view, too: it may not know yet whom the record has taken in.
+        let in_sync = |c: &&CopyView| c.connected && c.status == CopyStatus::InSync;
+        let mut others = status.copies.iter().filter(in_sync);
         others.any(|c| {
             let holder = self.node_named(&c.node);
             holder.is_some_and(|m| {

@@ -148,6 +148,9 @@ impl<D: Payload> Attachment<D> {
             _ => {
                 self.peers[copy].why = refusal.to_string();
                 self.peers[copy].vote = Some(Vote::Out);
+                // It may have been removed since the record was read; if all that the record names refuse, nobody else says so.
+                let soon = self.now.after(self.timing.registry_retry);
+                self.reread.get_or_insert(soon);
                 self.tally();
             }
         }

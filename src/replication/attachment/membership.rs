@@ -601,7 +601,13 @@ impl<D: Payload> Attachment<D> {
                 self.change = None;
                 self.record = found;
                 self.revision = revision;
+                let before = self.in_sync;
                 self.adopt();
+                // One that was to vote and is absent now is to be brought up to date: on a connection of its own.
+                for copy in before.without(self.in_sync).iter() {
+                    self.actions.push_back(Action::Hangup(copy));
+                    self.unlink(copy, "it is not in the in-sync set");
+                }
                 self.begin_join();
             }
         }
