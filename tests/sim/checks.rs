@@ -25,7 +25,8 @@ impl World {
     /// S3, S4: every member of the in-sync set in the registry has it.
     pub fn check_applied(&mut self, by: usize, id: u64, span: Span, fua: bool, start: Moment) {
         for c in self.in_sync() {
-            if self.nodes[c].cut > start {
+            // What every copy lost again is nowhere; the guest's next flush says so.
+            if self.nodes[c].cut > start || self.all_cut > start {
                 continue;
             }
             let disk = self.disk(c);
@@ -353,6 +354,7 @@ impl World {
             return;
         }
         self.oracle.power_lost(self.moment);
+        self.all_cut = self.moment;
         self.seen.count("power loss of all in-sync copies");
         self.say(|_| "every in-sync copy lost power".into());
         for c in self.in_sync() {

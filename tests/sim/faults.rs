@@ -40,6 +40,8 @@ pub struct Weather {
     pub registry_down: u64,
     pub writeback: bool,
     pub rot: bool,
+    /// The longest, in ms, that news of a changed record are on their way.
+    pub watch_lag: u64,
     /// The guest writes on while copies are brought up to date at the end.
     pub constant: bool,
 }

@@ -106,7 +106,12 @@ impl World {
         self.weigh_power();
         for a in 0..self.atts.len() {
             if !self.atts[a].over {
-                let wait = self.registry_delay();
+                let lag = if self.faults {
+                    self.weather.watch_lag
+                } else {
+                    0
+                };
+                let wait = self.registry_delay() + self.rng.below(lag + 1) * MS;
                 self.after(wait, Ev::Watch(a, Box::new(found.clone())));
             }
         }

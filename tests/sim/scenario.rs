@@ -123,6 +123,7 @@ impl World {
             registry_down: rng.pick(&[0, 0, 5]),
             writeback: !rng.one_in(6),
             rot: rng.one_in(3),
+            watch_lag: rng.pick(&[0, 0, 4_000]),
             constant: rng.one_in(3),
         };
         let all = (size / SECTOR) as usize;
@@ -150,6 +151,7 @@ impl World {
             registry: Registry::new(record),
             registry_down_until: 0,
             isolated: (0, 0),
+            all_cut: 0,
             oracle: Oracle::default(),
             budget: rng.between(100, 800),
             fua: !weather.writeback,

@@ -98,6 +98,8 @@ pub struct World {
     pub registry: Registry,
     pub registry_down_until: u64,
     pub isolated: (usize, u64),
+    /// When every in-sync copy had lost power last.
+    pub all_cut: Moment,
     pub oracle: Oracle,
     pub weather: Weather,
     pub faults: bool,

@@ -464,7 +464,11 @@ impl<D: Payload> Attachment<D> {
             CasOutcome::Done(revision) => self.commit(revision),
             CasOutcome::Conflict(found) => self.compare(found),
             // Never assume: read it back until it is known (PROTOCOL 2.6).
-            CasOutcome::Ambiguous if mutants::on(Mutant::AmbiguousIsFailed) => {}
+            CasOutcome::Ambiguous if mutants::on(Mutant::AmbiguousIsFailed) => {
+                let purpose = change.purpose;
+                self.change = None;
+                self.propose_again(purpose);
+            }
             CasOutcome::Ambiguous => (change.unknown, change.in_doubt) = (true, true),
             CasOutcome::Unavailable => {}
         }
