@@ -4,6 +4,7 @@
 //! belongs into the next transaction; `copy` gives a transaction its bytes.
 
 use super::ids::{Nanos, REGION, REGIONS_MAX, Region, Seq, Span};
+use super::mutants::{self, Mutant};
 
 /// Regions that one transaction adds or retires at most: what one 4 KiB log block carries comfortably.
 pub const TRANSACTION_MAX: usize = 128;
@@ -238,8 +239,10 @@ impl ActivityLog {
             .zip(&self.slots)
             .filter_map(|(at, slot)| {
                 let s = slot.as_ref()?;
-                let due = pressure || now.since(s.touched) >= IDLE;
-                let may = s.state == SlotState::Active && s.in_flight == 0 && s.last <= self.stable;
+                let early = mutants::on(Mutant::RetireBeforeFlush);
+                let due = pressure || early || now.since(s.touched) >= IDLE;
+                let stable = early || s.last <= self.stable;
+                let may = s.state == SlotState::Active && s.in_flight == 0 && stable;
                 (due && may).then_some((s.touched, at))
             })
             .collect();

@@ -11,6 +11,7 @@ pub mod ids;
 pub mod in_flight;
 pub mod membership;
 pub mod message;
+pub mod mutants;
 pub mod record;
 pub mod replica;
 pub mod throttle;

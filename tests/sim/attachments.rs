@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lockstep::replication::attachment::{Action, Attachment, CasOutcome, Phase, Revision};
 use lockstep::replication::ids::{Epoch, LINKS_MAX, Nanos, Seq};
 use lockstep::replication::message::{Message, Proof, Status};
-use lockstep::replication::record::{self, Record};
+use lockstep::replication::record::{self, CopyEntry, Record};
 use lockstep::replication::timing::Timing;
 
 use super::disk::Stamps;
@@ -165,6 +165,7 @@ impl World {
                 if rule == "2.6 ambiguous CAS" {
                     self.seen.count("ambiguous CAS");
                 }
+                self.note_sync(a, rule, &text);
                 self.say(|_| format!("att {a}: [{rule}] {text}"));
             }
             Action::Ended => {
@@ -239,6 +240,29 @@ impl World {
         {
             let first = att.asked.iter().find(|(_, q)| q.op == op);
             self.answered = first.map(|(id, _)| (a, *id));
+        }
+    }
+
+    /// Counts how copies came back, from what the attachment tells people.
+    fn note_sync(&mut self, a: usize, rule: &str, text: &str) {
+        let record = self.atts[a].machine.record();
+        let of = |c: &&CopyEntry| text.contains(&format!("copy on {}", c.node));
+        let Some(node) = record.copies.iter().find(of).map(|c| c.node.clone()) else {
+            return;
+        };
+        let sync = self.syncs.entry(node.clone()).or_default();
+        match rule {
+            "6 sync begins" => sync.0 = text.contains("what it missed"),
+            "6 sync broke off" => sync.1 += 1,
+            "6 in sync" => {
+                let (delta, broken) = self.syncs.remove(&node).unwrap_or_default();
+                self.seen
+                    .count(if delta { "delta rejoin" } else { "full sync" });
+                if broken > 0 {
+                    self.seen.count("interrupted sync resumed");
+                }
+            }
+            _ => {}
         }
     }
 

@@ -5,7 +5,7 @@
 use lockstep::replication::copy_state::{CopyState, Standing};
 use lockstep::replication::ids::{Chunk, CopyId, IO_MAX, REGION, Region, SECTOR, Span};
 use lockstep::replication::message::{MAP_CHUNKS, Message, RUNS_MAX};
-use lockstep::replication::record::CopyStatus;
+use lockstep::replication::record::{CopyEntry, CopyStatus, Record};
 use lockstep::replication::replica::{DiskOp, REQUESTS_MAX};
 
 use super::disk::{Disk, PER_CHUNK, Stamps, sectors};
@@ -25,7 +25,8 @@ impl World {
     /// S3, S4: every member of the in-sync set in the registry has it.
     pub fn check_applied(&mut self, by: usize, id: u64, span: Span, fua: bool, start: Moment) {
         for c in self.in_sync() {
-            if self.nodes[c].cut > start {
+            // What every copy lost again is nowhere; the guest's next flush says so.
+            if self.nodes[c].cut > start || self.all_cut > start {
                 continue;
             }
             let disk = self.disk(c);
@@ -85,7 +86,8 @@ impl World {
                     state.epoch
                 );
                 assert!(
-                    self.registry.epochs.get(&state.epoch) == Some(&state.tag),
+                    self.registry.epochs.get(&state.epoch) == Some(&state.tag)
+                        || state.standing == Standing::Inconsistent,
                     "S1: copy {n} is in epoch {} under another tag than the record had",
                     state.epoch
                 );
@@ -263,6 +265,47 @@ impl World {
         }
     }
 
+    /// S13, S18: a copy that was just taken in calls itself in sync, durably, and holds all that the others hold but for what
+    /// is under way: every completed write, blank disk or not.
+    pub fn check_joined(&mut self, before: &Record) {
+        let was = |c: &CopyEntry| {
+            before
+                .copy(c.copy_id)
+                .is_some_and(|b| b.status == CopyStatus::InSync)
+        };
+        let joined: Vec<CopyEntry> = self
+            .registry
+            .record
+            .in_sync()
+            .filter(|c| !was(c))
+            .cloned()
+            .collect();
+        for entry in joined {
+            let Some(n) = self.holder(&entry) else {
+                continue;
+            };
+            // Its machine may have lost power meanwhile; the record names the boot it was synced under.
+            self.nodes[n].gapped = entry.boot_id != Some(self.nodes[n].boot);
+            let state = &self.disk(n).superblock;
+            assert!(
+                // Its disk may have died since.
+                matches!(state.standing, Standing::InSync | Standing::Failed) && state.epoch.0 > 0,
+                "S13: copy {n} is taken in, but its disk says that its sync has not ended"
+            );
+            self.check_differences(n, "S13");
+            if self.nodes[n].gapped || self.disk(n).failed {
+                continue;
+            }
+            for s in self.oracle.touched() {
+                let value = self.disk(n).cache[s];
+                assert!(
+                    self.oracle.allows(s, value, self.moment),
+                    "S13: copy {n} is taken in with {value} in sector {s}, and a completed write is lost"
+                );
+            }
+        }
+    }
+
     /// S14: with nothing under way all copies that count are the same to the last byte.
     pub fn check_identical(&self) {
         let all = self.in_sync();
@@ -272,8 +315,9 @@ impl World {
             let differ = (0..cache.len()).find(|s| cache[*s] != first[*s]);
             assert!(
                 differ.is_none(),
-                "S14: copies {} and {c} differ in sector {differ:?}",
-                all[0]
+                "S14: copies {} and {c} differ in sector {differ:?}: {:?}",
+                all[0],
+                differ.map(|s| (first[s], cache[s]))
             );
         }
     }
@@ -310,6 +354,7 @@ impl World {
             return;
         }
         self.oracle.power_lost(self.moment);
+        self.all_cut = self.moment;
         self.seen.count("power loss of all in-sync copies");
         self.say(|_| "every in-sync copy lost power".into());
         for c in self.in_sync() {

@@ -95,6 +95,8 @@ pub enum Rot {
     Bitmap(usize),
 }
 
+type Half = (u64, CopyState, [u64; BITMAPS_MAX]);
+
 /// What a copy no longer has to look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Forgot {
@@ -120,8 +122,12 @@ pub struct Disk {
     count: u64,
     /// The state in force: of the newer half.
     pub superblock: CopyState,
-    /// Each with its generation.
-    halves: [(u64, CopyState); 2],
+    /// Each with its generation, and those that assigned the bitmap slots.
+    halves: [Half; 2],
+    /// Of the state in force.
+    slots: [u64; BITMAPS_MAX],
+    /// The assignment for which each slot's bits were written.
+    written: [u64; BITMAPS_MAX],
     /// This half cannot be read until it is written again.
     rotten: Option<usize>,
     /// The highest epoch and promise whose write was reported done.
@@ -152,7 +158,9 @@ impl Disk {
             durable: vec![0; sectors],
             unsynced: BTreeMap::new(),
             count: 0,
-            halves: [(1, superblock.clone()), (2, superblock.clone())],
+            halves: [1, 2].map(|g| (g, superblock.clone(), [0; BITMAPS_MAX])),
+            slots: [0; BITMAPS_MAX],
+            written: [0; BITMAPS_MAX],
             rotten: None,
             reported: (superblock.epoch, superblock.promised),
             data: vec![false; chunks],
@@ -181,12 +189,22 @@ impl Disk {
                     .map(Region)
                     .collect();
             }
-            Some(Rot::Bitmap(slot)) => self.maps[slot].fill(true),
-            None => {}
+            Some(Rot::Bitmap(_)) | None => {}
         }
         let readable = (0..2).filter(|half| self.rotten != Some(*half));
         let newest = readable.max_by_key(|half| self.halves[*half].0).unwrap();
-        self.superblock = self.halves[newest].1.clone();
+        (_, self.superblock, self.slots) = self.halves[newest].clone();
+        for slot in 0..BITMAPS_MAX {
+            // Of an assignment that a rotten half made: nobody knows what the bits are worth.
+            if self.written[slot] > self.slots[slot] {
+                self.maps[slot].fill(true);
+                self.written[slot] = self.slots[slot];
+            }
+        }
+        if let Some(Rot::Bitmap(slot)) = rot {
+            self.maps[slot].fill(true);
+            self.written[slot] = self.slots[slot];
+        }
         let (epoch, promised) = (self.superblock.epoch, self.superblock.promised);
         assert!(
             epoch >= self.reported.0 && promised >= self.reported.1,
@@ -392,6 +410,18 @@ impl Disk {
         Some(DiskResult::Done(data))
     }
 
+    /// The generation that assigned each slot, after this state is written.
+    fn assign(&self, state: &CopyState, generation: u64) -> [u64; BITMAPS_MAX] {
+        std::array::from_fn(|slot| {
+            let (old, new) = (self.superblock.bitmaps[slot], state.bitmaps[slot]);
+            if old.map(|b| b.copy_id) == new.map(|b| b.copy_id) {
+                self.slots[slot]
+            } else {
+                generation
+            }
+        })
+    }
+
     fn persist(&mut self, op: Running) {
         match op {
             Running::Superblock(state) => {
@@ -405,10 +435,8 @@ impl Disk {
                     old.promised
                 );
                 let newest = self.halves[0].0.max(self.halves[1].0);
-                self.halves = [
-                    (newest + 1, (*state).clone()),
-                    (newest + 2, (*state).clone()),
-                ];
+                self.slots = self.assign(&state, newest + 1);
+                self.halves = [1, 2].map(|g| (newest + g, (*state).clone(), self.slots));
                 self.rotten = None;
                 self.reported = (state.epoch, state.promised);
                 self.superblock = *state;
@@ -423,6 +451,10 @@ impl Disk {
             Running::Bitmaps(parts) => {
                 for (slot, region, bits) in parts {
                     let chunks = self.maps[slot].len();
+                    if self.written[slot] != self.slots[slot] {
+                        self.written[slot] = self.slots[slot];
+                        self.maps[slot].fill(false);
+                    }
                     for (c, bit) in chunks_of(region, chunks).zip(bits) {
                         if self.maps[slot][c] && !bit {
                             self.forgot = Some(Forgot::Bits);
@@ -463,7 +495,9 @@ impl Disk {
                     let older = usize::from(self.halves[1].0 < self.halves[0].0);
                     let newest = self.halves[1 - older].0;
                     let half = self.rotten.take().unwrap_or(older);
-                    self.halves[half] = (newest + 1, (*state).clone());
+                    let slots = self.assign(&state, newest + 1);
+                    self.halves[half] = (newest + 1, (*state).clone(), slots);
+                    self.slots = slots;
                     self.superblock = *state;
                 }
                 other if rng.one_in(2) => {
@@ -503,7 +537,12 @@ impl Disk {
         std::array::from_fn(|slot| {
             self.superblock.bitmaps[slot]?;
             let mut words = vec![0u64; self.maps[slot].len().div_ceil(64)];
-            for (c, _) in self.maps[slot].iter().enumerate().filter(|(_, set)| **set) {
+            let mine = self.written[slot] == self.slots[slot];
+            for (c, _) in self.maps[slot]
+                .iter()
+                .enumerate()
+                .filter(|(_, set)| **set && mine)
+            {
                 words[c / 64] |= 1 << (c % 64);
             }
             Some(DirtyMap::from_words(self.superblock.size, words))

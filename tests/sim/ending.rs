@@ -12,7 +12,6 @@ impl World {
         self.say(|_| "---- calm".into());
         self.faults = false;
         self.calm_since = self.now;
-        self.guest_stopped = true;
         self.partitions.heal();
         self.registry_down_until = 0;
         self.isolated.1 = 0;
@@ -26,6 +25,33 @@ impl World {
                 self.after(10 * MS, Ev::Start(n));
             }
         }
+    }
+
+    /// Resync ends under constant writes: the guest stops only when all copies are in sync.
+    pub fn catch_up(&mut self) {
+        if self.weather.constant {
+            self.budget = u64::MAX;
+            let patience = self.now + 120_000 * MS;
+            let steady = |w: &Self| w.is_whole() && w.now >= w.calm_since + 2_000 * MS;
+            while self.now < patience && !steady(self) && !self.is_dead() {
+                let next = self.now + 500 * MS;
+                self.run_until(next);
+            }
+            let (serves, whole) = (self.record_serves(), self.is_whole());
+            assert!(
+                whole || self.is_dead() || !serves,
+                "liveness: 120 s of constant writes, and not in sync: {:?}",
+                self.registry.record
+            );
+            self.seen.count("in sync under constant writes");
+        }
+        self.guest_stopped = true;
+    }
+
+    fn record_serves(&self) -> bool {
+        let r = &self.registry.record;
+        r.failure_mode
+            .serves(r.replicas_wanted, r.in_sync().count())
     }
 
     /// Every in-sync copy's disk has failed for good: what the fault atlas could not exclude.
@@ -61,6 +87,7 @@ impl World {
             && self.now >= self.calm_since + 4_000 * MS
             && *a.machine.phase() == Phase::Serving
             && r.state == State::Active
+            && self.is_whole()
             && a.asked.is_empty()
             && a.machine.is_idle()
             && (!serves || a.machine.why_not_serving().is_none())

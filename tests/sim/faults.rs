@@ -10,14 +10,18 @@
 //!   runs drop this rule (`last_disk`): then requests may fail, but each must end. A full disk may be any, all of them too.
 //! * **Reads.** Sectors that cannot be read are at one copy at a time: while another in-sync copy is connected and
 //!   whole. Once there is none, the disk finds them readable after all.
+//! * **Wiped disks.** Any absent copy's; an in-sync one's only while another one is connected and whole. The node comes back without
+//!   files, the control plane gives it a new identity.
 //! * **Rot.** At an opening one of these reads wrong: one half of the superblock (never both), the log, one bitmap. Data
 //!   does not rot silently: nothing in this protocol would notice.
 //! * **Clocks.** Each node's starts anywhere at each boot; two of them drift apart by at most one part in a hundred.
 //! * **Registry.** It may be slow, down, or not say whether it swapped; a late swap may still happen. It never loses
 //!   or takes back a value.
 
+use lockstep::replication::attachment::CopyView;
 use lockstep::replication::copy_state::BITMAPS_MAX;
 use lockstep::replication::ids::{SECTOR, Span};
+use lockstep::replication::record::CopyStatus;
 use lockstep::replication::replica::DiskOp;
 
 use super::disk::{Fate, Rot, Stamps, sectors};
@@ -36,6 +40,10 @@ pub struct Weather {
     pub registry_down: u64,
     pub writeback: bool,
     pub rot: bool,
+    /// The longest, in ms, that news of a changed record are on their way.
+    pub watch_lag: u64,
+    /// The guest writes on while copies are brought up to date at the end.
+    pub constant: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +60,10 @@ pub enum Fault {
     BlackOut,
     DiskFull,
     BadSectors,
+    /// A node's disk is gone, all of it.
+    Wipe,
+    /// The operator adds, removes and moves copies, or wants another master.
+    Members,
     RegistryDown,
     Policy,
     SecondAttach,
@@ -61,7 +73,7 @@ pub enum Fault {
     Isolate,
 }
 
-pub const FAULTS: [Fault; 16] = [
+pub const FAULTS: [Fault; 18] = [
     Fault::Reset,
     Fault::HalfOpen,
     Fault::Partition,
@@ -72,6 +84,8 @@ pub const FAULTS: [Fault; 16] = [
     Fault::BlackOut,
     Fault::DiskFull,
     Fault::BadSectors,
+    Fault::Wipe,
+    Fault::Members,
     Fault::RegistryDown,
     Fault::Policy,
     Fault::SecondAttach,
@@ -135,6 +149,15 @@ impl World {
                 }
             }
             Fault::BadSectors => self.spoil(n),
+            Fault::Wipe => {
+                if self.nodes[n].disk.is_some() && (!self.is_in_sync(n) || self.has_equals(n)) {
+                    self.say(|_| format!("the disk of node {n} is wiped"));
+                    self.seen.count("disk wiped");
+                    self.crash(n, false);
+                    self.lose_files(n);
+                }
+            }
+            Fault::Members => self.change_members(),
             Fault::RegistryDown => self.registry_down_until = until,
             Fault::Policy => self.after(0, Ev::Policy),
             Fault::SecondAttach => self.ask_attach(n),
@@ -227,11 +250,17 @@ impl World {
             return false;
         };
         let status = self.atts[a].machine.status();
-        let mut others = status.copies.iter().filter(|c| c.connected);
+        // By its own view, too: it may not know yet whom the record has taken in.
+        let in_sync = |c: &&CopyView| c.connected && c.status == CopyStatus::InSync;
+        let mut others = status.copies.iter().filter(in_sync);
         others.any(|c| {
             let holder = self.node_named(&c.node);
             holder.is_some_and(|m| {
-                m != n && self.is_in_sync(m) && !self.disk(m).failed && self.disk(m).bad.is_empty()
+                m != n
+                    && self.is_in_sync(m)
+                    && !self.nodes[m].gapped
+                    && !self.disk(m).failed
+                    && self.disk(m).bad.is_empty()
             })
         })
     }

@@ -149,11 +149,8 @@ impl World {
                     self.oracle.complete(s, by, id.0, now, fua);
                 }
                 // Acknowledged, then the last copies lost power, and nobody could know when this was completed.
-                if self
-                    .in_sync()
-                    .iter()
-                    .all(|c| self.nodes[*c].cut > asked.start)
-                {
+                let cut = |c: &usize| self.nodes[*c].cut > asked.start;
+                if self.all_cut > asked.start || self.in_sync().iter().all(cut) {
                     self.oracle.power_lost(now);
                 }
             }

@@ -1,17 +1,19 @@
 //! The deterministic simulator: the production state machines in a world of nodes, disks, networks and a registry
 //! that fail by chance, and the rules of docs/PROTOCOL.md checked after every step. One seed is one run.
 //!
-//! `LOCKSTEP_SEEDS=n` runs n seeds, `LOCKSTEP_SEED=s` one, with a trace of all it does.
+//! `scripts/sim` runs it: many seeds, one with a trace of all it does (`LOCKSTEP_SEED=s` here), or the mutants.
 
 mod attachments;
 mod checks;
+mod control;
 mod disk;
 mod ending;
 mod faults;
 mod guest;
+#[cfg(feature = "mutants")]
+mod mutants;
 mod network;
 mod nodes;
-
 mod oracle;
 mod registry;
 mod rng;
@@ -19,21 +21,22 @@ mod scenario;
 mod seen;
 mod world;
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use seen::{DEMANDED, Seen};
 use world::World;
 
-/// Runs by default: what one core does in a few seconds.
-const SEEDS: u64 = 400;
+/// Runs by default: a minute of one core.
+const SEEDS: u64 = 600;
 
-fn number(name: &str) -> Option<u64> {
+pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// Runs one seed; the last lines of its trace if a rule was broken.
+/// Runs one seed; the last lines of its trace, the rule that was broken and the command that repeats it, if one was.
 fn run(seed: u64, verbose: bool) -> Result<Seen, String> {
     let mut world = World::new(seed, verbose);
     match catch_unwind(AssertUnwindSafe(|| world.run())) {
@@ -43,15 +46,54 @@ fn run(seed: u64, verbose: bool) -> Result<Seen, String> {
                 .downcast_ref::<String>()
                 .cloned()
                 .or_else(|| why.downcast_ref::<&str>().map(|s| s.to_string()))
-                .unwrap_or_default();
+                .unwrap_or_default()
+                .replace('\n', " ");
             let skip = world.trace.len().saturating_sub(60);
             let trace: Vec<String> = world.trace.iter().skip(skip).cloned().collect();
             Err(format!(
-                "{}\n{why}\nLOCKSTEP_SEED={seed} cargo test --test sim -- --nocapture",
+                "{}\n{why}\nrepeat it with: scripts/sim --seed {seed}",
                 trace.join("\n")
             ))
         }
     }
+}
+
+/// What [`run`] says was broken, without the trace.
+fn rule(why: &str) -> String {
+    let rule = why.lines().rev().nth(1).unwrap_or_default();
+    rule.chars().take(160).collect()
+}
+
+/// Runs seeds on all processors, each thread prepared by `prepare`; with `one`, until one breaks a rule.
+fn run_all(seeds: Range<u64>, one: bool, prepare: impl Fn() + Sync) -> (Seen, Vec<(u64, String)>) {
+    let next = AtomicU64::new(seeds.start);
+    let enough = AtomicBool::new(false);
+    let total = Mutex::new(Seen::default());
+    let broken: Mutex<Vec<(u64, String)>> = Mutex::new(Vec::new());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                prepare();
+                while !enough.load(Ordering::Relaxed) {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= seeds.end {
+                        break;
+                    }
+                    match run(seed, false) {
+                        Ok(seen) => total.lock().unwrap().add(&seen),
+                        Err(why) => {
+                            broken.lock().unwrap().push((seed, why));
+                            enough.fetch_or(one, Ordering::Relaxed);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let mut broken = broken.into_inner().unwrap();
+    broken.sort();
+    (total.into_inner().unwrap(), broken)
 }
 
 #[test]
@@ -66,35 +108,11 @@ fn whatever_fails_no_rule_of_the_protocol_is_broken() {
         number("LOCKSTEP_SEEDS").unwrap_or(SEEDS),
     );
     std::panic::set_hook(Box::new(|_| {}));
-    let next = AtomicU64::new(first);
-    let total = Mutex::new(Seen::default());
-    let broken: Mutex<Vec<(u64, String)>> = Mutex::new(Vec::new());
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= first + count {
-                        break;
-                    }
-                    match run(seed, false) {
-                        Ok(seen) => total.lock().unwrap().add(&seen),
-                        Err(why) => broken.lock().unwrap().push((seed, why)),
-                    }
-                }
-            });
-        }
-    });
+    let (seen, broken) = run_all(first..first + count, false, || {});
     drop(std::panic::take_hook());
-    let mut broken = broken.into_inner().unwrap();
-    broken.sort();
     for (seed, why) in &broken {
-        let rule = why.lines().rev().nth(1).unwrap_or_default();
-        let rule: String = rule.chars().take(160).collect();
-        eprintln!("seed {seed}: {rule}");
+        eprintln!("seed {seed}: {}", rule(why));
     }
-    let seen = total.into_inner().unwrap();
     eprintln!(
         "{} of {count} seeds broke a rule; seen: {seen}",
         broken.len()

@@ -21,6 +21,8 @@ pub struct Node {
     pub instance: Instance,
     /// Counts processes: events for an earlier one are void.
     pub process: u64,
+    /// Counts copies: disk answers of an earlier one are void.
+    pub copy: u64,
     pub replica: Option<Replica<Stamps>>,
     pub disk: Option<Disk>,
     /// The copy promised and no attachment has bound it since: nothing may be written (S7).
@@ -108,6 +110,13 @@ impl World {
         node.process += 1;
         node.fenced = false;
         let process = node.process;
+        self.open_copy(n);
+        self.say(|_| format!("node {n} runs"));
+        self.after(0, Ev::Tick(n, process));
+    }
+
+    /// The running process opens the copy that the node holds, if any.
+    pub fn open_copy(&mut self, n: usize) {
         let rot = self.rot(n);
         let now = self.clock(n);
         let node = &mut self.nodes[n];
@@ -122,8 +131,6 @@ impl World {
                 now,
             ));
         }
-        self.say(|_| format!("node {n} runs"));
-        self.after(0, Ev::Tick(n, process));
     }
 
     /// The node's process ends, or the whole machine.
@@ -242,7 +249,7 @@ impl World {
         let replica = node.replica.as_ref().unwrap();
         let disk = node.disk.as_mut().unwrap();
         disk.start(ticket, op, fate, |slot| replica.map(slot));
-        let process = node.process;
+        let process = (node.process, node.copy);
         if self.rng.one_in(3) {
             let early = self.rng.below(took);
             self.after(early, Ev::DiskEffect(n, process, ticket));

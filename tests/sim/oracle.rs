@@ -122,12 +122,14 @@ impl Oracle {
                 }
             }
             if let Some(since) = covered {
-                // What was over before that write began is over again.
+                // What was over before that write began is over again, in its favour; whether it overwrote anything itself
+                // is not known better than before.
                 for w in self.of(s) {
                     if let Some(told) = w.told
                         && told < since
+                        && !w.before(since)
                     {
-                        w.end = End::Ok(told);
+                        w.end = End::Maybe(told);
                     }
                 }
                 self.prune(s);
@@ -214,6 +216,16 @@ impl Oracle {
             list.push(seen);
         }
         Ok(())
+    }
+
+    /// Whether a copy may hold `value` now.
+    pub fn allows(&mut self, s: usize, value: u64, now: Moment) -> bool {
+        let list = self.of(s);
+        let over = |w: &Write| {
+            list.iter()
+                .any(|o| matches!(o.end, End::Ok(at) if at < now) && w.before(o.start))
+        };
+        list.iter().any(|w| w.value == value && !over(w))
     }
 
     /// Whether a copy that holds `value` in `s` has applied the write `id` of `by`: it is that one or one that came

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 
 use lockstep::replication::attachment::{CasOutcome, Revision};
-use lockstep::replication::copy_state::Standing;
 use lockstep::replication::ids::{Epoch, Instance, Tag};
 use lockstep::replication::record::{CopyStatus, Record, State};
 
@@ -63,8 +62,9 @@ impl Registry {
             "S6: the master is not in the committed in-sync set"
         );
         assert!(
-            next.in_sync().any(|c| was(c.copy_id)),
-            "S6: nobody stayed in the in-sync set"
+            next.in_sync()
+                .all(|c| was(c.copy_id) || old.copy(c.copy_id).is_some()),
+            "S18: a copy is in sync that the record did not know"
         );
         if next.state == State::Clean {
             assert!(next.attachment.is_none(), "5: clean while attached");
@@ -91,13 +91,7 @@ impl World {
         if !self.registry.swap(expected, next) {
             return false;
         }
-        for c in (0..before.copies.len()).filter(|c| self.is_in_sync(*c)) {
-            let joined = before.copies[c].status != CopyStatus::InSync;
-            assert!(
-                !joined || self.disk(c).superblock.standing == Standing::InSync,
-                "S13: copy {c} is taken in, but its disk says that its sync has not ended"
-            );
-        }
+        self.check_joined(&before);
         self.note_change(&before);
         self.check_all_differences("S11");
         let r = &self.registry;
@@ -112,7 +106,12 @@ impl World {
         self.weigh_power();
         for a in 0..self.atts.len() {
             if !self.atts[a].over {
-                let wait = self.registry_delay();
+                let lag = if self.faults {
+                    self.weather.watch_lag
+                } else {
+                    0
+                };
+                let wait = self.registry_delay() + self.rng.below(lag + 1) * MS;
                 self.after(wait, Ev::Watch(a, Box::new(found.clone())));
             }
         }

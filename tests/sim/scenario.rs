@@ -1,6 +1,6 @@
 //! What a seed decides before anything happens: how many nodes, how large a volume, how rough the weather.
 
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 
 use lockstep::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
 use lockstep::replication::failure_mode::FailureMode;
@@ -9,6 +9,7 @@ use lockstep::replication::ids::{
 };
 use lockstep::replication::record::{Base, CopyEntry, CopyStatus, Record, State};
 
+use super::control::Made;
 use super::disk::Disk;
 use super::faults::{FAULTS, Fault, Weather};
 use super::network::Partitions;
@@ -24,7 +25,8 @@ impl World {
         let mut rng = Rng(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x5bd1_e995);
         let copies = rng.pick(&[1, 2, 2, 2, 3, 3, 3, 4]) as usize;
         let remote = rng.one_in(3);
-        let count = copies + usize::from(remote || copies == 1 && rng.one_in(2));
+        let spare = rng.pick(&[0, 0, 1, 1, 2]) as usize;
+        let count = copies + usize::from(remote || copies == 1 && rng.one_in(2)) + spare;
         let size = rng.pick(&[
             8 * CHUNK,
             8 * CHUNK,
@@ -77,6 +79,7 @@ impl World {
                 boot: BootId(rng.id()),
                 instance: Instance(rng.id()),
                 process: 0,
+                copy: 0,
                 replica: None,
                 disk,
                 fenced: false,
@@ -120,6 +123,8 @@ impl World {
             registry_down: rng.pick(&[0, 0, 5]),
             writeback: !rng.one_in(6),
             rot: rng.one_in(3),
+            watch_lag: rng.pick(&[0, 0, 4_000]),
+            constant: rng.one_in(3),
         };
         let all = (size / SECTOR) as usize;
         let hot = (0..6)
@@ -139,11 +144,14 @@ impl World {
             atts: Vec::new(),
             sessions: Vec::new(),
             partitions: Partitions::default(),
+            made: Made::new(),
+            syncs: HashMap::new(),
             slow_net_until: 0,
             slow_node: None,
             registry: Registry::new(record),
             registry_down_until: 0,
             isolated: (0, 0),
+            all_cut: 0,
             oracle: Oracle::default(),
             budget: rng.between(100, 800),
             fua: !weather.writeback,
@@ -175,6 +183,7 @@ impl World {
             world.start_node(n);
         }
         world.after(0, Ev::Operator);
+        world.after(100 * MS, Ev::Control);
         world.after(2_000 * MS, Ev::Fault);
         world
     }

@@ -64,4 +64,13 @@ pub const DEMANDED: &[&str] = &[
     "rot of a superblock",
     "rot of a log",
     "rot of a bitmap",
+    "delta rejoin",
+    "full sync",
+    "interrupted sync resumed",
+    "in sync under constant writes",
+    "disk wiped",
+    "copy replaced",
+    "copy added",
+    "copy removed",
+    "sector repaired",
 ];

@@ -1,16 +1,17 @@
 //! The world: one queue of events and one clock that move the nodes, the network and the registry.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 
 use lockstep::replication::attachment::{CasOutcome, Revision};
 use lockstep::replication::failure_mode::FailureMode;
-use lockstep::replication::ids::{CopyId, Nanos, Seq};
+use lockstep::replication::ids::{CopyId, Nanos, NodeName, Seq};
 use lockstep::replication::message::{Message, Status};
 use lockstep::replication::record::Record;
 use lockstep::replication::replica::{DiskResult, Replica, SessionId, Ticket};
 
 use super::attachments::{Att, brief};
+use super::control::Made;
 use super::disk::{Forgot, Stamps};
 use super::faults::Weather;
 use super::network::{Partitions, Session};
@@ -35,8 +36,9 @@ pub enum Ev {
     AttClosed(usize, &'static str),
     /// The attachment, the link, the attempt, and whom it was to.
     Dialed(usize, usize, u64, CopyId, usize),
-    DiskEffect(usize, u64, Ticket),
-    DiskDone(usize, u64, Ticket),
+    /// With the process and the copy it is of.
+    DiskEffect(usize, (u64, u64), Ticket),
+    DiskDone(usize, (u64, u64), Ticket),
     Cas(usize, Revision, Box<Record>),
     LateCas(Revision, Box<Record>),
     CasAnswer(usize, Box<CasOutcome>),
@@ -47,6 +49,7 @@ pub enum Ev {
     Fault,
     Operator,
     Policy,
+    Control,
     Start(usize),
     Elsewhere(usize),
     Attach(usize, u64, Box<(Record, Revision)>),
@@ -85,12 +88,18 @@ pub struct World {
     pub atts: Vec<Att>,
     pub sessions: Vec<Session>,
     pub partitions: Partitions,
+    /// Identities for which files were made.
+    pub made: Made,
+    /// How each copy is being brought up to date, and how often that broke off.
+    pub syncs: HashMap<NodeName, (bool, u64)>,
     pub slow_net_until: u64,
     /// Only this node's links are slow.
     pub slow_node: Option<usize>,
     pub registry: Registry,
     pub registry_down_until: u64,
     pub isolated: (usize, u64),
+    /// When every in-sync copy had lost power last.
+    pub all_cut: Moment,
     pub oracle: Oracle,
     pub weather: Weather,
     pub faults: bool,
@@ -142,6 +151,7 @@ impl World {
         let rough = self.now + self.rng.between(6_000, 30_000) * MS;
         self.run_until(rough);
         self.calm();
+        self.catch_up();
         let patience = self.now + 150_000 * MS;
         while self.now < patience && !self.settled() {
             let next = self.now + 500 * MS;
@@ -278,7 +288,7 @@ impl World {
                 self.dialed(a, link, dial, copy_id, node);
             }
             Ev::DiskEffect(n, process, ticket) => {
-                if self.nodes[n].process == process
+                if (self.nodes[n].process, self.nodes[n].copy) == process
                     && let Some(disk) = &mut self.nodes[n].disk
                 {
                     disk.take_effect(ticket);
@@ -287,7 +297,7 @@ impl World {
             }
             Ev::DiskDone(n, process, ticket) => {
                 let node = &mut self.nodes[n];
-                if node.process != process || !node.up {
+                if (node.process, node.copy) != process || !node.up {
                     return;
                 }
                 let disk = node.disk.as_mut().unwrap();
@@ -345,6 +355,7 @@ impl World {
             Ev::Guest(a) => self.guest(a),
             Ev::Fault => return self.fault(),
             Ev::Operator => return self.operator(),
+            Ev::Control => return self.control(),
             Ev::Policy => {
                 let mut next = self.registry.record.clone();
                 next.suspend_deadline_ms = self.rng.pick(&[0, 1_000, 30_000]);

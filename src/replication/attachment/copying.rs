@@ -5,6 +5,7 @@ use super::sync::{Stage, Step, Sync};
 use super::{Attachment, CopySet, Kind, Origin, Payload, Work};
 use crate::replication::ids::{Chunk, Nanos, Seq, Span};
 use crate::replication::message::{Message, RUNS_MAX, Status};
+use crate::replication::mutants::{self, Mutant};
 
 /// Chunks that one flush of the target covers: 16 MiB, so that a flush's cost is spread and little is copied again after
 /// a crash.
@@ -174,6 +175,11 @@ impl<D: Payload> Attachment<D> {
         sync.copied.push(chunk);
         sync.counted += 1;
         self.release(self.chunk_span(chunk));
+        if mutants::on(Mutant::ClearBeforeFlush) {
+            let (epoch, copy) = (self.record.epoch, self.record.copies[copy].copy_id);
+            let runs = vec![(chunk, 1)];
+            self.send(self.ready, Message::Clear { epoch, copy, runs }, None);
+        }
     }
 
     fn flush_copied(&mut self, copy: usize) {
@@ -188,11 +194,18 @@ impl<D: Payload> Attachment<D> {
         let due =
             sync.copied.len() >= FLUSH_CHUNKS || all || now.since(sync.flushed_at) >= FLUSH_AFTER;
         let session = sync.session;
+        let last = all && sync.copied.is_empty();
+        if last && !self.all_is_logged() {
+            return;
+        }
+        let Some(sync) = self.syncs.get_mut(&copy) else {
+            return;
+        };
         let step = if !sync.copied.is_empty() && due {
             sync.flushing = Some(std::mem::take(&mut sync.copied));
             sync.flushed_at = now;
             Step::Flush
-        } else if all && sync.copied.is_empty() {
+        } else if last {
             // S13: all its answers have been mandatory since it was mirrored; what it has taken is made durable now.
             sync.stage = Stage::Flushing;
             Step::LastFlush
@@ -206,6 +219,25 @@ impl<D: Payload> Attachment<D> {
         };
         let (kind, nowhere) = (Kind::Flush { covers: Seq(1) }, Span { offset: 0, len: 0 });
         self.request(origin, kind, nowhere, false, None, CopySet::one(copy));
+    }
+
+    /// Whether everything that the in-sync copies have not flushed is in their logs.
+    ///
+    /// S11: the only copy writes without a log; a second one is made, copies that write, flushes it and is taken in; the first
+    /// one, which never flushed it, loses power: the two differ, and no log says so. So before anybody is taken in, what
+    /// was written without a log is flushed.
+    fn all_is_logged(&mut self) -> bool {
+        if self.stable >= self.unlogged {
+            return true;
+        }
+        let flushing = |p: &super::Pending<D>| {
+            matches!(p.kind, Kind::Flush { .. }) && !matches!(p.origin, Origin::Sync { .. })
+        };
+        let under_way = self.pending.iter().any(|(_, p)| flushing(p));
+        if !under_way && self.pending.low_water(|p| p.kind.is_write()) > self.unlogged {
+            self.start_flush(Origin::Background);
+        }
+        false
     }
 
     /// A request of a session to its target, or to mark on the in-sync copies, ended well.

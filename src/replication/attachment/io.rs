@@ -7,6 +7,7 @@ use super::{
 };
 use crate::replication::ids::{CHUNK, Chunk, Nanos, Seq, Span};
 use crate::replication::message::{Message, Request, Status};
+use crate::replication::mutants::{self, Mutant};
 use crate::replication::replica::REQUESTS_MAX;
 
 /// A takeover is no suspension: whatever the volume's deadline, requests wait this long for it. Below the 60 s after
@@ -108,7 +109,15 @@ impl<D: Payload> Attachment<D> {
         self.unflushed = false;
         self.flushed_at = self.now;
         // S11: a region leaves the logs when its writes are durable on the targets of syncs, too.
-        let to = self.in_sync.or(self.mirrors);
+        let to = if mutants::on(Mutant::FlushOneCopy) {
+            CopySet::one(
+                self.local
+                    .filter(|c| self.in_sync.has(*c))
+                    .unwrap_or(self.master),
+            )
+        } else {
+            self.in_sync.or(self.mirrors)
+        };
         self.request(
             origin,
             Kind::Flush { covers },
@@ -519,6 +528,9 @@ impl<D: Payload> Attachment<D> {
 
     /// Every in-sync copy but the one in this process acknowledged a heartbeat sent less than `lease` ago.
     fn lease_holds(&self) -> bool {
+        if mutants::on(Mutant::ReadWithoutLease) {
+            return true;
+        }
         self.in_sync
             .iter()
             .filter(|c| Some(*c) != self.local)
@@ -613,18 +625,44 @@ impl<D: Payload> Attachment<D> {
             .collect();
         let over = self.failing_requests();
         for seq in full {
-            let Some(p) = self.pending.get_mut(seq) else {
+            if over && self.give_up(seq) {
                 continue;
-            };
-            if over {
-                // The deadline passed: the guest gets its error (the failure stays noted).
-                p.waiting = CopySet::EMPTY;
-                self.settle(seq);
-            } else {
+            }
+            if let Some(p) = self.pending.get_mut(seq) {
                 let to = p.waiting.and(self.ready);
                 self.transmit(seq, to);
             }
         }
+    }
+
+    /// The deadline passed and the last copy has no space for this write: the guest gets its error. `false` when the write itself
+    /// must go on.
+    ///
+    /// S9: a target of a sync has the write and the last copy has not; were the target taken in then, the two would
+    /// differ for good. So its session ends, and what the last copy's log holds is marked for it. Unless the swap that takes
+    /// it in may have been done: then the write is tried on, and the copy without space for it is ejected.
+    fn give_up(&mut self, seq: Seq) -> bool {
+        if self.taking_in() {
+            if let Some(p) = self.pending.get_mut(seq)
+                && let Origin::Guest(id) = p.origin
+            {
+                p.origin = Origin::Abandoned;
+                self.complete(id, Outcome::IoError, None);
+            }
+            return false;
+        }
+        for copy in self.mirrors.iter() {
+            self.break_off(
+                copy,
+                "the last in-sync copy has no space for a write that this one may have",
+            );
+        }
+        if let Some(p) = self.pending.get_mut(seq) {
+            // The failure stays noted.
+            p.waiting = CopySet::EMPTY;
+            self.settle(seq);
+        }
+        true
     }
 
     /// The suspend deadline passed: everything that waits is answered with an error (PROTOCOL 7).

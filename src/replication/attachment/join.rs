@@ -3,6 +3,7 @@
 use super::{Attachment, CopySet, Link, Origin, Outcome, Payload, Phase, Purpose, Vote};
 use crate::replication::ids::{Epoch, Nanos};
 use crate::replication::message::{DiskState, Message, Promise, Proof, Refusal};
+use crate::replication::mutants::{self, Mutant};
 use crate::replication::record::{CopyStatus, Record, State};
 
 /// The first step back of an outbid candidate is below twice this.
@@ -147,6 +148,9 @@ impl<D: Payload> Attachment<D> {
             _ => {
                 self.peers[copy].why = refusal.to_string();
                 self.peers[copy].vote = Some(Vote::Out);
+                // It may have been removed since the record was read; if all that the record names refuse, nobody else says so.
+                let soon = self.now.after(self.timing.registry_retry);
+                self.reread.get_or_insert(soon);
                 self.tally();
             }
         }
@@ -219,7 +223,7 @@ impl<D: Payload> Attachment<D> {
             // Another boot than the one it was taken in under: unflushed completed writes may be gone (PROTOCOL 5).
             // After a clean detach there were none.
             let gap = self.record.state != State::Clean && known.is_some_and(|b| b != disk.boot_id);
-            if gap {
+            if gap && !mutants::on(Mutant::HighestCounter) {
                 with_gap.insert(copy)
             } else {
                 without.insert(copy)

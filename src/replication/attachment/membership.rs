@@ -8,6 +8,7 @@ use super::{
 use crate::replication::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos};
 use crate::replication::membership::{self, Facts};
 use crate::replication::message::{Message, Refusal};
+use crate::replication::mutants::{self, Mutant};
 use crate::replication::record::{Base, CopyStatus, Record, State};
 
 use super::sync::Sync;
@@ -26,6 +27,7 @@ impl Peer {
             gap: false,
             accepted: None,
             refused: false,
+            unknown: false,
             vote: None,
             detached: false,
             broke_off: 0,
@@ -110,8 +112,12 @@ impl<D: Payload> Attachment<D> {
             .or(self.record.copies[copy].boot_id);
         let gap = known.is_some_and(|b| b != boot_id);
         self.peers[copy].gap = gap;
-        // One whose disk failed is no better, it never comes back: waited for, it would keep the last copy out for ever.
-        let whole = |c: usize| c != copy && !self.peers[c].gap && !self.peers[c].refused;
+        // One whose disk failed or was wiped is no better, it never comes back: waited for, it would keep the last copy out
+        // for ever.
+        let whole = |c: usize| {
+            let peer = &self.peers[c];
+            c != copy && !peer.gap && !peer.refused && !peer.unknown
+        };
         if gap && self.in_sync.iter().any(whole) {
             // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
             return self.lose(copy, "its machine was restarted");
@@ -274,6 +280,9 @@ impl<D: Payload> Attachment<D> {
             self.damp(copy);
             let node = self.record.copies[copy].node.clone();
             self.event("2.6 copy lost", format!("copy on {node}: {why}"));
+            if mutants::on(Mutant::CompleteBeforeCas) {
+                self.forget_copies(CopySet::one(copy));
+            }
         }
         if !self.in_sync.has(copy) {
             self.damp(copy);
@@ -298,6 +307,7 @@ impl<D: Payload> Attachment<D> {
         }
         self.peers[copy].why.clear();
         self.peers[copy].refused = false;
+        self.peers[copy].unknown = false;
         self.peers[copy].beat = Nanos(0);
         self.resend(copy);
         self.tick_heartbeats();
@@ -316,6 +326,7 @@ impl<D: Payload> Attachment<D> {
             }
             other => {
                 self.peers[copy].refused = other == Refusal::Failed;
+                self.peers[copy].unknown = other == Refusal::UnknownCopy;
                 self.lose(copy, &other.to_string())
             }
         }
@@ -453,6 +464,11 @@ impl<D: Payload> Attachment<D> {
             CasOutcome::Done(revision) => self.commit(revision),
             CasOutcome::Conflict(found) => self.compare(found),
             // Never assume: read it back until it is known (PROTOCOL 2.6).
+            CasOutcome::Ambiguous if mutants::on(Mutant::AmbiguousIsFailed) => {
+                let purpose = change.purpose;
+                self.change = None;
+                self.propose_again(purpose);
+            }
             CasOutcome::Ambiguous => (change.unknown, change.in_doubt) = (true, true),
             CasOutcome::Unavailable => {}
         }
@@ -561,6 +577,9 @@ impl<D: Payload> Attachment<D> {
         }
         self.adopt();
         let now = self.configuration();
+        if now.logged && !before.logged {
+            self.unlogged = self.pending.newest();
+        }
         if now != before && self.owns() {
             // Before the first sync of a new copy: each in-sync copy keeps a bitmap for it.
             let to = self.ready.or(self.targets());
@@ -586,7 +605,13 @@ impl<D: Payload> Attachment<D> {
                 self.change = None;
                 self.record = found;
                 self.revision = revision;
+                let before = self.in_sync;
                 self.adopt();
+                // One that was to vote and is absent now is to be brought up to date: on a connection of its own.
+                for copy in before.without(self.in_sync).iter() {
+                    self.actions.push_back(Action::Hangup(copy));
+                    self.unlink(copy, "it is not in the in-sync set");
+                }
                 self.begin_join();
             }
         }
@@ -679,7 +704,8 @@ impl<D: Payload> Attachment<D> {
         let lost = self.syncs.remove(&copy).and_then(|s| s.lost);
         let peer = &mut self.peers[copy];
         peer.in_sync_since = self.now;
-        (peer.gap, peer.accepted, peer.refused) = (false, None, false);
+        (peer.gap, peer.accepted) = (false, None);
+        (peer.refused, peer.unknown) = (false, false);
         peer.lease = None;
         if lost.is_none() {
             self.ready.insert(copy);

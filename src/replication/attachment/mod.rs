@@ -195,6 +195,8 @@ struct Peer {
     accepted: Option<BootId>,
     /// It answered that its disk has failed, and has taken no configuration since.
     refused: bool,
+    /// Its node answered that it has no such copy, and it has taken no configuration since.
+    unknown: bool,
     vote: Option<Vote>,
     detached: bool,
     /// Syncs that broke off, one after the other, and when the next may begin (PROTOCOL 6: rejoin damping).
@@ -391,6 +393,8 @@ pub struct Attachment<D> {
     done: VecDeque<Done<D>>,
     not_serving_since: Option<Nanos>,
     stable: Seq,
+    /// Writes up to this one may be in no activity log: the volume had a single copy.
+    unlogged: Seq,
     /// The newest write completed that was not written through.
     newest: Seq,
     /// A power cut may have taken completed writes back; the guest's next flush says so.
@@ -490,6 +494,8 @@ impl<D: Payload> Attachment<D> {
             done: VecDeque::new(),
             not_serving_since: Some(now),
             stable: Seq(0),
+            // An attachment before this one may have left such writes unflushed.
+            unlogged: Seq(1),
             newest: Seq(0),
             lost_unflushed: false,
             flushes_fail_through: Seq(0),
@@ -640,7 +646,13 @@ impl<D: Payload> Attachment<D> {
     pub fn on_refused(&mut self, now: Nanos, link: usize, refusal: Refusal) {
         self.now = now;
         if !self.ended() {
-            self.refused(link % COPIES_MAX, refusal);
+            let copy = link % COPIES_MAX;
+            // A wiped copy refuses while another candidate is met, and all votes are asked for again: were its link not
+            // down, it would never be dialed again, and a volume that needs all others would wait for its vote for ever.
+            if link == copy {
+                self.unlink(copy, "");
+            }
+            self.refused(copy, refusal);
             self.advance();
         }
     }

@@ -11,7 +11,9 @@ use super::copying::ChunkState;
 use super::{Action, Attachment, CopySet, Kind, Link, Origin, Payload, Phase, SyncView, Work};
 use crate::replication::dirty_map::DirtyMap;
 use crate::replication::ids::{BootId, CHUNK, COPIES_MAX, Chunk, Nanos, Region, Seq, Span};
+use crate::replication::membership;
 use crate::replication::message::{DiskState, MAP_CHUNKS, Message, Status};
+use crate::replication::mutants::{self, Mutant};
 use crate::replication::record::{CopyStatus, State};
 use crate::replication::throttle::Throttle;
 
@@ -245,7 +247,12 @@ impl<D: Payload> Attachment<D> {
                 disk.epoch
             )
         };
-        sync.own = (known && based).then_some(disk.regions);
+        let known = known && based || mutants::on(Mutant::ReuseIdentity) && base.since.0 > 0;
+        sync.own = known.then_some(if mutants::on(Mutant::DropReturningLog) {
+            Vec::new()
+        } else {
+            disk.regions
+        });
         sync.boot = disk.boot_id;
         sync.ticket = ticket;
         sync.stage = Stage::Marking;
@@ -419,6 +426,11 @@ impl<D: Payload> Attachment<D> {
         for (copy, sync) in &mut self.syncs {
             if sync.stage == Stage::Mapping {
                 sync.begun.set_span(span);
+            } else if self.mirrors.has(*copy) && mutants::on(Mutant::MirrorIntoDirty) {
+                span.chunks().for_each(|c| {
+                    sync.todo.clear(c);
+                });
+                to.insert(*copy);
             } else if self.mirrors.has(*copy) && !sync.todo.covers(span) {
                 // All of a write that touches a chunk the target has. What falls into marked chunks does no harm: they are
                 // locked against writes while they are copied, and stay marked until then.
@@ -518,6 +530,15 @@ impl<D: Payload> Attachment<D> {
             self.break_off(copy, why);
         }
         self.syncs.is_empty()
+    }
+
+    /// Whether the change under way makes a member of a target.
+    pub(super) fn taking_in(&self) -> bool {
+        let joins = |c: &super::Change| {
+            let members = membership::with_status(&c.proposed, CopyStatus::InSync);
+            !members.without(self.in_sync).is_empty()
+        };
+        self.change.as_ref().is_some_and(joins)
     }
 
     /// Those that were lost while a change might have taken them in, once that is decided.
