@@ -112,10 +112,10 @@ impl DataPlane for Engine {
         self.ask(Command::Call(index, call)).unwrap();
     }
 
-    fn stop_ring(&mut self, index: u16) -> u16 {
-        let next = self.ask(Command::Stop(index)).unwrap();
+    fn stop_ring(&mut self, index: u16) -> Result<u16, String> {
+        let next = self.ask(Command::Stop(index))?;
         self.world.note(format!("stop {index} at {next}"));
-        next
+        Ok(next)
     }
 
     fn set_enabled(&mut self, index: u16, enabled: bool) {

@@ -119,6 +119,7 @@ impl Driver {
             kick: owned(&self.kick),
             call: Some(owned(&self.call)),
             mem: Arc::clone(&self.mem),
+            inflight: None,
         }
     }
 
