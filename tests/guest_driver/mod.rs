@@ -203,6 +203,10 @@ impl Driver {
         self.u16_at(self.used)
     }
 
+    pub fn avail_idx(&self) -> u16 {
+        self.avail_idx
+    }
+
     pub fn used_idx(&self) -> u16 {
         self.mem
             .load::<u16>(
