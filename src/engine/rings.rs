@@ -145,19 +145,16 @@ impl Rings {
         if self.queues.len() <= at {
             self.queues.resize_with(at + 1, Queue::default);
         }
-        if ring.to_resubmit() > 0 {
-            log::info!(
-                "volume {}: queue {at} goes on at {}, {} requests were in flight and are submitted again",
-                self.name,
-                ring.next_avail(),
-                ring.to_resubmit()
-            );
-        }
+        log::info!(
+            "volume {}: queue {at} starts at {}, {} requests that were in flight are submitted again",
+            self.name,
+            ring.next_avail(),
+            ring.to_resubmit()
+        );
         if ring.discarded() > 0 {
             log::warn!(
-                "volume {}: queue {at} begins anew at {}: {} requests in flight were of a ring that is gone",
+                "volume {}: queue {at}: {} requests in flight were of a ring that is gone",
                 self.name,
-                ring.next_avail(),
                 ring.discarded()
             );
         }
