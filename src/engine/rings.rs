@@ -490,3 +490,6 @@ fn snapshot(memory: &GuestPart) -> Bytes {
     unsafe { copy_from_guest(&memory.pieces(), &mut buffer) };
     Bytes::from_buffer(buffer)
 }
+
+#[cfg(test)]
+mod tests;

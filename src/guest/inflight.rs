@@ -257,6 +257,19 @@ pub struct InflightQueue {
     pub(super) queue: u16,
 }
 
+#[cfg(test)]
+impl InflightQueue {
+    /// A fresh region for one queue.
+    pub(crate) fn fresh(entries: u16) -> InflightQueue {
+        let asked = VhostUserInflight::new(0, 0, 1, entries);
+        let (info, file) = create(&asked, 1).expect("memory");
+        InflightQueue {
+            region: Arc::new(Region::open(&info, file, 1).expect("as it was made")),
+            queue: 0,
+        }
+    }
+}
+
 /// Access to one part. Valid while its region is.
 #[derive(Debug, Clone, Copy)]
 struct Part {
