@@ -388,3 +388,53 @@ fn a_region_that_does_not_fit_is_refused_and_the_next_connection_served() {
     start_like_qemu(&mut vm, &region);
     vm.works(11);
 }
+
+/// `CARGO_PROFILE_DEV_OPT_LEVEL=3 cargo test --test guest_inflight costs -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn tracking_costs() {
+    use lockstep::guest::{Chain, InflightQueue, InflightRegion, Ring, RingStart};
+
+    const ROUNDS: usize = 2_000;
+    let (info, file) = InflightRegion::create(&VhostUserInflight::new(0, 0, 1, 256), 1).unwrap();
+    let region = InflightRegion::open(&info, file, 1).unwrap();
+    let part = InflightQueue::of(&Arc::new(region), 0);
+    for batch in [1u16, 16] {
+        for tracked in [false, true] {
+            let mut driver = Driver::new(memory(), 0, 128);
+            let mut ring = Ring::new(RingStart {
+                inflight: part.clone().filter(|_| tracked),
+                ..driver.start(F_EVENT_IDX)
+            })
+            .unwrap();
+            let mut taken: Vec<Chain> = Vec::new();
+            // The driver's half costs more than the device's, and is not counted.
+            let mut round = || {
+                for n in 0..batch {
+                    let three = [
+                        desc(DATA, 16, 0, 0),
+                        desc(DATA + 0x1000, 4096, 0, 0),
+                        desc(DATA + 0x2000, 1, WRITE, 0),
+                    ];
+                    driver.offer_chain(3 * n, &three);
+                }
+                let start = std::time::Instant::now();
+                for _ in 0..batch {
+                    taken.extend(ring.pop().unwrap());
+                }
+                for chain in taken.drain(..) {
+                    ring.push_used(chain.complete(1));
+                }
+                ring.publish();
+                let took = start.elapsed().as_nanos() as f64;
+                driver.completions();
+                took / f64::from(batch)
+            };
+            // The best of many means: the machine may have other things to do.
+            let best = (0..50)
+                .map(|_| (0..ROUNDS).map(|_| round()).sum::<f64>() / ROUNDS as f64)
+                .fold(f64::MAX, f64::min);
+            println!("batches of {batch}, tracked {tracked}: {best:.1} ns a request");
+        }
+    }
+}

@@ -73,34 +73,52 @@ const SEALS: SealFlags = SealFlags::GROW
 
 /// Why a region is refused.
 #[derive(Debug, Error)]
-pub(super) enum InflightError {
+pub enum InflightError {
+    /// None, or more than the device has.
     #[error(
         "an in-flight region for {asked} queues was asked for; the volume is attached with {have}"
     )]
-    Queues { asked: u16, have: u16 },
+    Queues {
+        /// Queues of the region.
+        asked: u16,
+        /// Queues of the device.
+        have: u16,
+    },
+    /// None, or more than a ring can have.
     #[error("an in-flight region of {0} entries a queue; 1 to {MAX_RING_SIZE} are possible")]
     Entries(u16),
+    /// It is smaller than its counts say, or its file is.
     #[error(
         "the in-flight region has {size} bytes at {offset} of a file of {file}; {needed} are needed"
     )]
     Size {
+        /// Bytes by the message.
         size: u64,
+        /// Where they begin in the file.
         offset: u64,
+        /// Bytes of the file.
         file: u64,
+        /// Bytes that its counts take.
         needed: u64,
     },
+    /// An access to its mapping could fail.
     #[error(
-        "the in-flight region is not a memory file that is sealed against shrinking, as the one that GET_INFLIGHT_FD gives out is"
+        "the in-flight region is not a memory file (of ordinary pages) that is sealed against shrinking, as the one that GET_INFLIGHT_FD gives out is"
     )]
     NotSealed,
+    /// Of a newer program, or of none.
     #[error(
         "the in-flight region of queue {queue} has version {version} and features {features:#x}; this program reads version {V1} without features: restart the newer one"
     )]
     Version {
+        /// Of which queue.
         queue: u16,
+        /// Its `version`.
         version: u16,
+        /// Its `features`.
         features: u64,
     },
+    /// It does not agree with the message that brought it.
     #[error("the in-flight region of queue {queue} says {said} entries where it has {entries}")]
     Count { queue: u16, said: u16, entries: u16 },
     #[error("the in-flight region cannot be {what}: {source}")]
@@ -136,45 +154,55 @@ fn needed(info: &VhostUserInflight, queues: u16) -> Result<usize, InflightError>
     Ok(stride(info.queue_size) * usize::from(info.num_queues))
 }
 
-/// Makes a region for a device of `queues` queues, to be given to the front-end (GET_INFLIGHT_FD). All zeros, which is
-/// what a fresh one is.
-pub(super) fn create(
-    asked: &VhostUserInflight,
-    queues: u16,
-) -> Result<(VhostUserInflight, File), InflightError> {
-    let size = needed(asked, queues)? as u64;
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let file = rustix::fs::memfd_create("lockstep-inflight", flags).map_err(cannot("made"))?;
-    rustix::fs::ftruncate(&file, size).map_err(cannot("sized"))?;
-    rustix::fs::fcntl_add_seals(&file, SEALS).map_err(cannot("sealed"))?;
-    let info = VhostUserInflight {
-        mmap_size: size,
-        mmap_offset: 0,
-        ..*asked
-    };
-    Ok((info, file.into()))
-}
-
 /// A region that the front-end gave back (SET_INFLIGHT_FD), mapped. Its counts are ours: what the memory says of them
 /// was checked once and is not read again.
 #[derive(Debug)]
-pub(super) struct Region {
+pub struct Region {
     map: MmapRegion<()>,
     queues: u16,
     entries: u16,
 }
 
 impl Region {
+    /// Makes a region for a device of `queues` queues, to be given to the front-end (GET_INFLIGHT_FD). All zeros, which is
+    /// what a fresh one is.
+    ///
+    /// # Errors
+    ///
+    /// Its counts do not fit the device, or the system has no memory file.
+    pub fn create(
+        asked: &VhostUserInflight,
+        queues: u16,
+    ) -> Result<(VhostUserInflight, File), InflightError> {
+        let size = needed(asked, queues)? as u64;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = rustix::fs::memfd_create("lockstep-inflight", flags).map_err(cannot("made"))?;
+        rustix::fs::ftruncate(&file, size).map_err(cannot("sized"))?;
+        rustix::fs::fcntl_add_seals(&file, SEALS).map_err(cannot("sealed"))?;
+        let info = VhostUserInflight {
+            mmap_size: size,
+            mmap_offset: 0,
+            ..*asked
+        };
+        Ok((info, file.into()))
+    }
+
     /// Maps a region for a device of `queues` queues. The front-end may send anything, so all of it is checked.
-    pub(super) fn open(
+    ///
+    /// # Errors
+    ///
+    /// [`InflightError`]: it does not fit the device, its file or its own message, or cannot be mapped.
+    pub fn open(
         info: &VhostUserInflight,
         file: File,
         queues: u16,
     ) -> Result<Region, InflightError> {
         let needed = needed(info, queues)?;
-        // Were it shrunk under the mapping, the next access would end this process.
+        // Were it shrunk under the mapping, the next access would end this process; so would one to a huge page that
+        // the machine has not got.
         let seals = rustix::fs::fcntl_get_seals(&file).map_err(|_| InflightError::NotSealed)?;
-        if !seals.contains(SealFlags::SHRINK) {
+        let of = rustix::fs::fstatfs(&file).map_err(cannot("inspected"))?;
+        if !seals.contains(SealFlags::SHRINK) || of.f_type != libc::TMPFS_MAGIC {
             return Err(InflightError::NotSealed);
         }
         let stat = rustix::fs::fstat(&file).map_err(cannot("inspected"))?;
@@ -225,7 +253,7 @@ impl Region {
     }
 
     /// Queues that it has a part for, from 0 on.
-    pub(super) fn queues(&self) -> u16 {
+    pub fn queues(&self) -> u16 {
         self.queues
     }
 
@@ -253,20 +281,15 @@ impl Region {
 /// One queue's part of a region, on its way to the ring that it tracks.
 #[derive(Debug, Clone)]
 pub struct InflightQueue {
-    pub(super) region: Arc<Region>,
-    pub(super) queue: u16,
+    region: Arc<Region>,
+    queue: u16,
 }
 
-#[cfg(test)]
 impl InflightQueue {
-    /// A fresh region for one queue.
-    pub(crate) fn fresh(entries: u16) -> InflightQueue {
-        let asked = VhostUserInflight::new(0, 0, 1, entries);
-        let (info, file) = create(&asked, 1).expect("memory");
-        InflightQueue {
-            region: Arc::new(Region::open(&info, file, 1).expect("as it was made")),
-            queue: 0,
-        }
+    /// The part of a queue; none when the region has fewer.
+    pub fn of(region: &Arc<Region>, queue: u16) -> Option<InflightQueue> {
+        let region = Arc::clone(region);
+        (queue < region.queues).then_some(InflightQueue { region, queue })
     }
 }
 

@@ -43,7 +43,7 @@ mod table;
 
 pub use chain::{Chain, ChainFault, MAX_DATA_SEGMENTS, Used};
 pub use config::{BlockSize, ConfigError, DeviceConfig, Serial};
-pub use inflight::InflightQueue;
+pub use inflight::{InflightError, InflightQueue, Region as InflightRegion};
 pub use iovec::{IoVec, copy_from_guest, copy_to_guest, total_len};
 pub use plane::{DataPlane, RingStart};
 pub use request::{Kind, Limits, Parsed, Refusal, Refused, Request, SECTOR_SIZE, Status};

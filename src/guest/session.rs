@@ -25,7 +25,7 @@ use vm_memory::GuestMemoryAtomic;
 
 use super::GuestMem;
 use super::config::{Device, F_PROTOCOL_FEATURES};
-use super::inflight::{self, InflightQueue, Region};
+use super::inflight::{InflightQueue, Region};
 use super::plane::{DataPlane, RingStart};
 use super::table::{MAX_MEM_SLOTS, MemTable, SHARE_HINT, TableError};
 
@@ -229,14 +229,13 @@ impl<'a> Session<'a> {
     /// The part of the in-flight region for a queue that starts.
     fn tracked_by(&mut self, queue: u16) -> Result<Option<InflightQueue>> {
         if let Some(region) = &self.inflight {
-            if queue >= region.queues() {
-                return Err(refuse(format!(
+            let part = InflightQueue::of(region, queue).ok_or_else(|| {
+                refuse(format!(
                     "queue {queue} is started, but the in-flight region is for {} queues",
                     region.queues()
-                )));
-            }
-            let region = Arc::clone(region);
-            return Ok(Some(InflightQueue { region, queue }));
+                ))
+            });
+            return part.map(Some);
         }
         if !std::mem::replace(&mut self.untracked, true) {
             let offered = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
@@ -551,7 +550,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
 
     fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         // Only made and given away: the front-end sends it back before it starts a ring.
-        inflight::create(asked, self.device.config.num_queues).map_err(|e| refuse(e.to_string()))
+        Region::create(asked, self.device.config.num_queues).map_err(|e| refuse(e.to_string()))
     }
 
     fn set_inflight_fd(&mut self, info: &VhostUserInflight, file: File) -> Result<()> {

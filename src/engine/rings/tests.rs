@@ -4,11 +4,12 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 
+use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
-use crate::guest::InflightQueue;
+use crate::guest::{InflightQueue, InflightRegion};
 use crate::replication::failure_mode::FailureMode;
 use crate::replication::ids::{BootId, CopyId, Epoch, Instance, NodeName, Tag, VolumeId};
 use crate::replication::message::Proof;
@@ -88,7 +89,10 @@ impl World {
     }
 
     fn tracked() -> World {
-        World::new(Some(InflightQueue::fresh(SIZE)))
+        let asked = VhostUserInflight::new(0, 0, 1, SIZE);
+        let (info, file) = InflightRegion::create(&asked, 1).unwrap();
+        let region = InflightRegion::open(&info, file, 1).unwrap();
+        World::new(InflightQueue::of(&Arc::new(region), 0))
     }
 
     /// Starts the ring; `base` is the front-end's.

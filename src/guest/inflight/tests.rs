@@ -81,7 +81,7 @@ impl Guest {
     /// A ring that has been used before, up to `index`.
     fn new(index: u16) -> Guest {
         let mem = GuestMem::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
-        let (info, file) = create(&asked(), QUEUES).unwrap();
+        let (info, file) = Region::create(&asked(), QUEUES).unwrap();
         for head in 0..SIZE {
             let mut desc = [0u8; 16];
             desc[..8].copy_from_slice(&(DATA + u64::from(head)).to_le_bytes());
@@ -157,10 +157,7 @@ impl Guest {
             kick: event(),
             call: None,
             mem: Arc::clone(&self.mem),
-            inflight: Some(InflightQueue {
-                region: Arc::new(self.region()),
-                queue: QUEUE,
-            }),
+            inflight: InflightQueue::of(&Arc::new(self.region()), QUEUE),
         })
     }
 
@@ -462,7 +459,7 @@ fn a_region_that_says_what_nobody_wrote_is_refused() {
 
 #[test]
 fn a_region_is_taken_only_whole_and_sealed() {
-    let (info, file) = create(&asked(), QUEUES).unwrap();
+    let (info, file) = Region::create(&asked(), QUEUES).unwrap();
     assert_eq!(rustix::fs::fcntl_get_seals(&file).unwrap(), SEALS);
     let open = |info: VhostUserInflight, file: &File| {
         Region::open(&info, file.try_clone().unwrap(), QUEUES).map(drop)
@@ -482,7 +479,7 @@ fn a_region_is_taken_only_whole_and_sealed() {
             open(bad, &file),
             Err(InflightError::Queues { have: 2, .. })
         ));
-        assert!(create(&bad, QUEUES).is_err());
+        assert!(Region::create(&bad, QUEUES).is_err());
     }
     for bad in [
         VhostUserInflight {
@@ -495,7 +492,7 @@ fn a_region_is_taken_only_whole_and_sealed() {
         },
     ] {
         assert!(matches!(open(bad, &file), Err(InflightError::Entries(_))));
-        assert!(create(&bad, QUEUES).is_err());
+        assert!(Region::create(&bad, QUEUES).is_err());
     }
     for bad in [
         VhostUserInflight {
@@ -538,6 +535,13 @@ fn a_region_is_taken_only_whole_and_sealed() {
     let memory = File::from(rustix::fs::memfd_create("front-end", flags).unwrap());
     memory.set_len(8192).unwrap();
     assert!(matches!(open(info, &memory), Err(InflightError::NotSealed)));
+    // One of huge pages, where the kernel has them: their mapping promises nothing.
+    if let Ok(huge) = rustix::fs::memfd_create("front-end", flags | MemfdFlags::HUGETLB) {
+        let huge = File::from(huge);
+        huge.set_len(2 << 20).unwrap();
+        rustix::fs::fcntl_add_seals(&huge, SEALS).unwrap();
+        assert!(matches!(open(info, &huge), Err(InflightError::NotSealed)));
+    }
     // Its own sealed one is as good as ours, also in the middle of a larger one; off a page it cannot be mapped.
     rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK).unwrap();
     open(
