@@ -27,7 +27,7 @@ use crate::copy::{LogImage, NodeDir, NodeDirError, Store, StoreError};
 use crate::engine::{
     AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, VolumeStatus, WriteCache,
 };
-use crate::guest::{BlockSize, DeviceConfig, Server};
+use crate::guest::{BlockSize, Bound, DeviceConfig, Server};
 use crate::registry::{CasError, Revision};
 use crate::replication::attachment::{self, CasOutcome};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
@@ -478,10 +478,10 @@ impl Host for NodeHost {
             read_only: request.read_only,
             writeback: write_cache.is_on(),
         };
-        // The socket first: it may be taken, and then nothing has happened.
-        let plane = Box::new(engine.plane(request.volume, write_cache));
-        let mut server = Server::spawn(config, &request.socket, plane)
-            .map_err(|e| HostError::Refused(e.to_string()))?;
+        // The socket first: it may be taken, and then nothing has happened. A front-end that reconnects finds it; it is
+        // answered as soon as its worker knows the volume, which is at once and long before that has taken over.
+        let bound =
+            Bound::new(config, &request.socket).map_err(|e| HostError::Refused(e.to_string()))?;
         let mine = record
             .attachment
             .as_ref()
@@ -504,10 +504,12 @@ impl Host for NodeHost {
             read_only: request.read_only,
             record: request.record,
         };
-        if let Err(why) = engine.attach(attach) {
-            server.stop();
-            return Err(HostError::Refused(why));
-        }
+        engine.attach(attach).map_err(HostError::Refused)?;
+        let plane = Box::new(engine.plane(request.volume, write_cache));
+        let server = bound.serve(plane).map_err(|e| {
+            let _ = engine.detach(request.volume);
+            HostError::Refused(e.to_string())
+        })?;
         served.insert(
             request.volume,
             Served {

@@ -132,8 +132,8 @@ pub struct GuestRequest {
     request: RefCell<Option<Request>>,
     /// The ring it came from.
     pub ring: u16,
-    /// The connection it came from.
-    pub connection: u64,
+    /// Which start of that ring it came from.
+    pub life: u64,
     /// Parts not yet done.
     pub parts: Cell<u32>,
     /// One of them failed.
@@ -144,13 +144,13 @@ pub struct GuestRequest {
 
 impl GuestRequest {
     /// A request of `ring`, in `parts` parts.
-    pub fn new(request: Request, ring: u16, connection: u64, parts: u32) -> Rc<Self> {
+    pub fn new(request: Request, ring: u16, life: u64, parts: u32) -> Rc<Self> {
         let request = RefCell::new(Some(request));
         let (parts, failed) = (Cell::new(parts), Cell::new(false));
         Rc::new(Self {
             request,
             ring,
-            connection,
+            life,
             parts,
             failed,
             snapshots: RefCell::default(),

@@ -52,14 +52,8 @@ impl DataPlane for Plane {
         self.tell(GuestCommand::Call(index, call));
     }
 
-    fn stop_ring(&mut self, index: u16) -> u16 {
-        self.ask(GuestCommand::Stop(index)).unwrap_or_else(|why| {
-            log::warn!(
-                "volume {}, queue {index}: stopped without its index: {why}",
-                self.volume
-            );
-            0
-        })
+    fn stop_ring(&mut self, index: u16) -> Result<u16, String> {
+        self.ask(GuestCommand::Stop(index))
     }
 
     fn set_enabled(&mut self, index: u16, enabled: bool) {

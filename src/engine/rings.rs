@@ -22,6 +22,10 @@ pub const DRAIN: Nanos = Nanos::from_ms(5_000);
 /// One started ring.
 struct Slot {
     ring: Ring,
+    /// Which start of it this is. What was taken in an earlier one is not answered here.
+    life: u64,
+    /// Parts of its requests that are under way.
+    under_way: usize,
     enabled: bool,
     /// It may have requests: look without waiting for a kick.
     ready: bool,
@@ -39,13 +43,45 @@ struct Part {
     submitted: Nanos,
 }
 
+/// One queue of the device.
+#[derive(Default)]
+struct Queue {
+    slot: Option<Slot>,
+    /// Parts under way of requests that were taken before it was stopped or its connection ended. Nobody waits for
+    /// their answers, but a disk may still be reading into the guest's memory for them. Were they submitted again and
+    /// answered meanwhile, the guest would have other things in that memory by then: so nothing is taken before the
+    /// last of them has ended.
+    orphans: usize,
+}
+
+impl Queue {
+    /// Stops it.
+    fn end(&mut self) -> Option<Slot> {
+        let slot = self.slot.take()?;
+        self.orphans += slot.under_way;
+        Some(slot)
+    }
+
+    /// How many requests may be taken now. A ring that stops takes what it has to answer before it has stopped: its
+    /// former process had taken it already, also if it was not enabled again since.
+    fn may_take(&self) -> u16 {
+        match &self.slot {
+            Some(_) if self.orphans > 0 => 0,
+            Some(slot) if slot.stopping.is_some() => slot.ring.to_resubmit(),
+            // One ring's length at most: a guest that refills it meanwhile is looked at again after the others.
+            Some(slot) if slot.ready && slot.enabled => slot.ring.size(),
+            _ => 0,
+        }
+    }
+}
+
 /// All rings of one volume.
 pub struct Rings {
     name: String,
     serial: Serial,
-    slots: Vec<Option<Slot>>,
+    queues: Vec<Queue>,
     parts: InFlight<Part>,
-    connection: u64,
+    lives: u64,
     limits: Limits,
     writeback: bool,
     /// The volume is being detached: nothing new is taken.
@@ -64,9 +100,9 @@ impl Rings {
         Self {
             name,
             serial,
-            slots: Vec::new(),
+            queues: Vec::new(),
             parts: InFlight::default(),
-            connection: 0,
+            lives: 0,
             limits,
             writeback: true,
             paused: false,
@@ -85,13 +121,17 @@ impl Rings {
     }
 
     fn slot(&self, index: u16) -> Option<&Slot> {
-        self.slots.get(usize::from(index)).and_then(Option::as_ref)
+        self.queues.get(usize::from(index))?.slot.as_ref()
     }
 
     fn slot_mut(&mut self, index: u16) -> Option<&mut Slot> {
-        self.slots
-            .get_mut(usize::from(index))
-            .and_then(Option::as_mut)
+        self.queues.get_mut(usize::from(index))?.slot.as_mut()
+    }
+
+    /// The ring that a request came from, if that did not stop since.
+    fn origin(&mut self, guest: &GuestRequest) -> Option<&mut Slot> {
+        self.slot_mut(guest.ring)
+            .filter(|slot| slot.life == guest.life)
     }
 
     /// Takes a ring over. The caller watches its kick.
@@ -102,12 +142,28 @@ impl Rings {
         }
         let ring = Ring::new(start).map_err(|e| format!("queue {index}: {e}"))?;
         let at = usize::from(index);
-        if self.slots.len() <= at {
-            self.slots.resize_with(at + 1, || None);
+        if self.queues.len() <= at {
+            self.queues.resize_with(at + 1, Queue::default);
         }
+        log::info!(
+            "volume {}: queue {at} starts at {}, {} requests that were in flight are submitted again",
+            self.name,
+            ring.next_avail(),
+            ring.to_resubmit()
+        );
+        if ring.discarded() > 0 {
+            log::warn!(
+                "volume {}: queue {at}: {} requests in flight were of a ring that is gone",
+                self.name,
+                ring.discarded()
+            );
+        }
+        self.lives += 1;
         // A kick may have been consumed by an earlier process: look once without one.
-        self.slots[at] = Some(Slot {
+        self.queues[at].slot = Some(Slot {
             ring,
+            life: self.lives,
+            under_way: 0,
             enabled,
             ready: true,
             pushed: false,
@@ -141,7 +197,7 @@ impl Rings {
 
     /// A new memory table. Requests under way keep the one they came with.
     pub fn set_memory(&mut self, mem: &Arc<GuestMem>) -> Result<(), String> {
-        for slot in self.slots.iter_mut().flatten() {
+        for slot in self.queues.iter_mut().filter_map(|q| q.slot.as_mut()) {
             let index = slot.ring.index();
             slot.ring
                 .set_memory(Arc::clone(mem))
@@ -165,8 +221,7 @@ impl Rings {
 
     /// The connection is gone: its rings are dropped, and what is under way is not answered any more.
     pub fn disconnect(&mut self) {
-        self.connection += 1;
-        self.slots.clear();
+        self.queues.iter_mut().for_each(|queue| drop(queue.end()));
     }
 
     /// A kick came in.
@@ -180,23 +235,23 @@ impl Rings {
     /// Takes what the guest made available and submits it. Returns whether anything was taken.
     pub fn take(&mut self, now: Nanos, attachment: &mut Attachment<Bytes>, direct: bool) -> bool {
         let mut any = false;
-        for at in 0..self.slots.len() {
-            let Some(slot) = self.slots[at].as_mut() else {
+        if self.paused {
+            return any;
+        }
+        for (at, queue) in self.queues.iter_mut().enumerate() {
+            let budget = queue.may_take();
+            let Some(slot) = queue.slot.as_mut().filter(|_| budget > 0) else {
                 continue;
             };
-            if !slot.ready || !slot.enabled || slot.stopping.is_some() || self.paused {
-                continue;
-            }
             slot.ready = false;
             slot.ring.disable_kicks();
-            // One ring's length at most: a guest that refills it meanwhile is looked at again after the others.
-            for _ in 0..slot.ring.size() {
+            for _ in 0..budget {
                 match slot.ring.next_request(&self.limits) {
                     Ok(Some(Parsed::Request(request))) => {
                         any = true;
                         let from = From {
                             ring: at as u16,
-                            connection: self.connection,
+                            life: slot.life,
                             now,
                             fua: !self.writeback,
                             direct,
@@ -206,7 +261,13 @@ impl Rings {
                             slot.ring.push_used(request.finish(Status::Ok));
                             slot.pushed = true;
                         } else {
-                            submit(&mut self.parts, attachment, request, &from);
+                            let (under_way, refused) =
+                                submit(&mut self.parts, attachment, request, &from);
+                            slot.under_way += under_way;
+                            if let Some(used) = refused {
+                                slot.ring.push_used(used);
+                                slot.pushed = true;
+                            }
                         }
                     }
                     Ok(Some(Parsed::Refused(refused))) => {
@@ -235,8 +296,18 @@ impl Rings {
             return;
         };
         let guest = &part.guest;
+        let alive = match self.origin(guest) {
+            Some(slot) => {
+                slot.under_way -= 1;
+                true
+            }
+            None => {
+                self.queues[usize::from(guest.ring)].orphans -= 1;
+                false
+            }
+        };
         if let (Outcome::Ok, Some(Bytes::Buffer(buffer)), Kind::In) = (outcome, data, part.kind)
-            && guest.connection == self.connection
+            && alive
         {
             let pieces = GuestPart {
                 request: Rc::clone(guest),
@@ -252,23 +323,16 @@ impl Rings {
             .set(guest.failed.get() || outcome == Outcome::IoError);
         guest.parts.set(guest.parts.get() - 1);
         self.count(now, &part, outcome);
-        if guest.parts.get() > 0 || guest.connection != self.connection {
+        if guest.parts.get() > 0 || !alive {
             return;
         }
-        let (index, status) = (
-            guest.ring,
-            if guest.failed.get() {
-                Status::IoErr
-            } else {
-                Status::Ok
-            },
-        );
+        let status = if guest.failed.get() {
+            Status::IoErr
+        } else {
+            Status::Ok
+        };
         let used = guest.finish(status);
-        self.answer(index, used);
-    }
-
-    fn answer(&mut self, index: u16, used: Option<Used>) {
-        if let (Some(slot), Some(used)) = (self.slot_mut(index), used) {
+        if let (Some(slot), Some(used)) = (self.origin(guest), used) {
             slot.ring.push_used(used);
             slot.pushed = true;
         }
@@ -290,7 +354,10 @@ impl Rings {
     /// has more to take already.
     pub fn end_turn(&mut self) -> bool {
         let mut more = false;
-        for slot in self.slots.iter_mut().flatten() {
+        for queue in &mut self.queues {
+            let Some(slot) = &mut queue.slot else {
+                continue;
+            };
             if slot.pushed {
                 slot.pushed = false;
                 slot.ring.publish_and_notify();
@@ -303,7 +370,7 @@ impl Rings {
             {
                 slot.ready = slot.ring.enable_kicks();
             }
-            more |= slot.ready && slot.enabled && slot.stopping.is_none() && !self.paused;
+            more |= !self.paused && queue.may_take() > 0;
         }
         more
     }
@@ -311,24 +378,25 @@ impl Rings {
     /// Answers stops whose rings are empty or whose time is over; names them, so that their kicks are not watched.
     pub fn stopped(&mut self, now: Nanos) -> Vec<(u16, Ring)> {
         let mut out = Vec::new();
-        for at in 0..self.slots.len() {
-            let Some(slot) = &self.slots[at] else {
+        for (at, queue) in self.queues.iter_mut().enumerate() {
+            let Some(slot) = &queue.slot else {
                 continue;
             };
             let Some((_, deadline)) = &slot.stopping else {
                 continue;
             };
-            let left = slot.ring.in_flight();
+            let left = slot.ring.in_flight() + slot.ring.to_resubmit();
             if left > 0 && now < *deadline {
                 continue;
             }
             if left > 0 {
+                // With an in-flight region they are there still, and are submitted again when the ring goes on.
                 log::error!(
                     "volume {}: queue {at} stopped with {left} requests unanswered",
                     self.name
                 );
             }
-            if let Some(slot) = self.slots[at].take() {
+            if let Some(slot) = queue.end() {
                 if let Some((reply, _)) = slot.stopping {
                     let _ = reply.try_send(Ok(slot.ring.next_avail()));
                 }
@@ -341,26 +409,28 @@ impl Rings {
 
 struct From {
     ring: u16,
-    connection: u64,
+    life: u64,
     now: Nanos,
     fua: bool,
     direct: bool,
 }
 
-/// Hands a request to the attachment, in parts of at most [`IO_MAX`].
+/// Hands a request to the attachment, in parts of at most [`IO_MAX`]. Gives how many parts are under way; when there is
+/// room for none, the request's answer.
 fn submit(
     parts: &mut InFlight<Part>,
     attachment: &mut Attachment<Bytes>,
     request: Request,
     from: &From,
-) {
+) -> (usize, Option<Used>) {
     let (kind, offset, total) = (
         request.kind(),
         request.offset(),
         request.data_len() as usize,
     );
     let count = total.div_ceil(IO_MAX as usize).max(1);
-    let guest = GuestRequest::new(request, from.ring, from.connection, count as u32);
+    let mut under_way = 0;
+    let guest = GuestRequest::new(request, from.ring, from.life, count as u32);
     for n in 0..count {
         let start = n * IO_MAX as usize;
         let len = (total - start).min(IO_MAX as usize);
@@ -405,7 +475,12 @@ fn submit(
             Kind::Flush | Kind::GetId => (Op::Flush, None),
         };
         attachment.submit(from.now, RequestId(seq.0), op, data);
+        under_way += 1;
     }
+    let refused = (guest.parts.get() == 0)
+        .then(|| guest.finish(Status::IoErr))
+        .flatten();
+    (under_way, refused)
 }
 
 /// The one time that the guest's bytes are read (PROTOCOL 2.1).
@@ -415,3 +490,6 @@ fn snapshot(memory: &GuestPart) -> Bytes {
     unsafe { copy_from_guest(&memory.pieces(), &mut buffer) };
     Bytes::from_buffer(buffer)
 }
+
+#[cfg(test)]
+mod tests;

@@ -173,6 +173,7 @@ impl Device {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     /// Whether a write may complete before it is durable: the guest can flush, and left the write cache on (5.2.6.2).

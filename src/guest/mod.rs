@@ -20,6 +20,7 @@
 //! | `plane` | the contract between the two sides |
 //! | `memory` | guest memory as host pointers, looked up fast and never beyond a region |
 //! | `ring` | the checked split-ring reader and writer |
+//! | `inflight` | which requests are in flight, in memory that survives this process |
 //! | `chain` | one descriptor chain, walked with every bound checked |
 //! | `request` | one virtio-blk request: parsed, refused, or completed exactly once |
 //! | `iovec` | pieces of guest memory, and copying to and from them |
@@ -29,6 +30,7 @@
 
 mod chain;
 mod config;
+mod inflight;
 mod iovec;
 mod memory;
 mod plane;
@@ -41,11 +43,12 @@ mod table;
 
 pub use chain::{Chain, ChainFault, MAX_DATA_SEGMENTS, Used};
 pub use config::{BlockSize, ConfigError, DeviceConfig, Serial};
+pub use inflight::{InflightError, InflightQueue, Region as InflightRegion};
 pub use iovec::{IoVec, copy_from_guest, copy_to_guest, total_len};
 pub use plane::{DataPlane, RingStart};
 pub use request::{Kind, Limits, Parsed, Refusal, Refused, Request, SECTOR_SIZE, Status};
 pub use ring::{MAX_RING_SIZE, Ring, RingError};
-pub use server::Server;
+pub use server::{Bound, Server};
 pub use socket::ServeError;
 
 /// Guest memory as the front-end shared it, with the dirty bitmap that live migration needs.

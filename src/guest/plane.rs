@@ -7,6 +7,7 @@ use vm_memory::GuestAddress;
 
 use super::GuestMem;
 use super::config::{RING_F_EVENT_IDX, RING_F_INDIRECT_DESC};
+use super::inflight::InflightQueue;
 
 /// What the engine implements. The control thread hands ring state over and waits for each call to return, so that a
 /// reply to the front-end is never ahead of the data path.
@@ -36,7 +37,12 @@ pub trait DataPlane: Send {
 
     /// Stop popping from a running ring, wait a bounded time for what is in flight, give up both descriptors.
     /// Returns the index of the next available entry that the engine did not take (GET_VRING_BASE).
-    fn stop_ring(&mut self, index: u16) -> u16;
+    ///
+    /// # Errors
+    ///
+    /// A sentence for the log: the index is not known. The connection is closed with it, because a front-end would
+    /// believe any number, and goes by the used index without one.
+    fn stop_ring(&mut self, index: u16) -> Result<u16, String>;
 
     /// `false` pauses a running ring: no new requests are taken, those in flight complete. `true` resumes it, with
     /// one look at the ring because kicks may have been missed.
@@ -68,7 +74,8 @@ pub struct RingStart {
     pub avail: GuestAddress,
     /// Used ring (ours).
     pub used: GuestAddress,
-    /// Index of the first available entry to take (SET_VRING_BASE).
+    /// Index of the first available entry to take (SET_VRING_BASE). Not looked at when requests in flight are tracked:
+    /// the region knows better.
     pub next_avail: u16,
     /// Features that the front-end acknowledged before this start; a later change does not reach a running ring.
     pub features: u64,
@@ -80,6 +87,8 @@ pub struct RingStart {
     pub call: Option<OwnedFd>,
     /// The memory in which all of this lies.
     pub mem: Arc<GuestMem>,
+    /// Where requests in flight are written down for the next process; `None` when the front-end keeps no such memory.
+    pub inflight: Option<InflightQueue>,
 }
 
 impl RingStart {

@@ -11,6 +11,9 @@
 //! 3. [`push_used`](Ring::push_used) for whatever completed, one [`publish_and_notify`](Ring::publish_and_notify);
 //! 4. [`enable_kicks`](Ring::enable_kicks), and back to 2 if it says that more has come.
 //!
+//! With an in-flight region (`inflight`) a ring first gives out again what an earlier process took and did not answer,
+//! in its order.
+//!
 //! A broken ring reports its error once. From then on it gives out nothing, but still takes completions.
 
 use std::fs::File;
@@ -24,6 +27,7 @@ use thiserror::Error;
 use vm_memory::GuestAddress;
 
 use super::chain::{Chain, DESC_SIZE, Used, Walk};
+use super::inflight::{Resumed, Tracker, before_store};
 use super::memory::MemMap;
 use super::request::{Limits, Parsed, Request};
 use super::{GuestMem, IoVec, RingStart};
@@ -143,6 +147,20 @@ pub enum RingError {
         /// Length of the table in bytes.
         len: u32,
     },
+    /// The in-flight region cannot name every chain of the ring.
+    #[error("a ring of {size} entries with an in-flight region of {entries}")]
+    InflightSize {
+        /// Entries in the ring.
+        size: u16,
+        /// Entries in the region.
+        entries: u16,
+    },
+    /// The in-flight region says something that no process wrote.
+    #[error("the in-flight region is damaged: it names entry {head}, which it does not have")]
+    InflightDamaged {
+        /// The entry.
+        head: u16,
+    },
     /// A request without a place for its status: it cannot be answered at all.
     #[error("descriptor chain {head} has no reachable status byte")]
     NoStatus {
@@ -239,6 +257,11 @@ pub struct Ring {
     /// One bit per head that was taken and not given back.
     in_flight: Box<[u64]>,
     in_flight_count: u16,
+    /// Writes down what is in flight, for the next process.
+    tracker: Option<Tracker>,
+    /// What an earlier process left, the oldest last.
+    resubmit: Vec<u16>,
+    discarded: u16,
     broken: bool,
     /// Empty vectors for the next chains.
     spare: Vec<Vec<IoVec>>,
@@ -246,11 +269,12 @@ pub struct Ring {
 
 impl Ring {
     /// Takes over the ring. The used index goes on from what the guest's memory says, because the process that
-    /// served the ring before may have been another one.
+    /// served the ring before may have been another one. For the same reason the guest is notified once: that one may
+    /// have ended between an answer and its notification.
     ///
     /// # Errors
     ///
-    /// [`RingError`] when the ring's size, alignment or place is not acceptable.
+    /// [`RingError`] when the ring's size, alignment or place is not acceptable, or its in-flight region.
     pub fn new(start: RingStart) -> Result<Ring, RingError> {
         let (event_idx, indirect) = (start.event_idx(), start.indirect());
         let layout = Layout {
@@ -275,12 +299,40 @@ impl Ring {
             decided: None,
             in_flight: vec![0; usize::from(start.size).div_ceil(64)].into(),
             in_flight_count: 0,
+            tracker: None,
+            resubmit: Vec::new(),
+            discarded: 0,
             broken: false,
             spare: Vec::new(),
         };
-        ring.next_used = ring.used_u16(USED_IDX).load(Ordering::Relaxed).to_le();
+        ring.next_used = u16::from_le(ring.used_u16(USED_IDX).load(Ordering::Relaxed));
         ring.published = ring.next_used;
+        if let Some(inflight) = start.inflight {
+            let avail = u16::from_le(ring.avail_u16(AVAIL_IDX).load(Ordering::Acquire));
+            let offered = avail.wrapping_sub(ring.next_used);
+            let resumed = Tracker::resume(inflight, ring.size(), ring.next_used, offered)?;
+            ring.resume(resumed);
+        }
+        ring.notify();
         Ok(ring)
+    }
+
+    fn resume(&mut self, resumed: Resumed) {
+        let Resumed {
+            tracker,
+            heads,
+            discarded,
+        } = resumed;
+        // At most as many as the ring has entries.
+        self.next_avail = self.next_used.wrapping_add(heads.len() as u16);
+        self.seen_avail = self.next_avail;
+        for head in &heads {
+            // Also those that are not given out yet: the guest must not offer them again.
+            self.in_flight[usize::from(head / 64)] |= 1 << (head % 64);
+        }
+        self.tracker = Some(tracker);
+        self.resubmit = heads;
+        self.discarded = discarded;
     }
 
     /// Which queue of the device this is.
@@ -306,6 +358,20 @@ impl Ring {
     /// Chains taken and not given back.
     pub fn in_flight(&self) -> u16 {
         self.in_flight_count
+    }
+
+    /// Chains that an earlier process took and did not answer, and that were not given out again yet. They come before
+    /// any others.
+    pub fn to_resubmit(&self) -> u16 {
+        if self.broken {
+            return 0;
+        }
+        self.resubmit.len() as u16
+    }
+
+    /// Chains in flight by an in-flight region that was about an earlier life of the ring. They are forgotten.
+    pub fn discarded(&self) -> u16 {
+        self.discarded
     }
 
     /// Whether the ring was given up after an error.
@@ -350,9 +416,25 @@ impl Ring {
         }
     }
 
+    #[cold]
+    fn pop_again(&mut self, head: u16) -> Result<Option<Chain>, RingError> {
+        let walk = Walk {
+            mem: &self.parts.mem,
+            table: self.parts.desc,
+            size: self.layout.size,
+            indirect: self.indirect,
+        };
+        let chain = walk.chain(head, self.spare.pop().unwrap_or_default())?;
+        self.in_flight_count += 1;
+        Ok(Some(chain))
+    }
+
     // Inlined, as the walk in it.
     #[inline(always)]
     fn try_pop(&mut self) -> Result<Option<Chain>, RingError> {
+        if let Some(head) = self.resubmit.pop() {
+            return self.pop_again(head);
+        }
         if self.next_avail == self.seen_avail && !self.look_for_more()? {
             return Ok(None);
         }
@@ -375,6 +457,9 @@ impl Ring {
             indirect: self.indirect,
         };
         let chain = walk.chain(head, self.spare.pop().unwrap_or_default())?;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.taken(head);
+        }
         self.in_flight[word] |= bit;
         self.in_flight_count += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
@@ -419,6 +504,9 @@ impl Ring {
             entry.write_volatile(u32::from(head).to_le());
             entry.add(1).write_volatile(used.len.to_le());
         }
+        if let Some(tracker) = &mut self.tracker {
+            tracker.answered(head);
+        }
         self.next_used = self.next_used.wrapping_add(1);
         self.in_flight[word] &= !bit;
         self.in_flight_count -= 1;
@@ -433,8 +521,12 @@ impl Ring {
     pub fn publish(&mut self) {
         if self.published != self.next_used {
             self.published = self.next_used;
+            before_store();
             self.used_u16(USED_IDX)
                 .store(self.next_used.to_le(), Ordering::Release);
+            if let Some(tracker) = &mut self.tracker {
+                tracker.published(self.next_used);
+            }
         }
     }
 
@@ -500,7 +592,9 @@ impl Ring {
         // As in `needs_notify`, for the other direction.
         fence(Ordering::SeqCst);
         !self.broken
-            && u16::from_le(self.avail_u16(AVAIL_IDX).load(Ordering::Acquire)) != self.next_avail
+            && (!self.resubmit.is_empty()
+                || u16::from_le(self.avail_u16(AVAIL_IDX).load(Ordering::Acquire))
+                    != self.next_avail)
     }
 
     /// The descriptor to wait on for kicks.

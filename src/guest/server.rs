@@ -46,22 +46,45 @@ struct Shared {
     current: Mutex<Option<UnixStream>>,
 }
 
-impl Server {
-    /// Binds the socket (mode 0660, directories created, a dead process's leftover removed) and serves `plane` on it
-    /// until [`stop`](Server::stop).
+/// A socket that front-ends can connect to, though nobody answers them yet. Dropped, it is removed.
+#[derive(Debug)]
+pub struct Bound {
+    listener: UnixListener,
+    claim: Claim,
+    device: Device,
+}
+
+impl Bound {
+    /// Binds the socket (mode 0660, directories created, a dead process's leftover removed), so that it is known
+    /// whether that is possible before anything else is begun.
     ///
     /// # Errors
     ///
     /// [`ServeError`]: the configuration is not acceptable, the path belongs to somebody else, or the system refuses.
-    pub fn spawn(
-        config: DeviceConfig,
-        path: &Path,
-        plane: Box<dyn DataPlane>,
-    ) -> Result<Server, ServeError> {
+    pub fn new(config: DeviceConfig, path: &Path) -> Result<Bound, ServeError> {
         let device = Device::new(config)?;
+        let (listener, claim) = Claim::bind(path)?;
+        Ok(Bound {
+            listener,
+            claim,
+            device,
+        })
+    }
+
+    /// Serves `plane`, which must be ready for all calls (a front-end may be waiting), until [`stop`](Server::stop).
+    ///
+    /// # Errors
+    ///
+    /// The system refuses.
+    pub fn serve(self, plane: Box<dyn DataPlane>) -> Result<Server, ServeError> {
+        let Bound {
+            listener,
+            claim,
+            device,
+        } = self;
+        let path = claim.path();
         let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
             .map_err(ServeError::io("make an eventfd for", path))?;
-        let (listener, claim) = Claim::bind(path)?;
         let shared = Arc::new(Shared {
             device,
             stopping: AtomicBool::new(false),
@@ -75,13 +98,7 @@ impl Server {
                 .name("vhost-user".into())
                 .spawn(move || for_thread.run(&listener, plane))
         });
-        let thread = match thread {
-            Ok(thread) => thread,
-            Err(e) => {
-                claim.release();
-                return Err(ServeError::io("start serving", path)(e));
-            }
-        };
+        let thread = thread.map_err(ServeError::io("start serving", path))?;
         log::info!(
             "volume {}: serving on {}",
             shared.device.config.volume,
@@ -92,6 +109,21 @@ impl Server {
             claim,
             thread: Some(thread),
         })
+    }
+}
+
+impl Server {
+    /// [`Bound::new`], then [`Bound::serve`].
+    ///
+    /// # Errors
+    ///
+    /// Those of both.
+    pub fn spawn(
+        config: DeviceConfig,
+        path: &Path,
+        plane: Box<dyn DataPlane>,
+    ) -> Result<Server, ServeError> {
+        Bound::new(config, path)?.serve(plane)
     }
 
     /// Whether a front-end is connected now.

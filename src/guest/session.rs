@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -24,6 +25,7 @@ use vm_memory::GuestMemoryAtomic;
 
 use super::GuestMem;
 use super::config::{Device, F_PROTOCOL_FEATURES};
+use super::inflight::{InflightQueue, Region};
 use super::plane::{DataPlane, RingStart};
 use super::table::{MAX_MEM_SLOTS, MemTable, SHARE_HINT, TableError};
 
@@ -105,6 +107,11 @@ pub(super) struct Session<'a> {
     table: MemTable,
     vrings: Vec<Vring>,
     acked: u64,
+    protocol: VhostUserProtocolFeatures,
+    /// What SET_INFLIGHT_FD brought. Rings take their parts of it when they start.
+    inflight: Option<Arc<Region>>,
+    /// It was said that there is none.
+    untracked: bool,
 }
 
 /// An error with a reason for the log, which ends the connection.
@@ -123,6 +130,9 @@ impl<'a> Session<'a> {
             table: MemTable::default(),
             vrings,
             acked: 0,
+            protocol: VhostUserProtocolFeatures::empty(),
+            inflight: None,
+            untracked: false,
         }
     }
 
@@ -181,7 +191,9 @@ impl<'a> Session<'a> {
         let avail = translate("available ring", addrs.avail)?;
         let used = translate("used ring", addrs.used)?;
         let mem = self.table.mem();
+        let inflight = self.tracked_by(number)?;
 
+        let vring = &self.vrings[at];
         let notifiers = vring.take_notifiers();
         let (Some(kick), call) = notifiers.map_err(|e| refuse(format!("queue {index}: {e}")))?
         else {
@@ -199,9 +211,10 @@ impl<'a> Session<'a> {
             kick,
             call,
             mem,
+            inflight,
         };
         log::debug!(
-            "volume {}: queue {index} starts with {} entries at {}",
+            "volume {}: queue {index} starts with {} entries, the front-end says at {}",
             self.device.config.volume,
             start.size,
             start.next_avail
@@ -213,18 +226,45 @@ impl<'a> Session<'a> {
         })
     }
 
+    /// The part of the in-flight region for a queue that starts.
+    fn tracked_by(&mut self, queue: u16) -> Result<Option<InflightQueue>> {
+        if let Some(region) = &self.inflight {
+            let part = InflightQueue::of(region, queue).ok_or_else(|| {
+                refuse(format!(
+                    "queue {queue} is started, but the in-flight region is for {} queues",
+                    region.queues()
+                ))
+            });
+            return part.map(Some);
+        }
+        if !std::mem::replace(&mut self.untracked, true) {
+            let offered = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+            let why = if self.protocol.contains(offered) {
+                "the front-end sent none"
+            } else {
+                "the front-end does not know INFLIGHT_SHMFD"
+            };
+            log::warn!(
+                "volume {}: no in-flight region ({why}): should this process die, the guest may lose the requests in flight",
+                self.volume()
+            );
+        }
+        Ok(None)
+    }
+
     /// Takes a running ring back from the engine and forgets its descriptors.
-    fn stop(&mut self, at: usize, number: u16) {
+    fn stop(&mut self, at: usize, number: u16) -> std::result::Result<(), String> {
         let vring = &mut self.vrings[at];
+        vring.forget_notifiers();
         if std::mem::take(&mut vring.running) {
-            let base = self.plane.stop_ring(number);
+            let base = self.plane.stop_ring(number)?;
             vring.state.set_queue_next_avail(base);
             log::debug!(
                 "volume {}: queue {number} stopped at {base}",
                 self.device.config.volume
             );
         }
-        vring.forget_notifiers();
+        Ok(())
     }
 }
 
@@ -277,8 +317,14 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     fn reset_device(&mut self) -> Result<()> {
         log::info!("volume {}: the front-end resets the device", self.volume());
         for (at, number) in (0..self.vrings.len()).zip(0u16..) {
-            self.stop(at, number);
+            // Where it stopped does not matter any more.
+            if let Err(why) = self.stop(at, number) {
+                log::warn!("volume {}, queue {number}: {why}", self.volume());
+            }
             self.vrings[at] = Vring::new(self.device.max_ring_size());
+        }
+        if let Some(region) = &self.inflight {
+            region.reset();
         }
         // Memory and protocol features belong to the connection and stay.
         self.acked = 0;
@@ -393,7 +439,8 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let (at, number) = self.queue(index)?;
-        self.stop(at, number);
+        self.stop(at, number)
+            .map_err(|why| refuse(format!("queue {index} cannot say where it stopped: {why}")))?;
         Ok(VhostUserVringState::new(
             index,
             u32::from(self.vrings[at].base()),
@@ -444,6 +491,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
                 "protocol features {unknown:#x} were acknowledged but never offered"
             )));
         }
+        self.protocol = VhostUserProtocolFeatures::from_bits_truncate(features);
         Ok(())
     }
 
@@ -500,6 +548,24 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         Ok(())
     }
 
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        // Only made and given away: the front-end sends it back before it starts a ring.
+        Region::create(asked, self.device.config.num_queues).map_err(|e| refuse(e.to_string()))
+    }
+
+    fn set_inflight_fd(&mut self, info: &VhostUserInflight, file: File) -> Result<()> {
+        if let Some(queue) = self.vrings.iter().position(|vring| vring.running) {
+            // It goes on writing to the old one, of which the front-end would know nothing after a crash.
+            return Err(refuse(format!(
+                "the in-flight region is replaced while queue {queue} runs"
+            )));
+        }
+        let region = Region::open(info, file, self.device.config.num_queues)
+            .map_err(|e| refuse(e.to_string()))?;
+        self.inflight = Some(Arc::new(region));
+        Ok(())
+    }
+
     // What follows is never offered. The message layer refuses most of it by itself.
 
     fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
@@ -508,18 +574,6 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
 
     fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
         Err(Error::InvalidOperation("no shared objects"))
-    }
-
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidOperation(
-            "in-flight tracking was not offered",
-        ))
-    }
-
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        Err(Error::InvalidOperation(
-            "in-flight tracking was not offered",
-        ))
     }
 
     fn set_device_state_fd(

@@ -60,7 +60,8 @@ impl ServeError {
     }
 }
 
-/// A path that this process listens on. Removed by [`release`](Claim::release), unless somebody replaced it.
+/// A path that this process listens on. Removed by [`release`](Claim::release) and when dropped, unless somebody
+/// replaced it.
 #[derive(Debug)]
 pub(super) struct Claim {
     path: PathBuf,
@@ -110,6 +111,12 @@ impl Claim {
         {
             log::warn!("cannot remove socket {}: {e}", self.path.display());
         }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.release();
     }
 }
 

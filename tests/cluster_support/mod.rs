@@ -302,9 +302,19 @@ impl Cluster {
         status
     }
 
-    /// SIGSTOP: alive to the kernel, silent to everybody else.
+    /// SIGSTOP: alive to the kernel, silent to everybody else. A thread that runs goes on for a moment, so this waits for
+    /// each of them.
     pub fn freeze(&mut self, n: usize) {
         self.signal(n, libc::SIGSTOP);
+        let tasks = format!("/proc/{}/task", self.pid(n));
+        eventually(&format!("n{n} stands still"), || {
+            let all_stand = fs::read_dir(&tasks).unwrap().all(|task| {
+                let stat = fs::read_to_string(task.unwrap().path().join("stat"));
+                // A thread that has ended since stands still as well.
+                stat.map_or(true, |stat| stat.contains(") T "))
+            });
+            all_stand.then_some(())
+        });
     }
 
     pub fn thaw(&mut self, n: usize) {

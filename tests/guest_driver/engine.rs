@@ -1,7 +1,7 @@
 //! A small engine for the tests: one thread, one disk in memory, the real [`Ring`]. What the control side asked of it
 //! is written down.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -16,6 +16,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 #[derive(Default)]
 pub struct World {
     pub disk: Mutex<Vec<u8>>,
+    /// Requests that begin at these sectors are taken and not answered.
+    pub slow: Mutex<BTreeSet<u64>>,
+    /// The sectors of all requests taken, also again.
+    pub taken: Mutex<Vec<u64>>,
     pub events: Mutex<Vec<String>>,
 }
 
@@ -23,7 +27,7 @@ impl World {
     pub fn new(size: usize) -> Arc<World> {
         Arc::new(World {
             disk: Mutex::new(vec![0; size]),
-            events: Mutex::default(),
+            ..World::default()
         })
     }
 
@@ -112,10 +116,10 @@ impl DataPlane for Engine {
         self.ask(Command::Call(index, call)).unwrap();
     }
 
-    fn stop_ring(&mut self, index: u16) -> u16 {
-        let next = self.ask(Command::Stop(index)).unwrap();
+    fn stop_ring(&mut self, index: u16) -> Result<u16, String> {
+        let next = self.ask(Command::Stop(index))?;
         self.world.note(format!("stop {index} at {next}"));
-        next
+        Ok(next)
     }
 
     fn set_enabled(&mut self, index: u16, enabled: bool) {
@@ -142,6 +146,13 @@ impl DataPlane for Engine {
 struct Running {
     ring: Ring,
     enabled: bool,
+    waiting: Vec<Request>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.waiting.drain(..).for_each(Request::abandon);
+    }
 }
 
 fn work(world: &World, inbox: &Receiver<(Command, Sender<Answer>)>, wake: &EventFd) {
@@ -181,7 +192,15 @@ fn obey(rings: &mut BTreeMap<u16, Running>, command: Command) -> Answer {
         Command::Start(start) => {
             let (index, enabled) = (start.index, start.enabled);
             let ring = Ring::new(start).map_err(|e| e.to_string())?;
-            rings.insert(index, Running { ring, enabled });
+            let waiting = Vec::new();
+            rings.insert(
+                index,
+                Running {
+                    ring,
+                    enabled,
+                    waiting,
+                },
+            );
         }
         Command::Kick(index, kick) => drop(rings.get_mut(&index).unwrap().ring.set_kick(kick)),
         Command::Call(index, call) => rings.get_mut(&index).unwrap().ring.set_call(call),
@@ -211,7 +230,14 @@ fn serve_all(world: &World, rings: &mut BTreeMap<u16, Running>) {
             ring.disable_kicks();
             loop {
                 match ring.next_request(&limits) {
-                    Ok(Some(Parsed::Request(request))) => ring.push_used(serve(world, request)),
+                    Ok(Some(Parsed::Request(request))) => {
+                        world.taken.lock().unwrap().push(request.sector());
+                        if world.slow.lock().unwrap().contains(&request.sector()) {
+                            running.waiting.push(request);
+                        } else {
+                            ring.push_used(serve(world, request));
+                        }
+                    }
                     Ok(Some(Parsed::Refused(refused))) => {
                         world.note(format!("refused: {}", refused.reason));
                         ring.push_used(refused.used);

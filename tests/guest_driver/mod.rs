@@ -119,6 +119,7 @@ impl Driver {
             kick: owned(&self.kick),
             call: Some(owned(&self.call)),
             mem: Arc::clone(&self.mem),
+            inflight: None,
         }
     }
 
@@ -200,6 +201,10 @@ impl Driver {
 
     pub fn used_flags(&self) -> u16 {
         self.u16_at(self.used)
+    }
+
+    pub fn avail_idx(&self) -> u16 {
+        self.avail_idx
     }
 
     pub fn used_idx(&self) -> u16 {

@@ -174,8 +174,13 @@ impl Vm {
         }
     }
 
-    /// Feature negotiation, as QEMU does when it connects.
+    /// Feature negotiation, as QEMU does when it connects, by a front-end that does not track what is in flight.
     pub fn negotiate(&mut self) -> u64 {
+        self.negotiate_with(VhostUserProtocolFeatures::empty())
+    }
+
+    /// The same with one more protocol feature.
+    pub fn negotiate_with(&mut self, more: VhostUserProtocolFeatures) -> u64 {
         let features = self.frontend.get_features().unwrap();
         let protocol = self.frontend.get_protocol_features().unwrap();
         self.frontend
@@ -185,7 +190,8 @@ impl Vm {
                         | VhostUserProtocolFeatures::CONFIG
                         | VhostUserProtocolFeatures::REPLY_ACK
                         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-                        | VhostUserProtocolFeatures::RESET_DEVICE),
+                        | VhostUserProtocolFeatures::RESET_DEVICE
+                        | more),
             )
             .unwrap();
         assert_eq!(self.frontend.get_queue_num().unwrap(), 2);

@@ -1,0 +1,310 @@
+//! Rings that stop, or lose their front-end, with requests under way.
+
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
+
+use vhost::vhost_user::message::VhostUserInflight;
+use vm_memory::{Bytes as _, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::*;
+use crate::guest::{InflightQueue, InflightRegion};
+use crate::replication::failure_mode::FailureMode;
+use crate::replication::ids::{BootId, CopyId, Epoch, Instance, NodeName, Tag, VolumeId};
+use crate::replication::message::Proof;
+use crate::replication::record::{self, Base, CopyEntry, CopyStatus, Record, State};
+use crate::replication::timing::Timing;
+
+const SIZE: u16 = 8;
+const DESC: u64 = 0;
+const AVAIL: u64 = 0x400;
+const USED: u64 = 0x800;
+const DATA: u64 = 0x2000;
+const START: Nanos = Nanos(1_000_000_000);
+
+/// Never gets beyond asking for promises: what is submitted waits, and the tests answer it.
+fn attachment() -> Attachment<Bytes> {
+    let me = record::Attachment {
+        node: NodeName("n1".into()),
+        boot_id: BootId([1; 16]),
+        instance: Instance([1; 16]),
+    };
+    let copy = CopyEntry {
+        copy_id: CopyId([1; 16]),
+        node: NodeName("n1".into()),
+        status: CopyStatus::InSync,
+        base: Base {
+            since: Epoch(1),
+            last: None,
+        },
+        boot_id: None,
+        leaving: false,
+    };
+    let record = Record {
+        volume_id: VolumeId([1; 16]),
+        size: 1 << 20,
+        block_size: 512,
+        replicas_wanted: 0,
+        failure_mode: FailureMode::Soft(None),
+        suspend_deadline_ms: 30_000,
+        compress: false,
+        epoch: Epoch(1),
+        epoch_tag: Tag(1),
+        state: State::Clean,
+        attachment: None,
+        master: copy.copy_id,
+        preferred: None,
+        copies: vec![copy],
+        lineage: vec![(Epoch(1), Tag(1))],
+    };
+    Attachment::new(me, record, 1, Proof::None, Timing::DEFAULT, 1, START)
+}
+
+fn event() -> OwnedFd {
+    let fd = EventFd::new(EFD_NONBLOCK).unwrap().into_raw_fd();
+    // SAFETY: it was just given up by its only owner.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// A guest and the rings of its volume.
+struct World {
+    mem: Arc<GuestMem>,
+    rings: Rings,
+    attachment: Attachment<Bytes>,
+    avail: u16,
+    inflight: Option<InflightQueue>,
+}
+
+impl World {
+    fn new(inflight: Option<InflightQueue>) -> World {
+        let mem = GuestMem::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        World {
+            mem: Arc::new(mem),
+            rings: Rings::new("test/v".into(), Serial::new("v"), 1 << 20, false),
+            attachment: attachment(),
+            avail: 0,
+            inflight,
+        }
+    }
+
+    fn tracked() -> World {
+        let asked = VhostUserInflight::new(0, 0, 1, SIZE);
+        let (info, file) = InflightRegion::create(&asked, 1).unwrap();
+        let region = InflightRegion::open(&info, file, 1).unwrap();
+        World::new(InflightQueue::of(&Arc::new(region), 0))
+    }
+
+    /// Starts the ring; `base` is the front-end's.
+    fn start(&mut self, base: u16, enabled: bool) {
+        let start = RingStart {
+            index: 0,
+            size: SIZE,
+            desc: GuestAddress(DESC),
+            avail: GuestAddress(AVAIL),
+            used: GuestAddress(USED),
+            next_avail: base,
+            features: 0,
+            enabled,
+            kick: event(),
+            call: None,
+            mem: Arc::clone(&self.mem),
+            inflight: self.inflight.clone(),
+        };
+        assert_eq!(self.rings.start(start), Ok(0));
+    }
+
+    /// Makes a write of one sector available on the two descriptors from `head` on.
+    fn offer(&mut self, head: u16) {
+        let put = |at: u64, bytes: &[u8]| self.mem.write_slice(bytes, GuestAddress(at)).unwrap();
+        let at = DATA + 0x400 * u64::from(head);
+        put(at, &1u32.to_le_bytes());
+        put(at + 8, &u64::from(head).to_le_bytes());
+        for (index, addr, len, flags) in
+            [(head, at, 16 + 512u32, 1u16), (head + 1, at + 0x300, 1, 2)]
+        {
+            let desc = DESC + 16 * u64::from(index);
+            put(desc, &addr.to_le_bytes());
+            put(desc + 8, &len.to_le_bytes());
+            put(desc + 12, &flags.to_le_bytes());
+            put(desc + 14, &(index + 1).to_le_bytes());
+        }
+        put(
+            AVAIL + 4 + 2 * u64::from(self.avail % SIZE),
+            &head.to_le_bytes(),
+        );
+        self.avail += 1;
+        self.mem
+            .store(self.avail, GuestAddress(AVAIL + 2), Ordering::Release)
+            .unwrap();
+        if self.rings.slot(0).is_some() {
+            self.rings.kicked(0);
+        }
+    }
+
+    /// A worker's turn. Whether there is more to take at once.
+    fn turn(&mut self) -> bool {
+        self.rings.take(START, &mut self.attachment, false);
+        self.rings.end_turn()
+    }
+
+    /// What is under way, oldest first.
+    fn under_way(&self) -> Vec<RequestId> {
+        let all = self.rings.parts.in_order();
+        all.into_iter().map(|seq| RequestId(seq.0)).collect()
+    }
+
+    fn complete(&mut self, id: RequestId) {
+        self.rings.complete(START, id, Outcome::Ok, None);
+    }
+
+    fn stop(&mut self) -> Receiver<GuestAnswer> {
+        let (reply, answer) = sync_channel(1);
+        self.rings.stop(START, 0, reply);
+        answer
+    }
+
+    /// Heads in the used ring.
+    fn answered(&self) -> Vec<u32> {
+        let at = |index: u16| GuestAddress(USED + 4 + 8 * u64::from(index % SIZE));
+        let idx: u16 = self.mem.read_obj(GuestAddress(USED + 2)).unwrap();
+        (0..idx)
+            .map(|i| self.mem.read_obj(at(i)).unwrap())
+            .collect()
+    }
+}
+
+#[test]
+fn a_ring_that_stopped_with_requests_under_way_submits_them_again_when_those_have_ended() {
+    // Given a ring that was stopped when the time for its two requests was over,
+    let mut world = World::tracked();
+    world.start(0, true);
+    world.offer(0);
+    world.offer(2);
+    world.turn();
+    let old = world.under_way();
+    assert_eq!(old.len(), 2);
+    let answer = world.stop();
+    assert!(world.rings.stopped(START).is_empty());
+    assert_eq!(
+        answer.try_recv(),
+        Err(TryRecvError::Empty),
+        "it waits for them"
+    );
+    assert_eq!(world.rings.stopped(START.after(DRAIN)).len(), 1);
+    assert_eq!(answer.try_recv(), Ok(Ok(2)));
+    // when it goes on,
+    world.start(2, true);
+    // then nothing is taken while the disk may still use the guest's memory for them, nor does the worker spin,
+    world.offer(4);
+    assert!(!world.turn());
+    world.complete(old[1]);
+    assert!(!world.turn());
+    assert_eq!(world.under_way(), old[..1]);
+    assert_eq!(
+        world.answered(),
+        [0u32; 0],
+        "their answers are of another life"
+    );
+    // and once they ended all are taken in the guest's order, and answered once each.
+    world.complete(old[0]);
+    assert!(world.rings.end_turn(), "there is more to take");
+    world.turn();
+    let new = world.under_way();
+    assert_eq!(new.len(), 3);
+    for id in new {
+        world.complete(id);
+    }
+    world.turn();
+    assert_eq!(world.answered(), [0, 2, 4]);
+}
+
+#[test]
+fn without_tracking_late_answers_of_a_stopped_ring_are_dropped() {
+    let mut world = World::new(None);
+    world.start(0, true);
+    world.offer(0);
+    world.turn();
+    let old = world.under_way();
+    let answer = world.stop();
+    world.rings.stopped(START.after(DRAIN));
+    assert_eq!(answer.try_recv(), Ok(Ok(1)));
+    // The guest's driver began anew meanwhile, and uses the same head.
+    world.start(1, true);
+    world.offer(0);
+    world.complete(old[0]);
+    world.turn();
+    world.turn();
+    assert_eq!(world.answered(), [0u32; 0]);
+    let new = world.under_way();
+    assert_eq!(new.len(), 1);
+    world.complete(new[0]);
+    world.turn();
+    assert_eq!(world.answered(), [0]);
+}
+
+#[test]
+fn what_a_lost_connection_left_is_answered_on_the_next_one() {
+    let mut world = World::tracked();
+    world.start(0, true);
+    world.offer(0);
+    world.offer(2);
+    world.turn();
+    let old = world.under_way();
+    world.complete(old[1]);
+    world.turn();
+    assert_eq!(world.answered(), [2]);
+    world.rings.disconnect();
+    // An answer that nobody waits for any more, and none to come.
+    world.complete(old[0]);
+    assert_eq!(world.answered(), [2]);
+    world.offer(4);
+    // cloud-hypervisor's base.
+    world.start(3, true);
+    world.turn();
+    let new = world.under_way();
+    assert_eq!(new.len(), 2);
+    world.complete(new[0]);
+    world.complete(new[1]);
+    world.turn();
+    assert_eq!(world.answered(), [2, 0, 4]);
+}
+
+#[test]
+fn a_ring_that_stops_answers_first_what_the_process_before_had_taken() {
+    // Given two requests that an earlier process had taken, and one that nobody took,
+    let mut world = World::tracked();
+    world.start(0, true);
+    world.offer(0);
+    world.offer(2);
+    world.turn();
+    world.rings = World::new(None).rings;
+    world.offer(4);
+    // on a ring that is started, never enabled, and stopped,
+    world.start(0, false);
+    assert!(!world.turn());
+    assert_eq!(world.under_way(), []);
+    let answer = world.stop();
+    assert!(world.rings.end_turn(), "there is something to take");
+    assert!(world.rings.stopped(START).is_empty());
+    world.turn();
+    let taken = world.under_way();
+    assert_eq!(taken.len(), 2);
+    for id in taken {
+        assert!(world.rings.stopped(START).is_empty());
+        world.complete(id);
+    }
+    world.rings.end_turn();
+    // then the two are answered, the third is not, and the region is empty.
+    assert_eq!(world.rings.stopped(START).len(), 1);
+    assert_eq!(answer.try_recv(), Ok(Ok(2)));
+    assert_eq!(world.answered(), [0, 2]);
+    world.start(2, true);
+    assert_eq!(world.rings.slot(0).map(|s| s.ring.to_resubmit()), Some(0));
+    world.turn();
+    let taken = world.under_way();
+    assert_eq!(taken.len(), 1);
+    world.complete(taken[0]);
+    world.turn();
+    assert_eq!(world.answered(), [0, 2, 4]);
+}

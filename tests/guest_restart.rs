@@ -1,0 +1,383 @@
+//! The node's process dies under a virtual machine, by SIGKILL, and comes back: nobody inside may notice more than a
+//! pause. With a real guest at random moments, and with front-ends whose requests are known to be in flight.
+
+mod cluster_support;
+mod guest_driver;
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster_support::oracle::Random;
+use cluster_support::{Cluster, eventually, lockstep};
+use guest_driver::vm::{LINUX, Vm, regions};
+use guest_driver::*;
+use vhost::VhostBackend;
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserInflight};
+use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
+
+/// Times that the guest's node is killed.
+const KILLS: usize = 50;
+/// In one round of so many the replica falls silent before the kill, so that writes are in flight for sure.
+const SILENT: usize = 5;
+/// In one round of so many the kill does not wait for the guest to be served again.
+const EARLY: usize = 4;
+/// Longest time under load before a kill, and from the start of a process to an early one, in milliseconds.
+const LOAD_MS: u64 = 300;
+const EARLY_MS: u64 = 1200;
+/// How long the guest writes to a silent replica: less than what makes the attachment give that one up.
+const SILENCE: Duration = Duration::from_millis(150);
+
+/// A child process that does not outlive the test.
+struct Process(Child);
+
+impl Process {
+    fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Starts the process of node n1 again, and waits for nothing.
+fn spawn_n1(cluster: &Cluster) -> Process {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(cluster.dir.path().join("n1.log"))
+        .unwrap();
+    let child = lockstep()
+        .args(cluster.node_arguments(1, &cluster.data_dir(1)))
+        .env("RUST_LOG", "info")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn();
+    Process(child.unwrap())
+}
+
+/// For each start of a ring, how many requests of the process before were submitted again.
+fn resubmitted(cluster: &Cluster) -> Vec<usize> {
+    let number = |line: &str| {
+        let (_, rest) = line.split_once(": queue 0 starts at ")?;
+        let (_, count) = rest.split_once(", ")?;
+        count.split(' ').next()?.parse().ok()
+    };
+    cluster.log(1).lines().filter_map(number).collect()
+}
+
+/// A guest under QEMU.
+struct Guest {
+    qemu: Process,
+    console: PathBuf,
+    control: PathBuf,
+}
+
+impl Guest {
+    fn boot(dir: &Path, socket: &Path, workload: &str) -> Guest {
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let (console, control) = (dir.join("console"), dir.join("control"));
+        let child = Command::new(repository.join("qemu/run-guest"))
+            .arg("--socket")
+            .arg(socket)
+            .args(["--run", workload, "--cpus", "2"])
+            .arg("--console")
+            .arg(&console)
+            .arg("--control")
+            .arg(&control)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("qemu/run-guest must run; see scripts/test");
+        Guest {
+            qemu: Process(child),
+            console,
+            control,
+        }
+    }
+
+    fn console(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap_or_default()).into_owned()
+    }
+
+    fn heartbeats(&self) -> usize {
+        self.console().matches("HEARTBEAT").count()
+    }
+
+    /// Nothing went wrong inside, and QEMU runs.
+    fn goes_on(&mut self) {
+        let console = self.console();
+        let bad = ["GUEST-FAIL", "Kernel panic"]
+            .iter()
+            .any(|b| console.contains(b));
+        let over = !console.contains("GUEST-OK") && self.qemu.0.try_wait().unwrap().is_some();
+        assert!(!bad && !over, "the guest failed: {console}");
+    }
+
+    /// Waits for more passes of the writers.
+    fn writes(&mut self, more: usize) {
+        let goal = self.heartbeats() + more;
+        eventually("the guest writes", || {
+            self.goes_on();
+            (self.heartbeats() >= goal).then_some(())
+        });
+    }
+
+    /// Lets the writers end. Their verdict must be good.
+    fn finish(mut self) {
+        let mut control = UnixStream::connect(&self.control).unwrap();
+        control.write_all(b"stop\n").unwrap();
+        eventually("the guest's verdict", || {
+            self.goes_on();
+            self.console().contains("GUEST-OK").then_some(())
+        });
+        eventually("the guest switches off", || self.qemu.0.try_wait().unwrap());
+    }
+}
+
+#[test]
+fn a_guest_with_four_writers_does_not_notice_fifty_deaths_of_its_node() {
+    // Given a volume with a copy on each of two nodes, and a guest with four writers on it,
+    let mut cluster = Cluster::start(2);
+    let socket = cluster.serve(
+        "vm1",
+        "--size 64MiB --replicas 1 --master n1",
+        "--node n1 --num-queues 1",
+    );
+    let mut guest = Guest::boot(cluster.dir.path(), &socket, "writers");
+    guest.writes(4);
+    cluster.kill(1);
+    let mut kills = 1;
+    let mut random = Random::new(u64::from(std::process::id()));
+
+    // when its node's process is killed at random moments, and comes back each time,
+    let mut n1 = spawn_n1(&cluster);
+    while kills < KILLS {
+        let starts = resubmitted(&cluster).len();
+        if random.below(EARLY as u64) == 0 {
+            std::thread::sleep(Duration::from_millis(random.below(EARLY_MS)));
+        } else {
+            eventually("the guest is served", || {
+                guest.goes_on();
+                (resubmitted(&cluster).len() > starts).then_some(())
+            });
+            std::thread::sleep(Duration::from_millis(random.below(LOAD_MS)));
+        }
+        let silent = kills % SILENT == 0;
+        if silent {
+            cluster.freeze(2);
+            std::thread::sleep(SILENCE);
+        }
+        n1.kill();
+        kills += 1;
+        n1 = spawn_n1(&cluster);
+        if silent {
+            cluster.thaw(2);
+        }
+        guest.goes_on();
+    }
+
+    // then the guest goes on, finds every byte as it wrote it, and its kernel has not complained;
+    guest.writes(4);
+    let resubmitted = resubmitted(&cluster);
+    println!("{kills} kills; submitted again at each start of the ring: {resubmitted:?}");
+    guest.finish();
+    assert_eq!(kills, KILLS);
+    // requests were in flight at some of the kills, or this has shown nothing;
+    let with_requests = resubmitted.iter().filter(|n| **n > 0).count();
+    assert!(with_requests >= KILLS / SILENT / 2, "{resubmitted:?}");
+    // and the copies are the same.
+    n1.kill();
+    cluster.start_node(1);
+    cluster.wait_for(1, "vm1", "is served", |v| {
+        v["attachment"]["phase"] == "serving"
+    });
+    cluster.detach(1, "vm1");
+    cluster.copies_are_identical(1, "vm1");
+}
+
+/// The region and its descriptor, as a front-end keeps them.
+struct Region {
+    info: VhostUserInflight,
+    file: File,
+}
+
+impl Region {
+    fn in_flight(&self) -> usize {
+        let flag = |head: &u16| {
+            let mut byte = [0];
+            let at = 16 + 16 * u64::from(*head);
+            self.file.read_exact_at(&mut byte, at).unwrap();
+            byte[0] != 0
+        };
+        (0..128).filter(flag).count()
+    }
+}
+
+/// One request on a chain of its own: (head, type, sector, 4 KiB filled with this byte).
+type Wish = (u16, u32, u64, u8);
+
+fn buffers(head: u16) -> u64 {
+    MIB + 0x2000 * u64::from(head)
+}
+
+fn submit(vm: &mut Vm, (head, kind, sector, fill): Wish) {
+    let at = buffers(head);
+    vm.driver.write(at, &header(kind, sector));
+    vm.driver.write(at + 0x1000, &[fill; 4096]);
+    vm.driver.write(at + 0x800, &[0xff]);
+    let direction = if kind == T_IN { WRITE } else { 0 };
+    let mut chain = vec![desc(at, 16, 0, 0)];
+    if kind != T_FLUSH {
+        chain.push(desc(at + 0x1000, 4096, direction, 0));
+    }
+    chain.push(desc(at + 0x800, 1, WRITE, 0));
+    vm.driver.offer_chain(head, &chain);
+    vm.driver.kick.write(1).unwrap();
+}
+
+/// Waits for the answers to these requests, which must be good and one each.
+fn answered(vm: &mut Vm, wishes: &[Wish]) {
+    let mut got = Vec::new();
+    eventually("all are answered", || {
+        got.extend(vm.driver.completions().iter().map(|(head, _)| *head as u16));
+        (got.len() >= wishes.len()).then_some(())
+    });
+    got.sort_unstable();
+    let mut heads: Vec<u16> = wishes.iter().map(|wish| wish.0).collect();
+    heads.sort_unstable();
+    assert_eq!(got, heads);
+    for head in heads {
+        assert_eq!(vm.driver.read(buffers(head) + 0x800, 1), [0]);
+    }
+}
+
+fn reads(vm: &mut Vm, sector: u64) -> u8 {
+    let wish = (60, T_IN, sector, 0xee);
+    submit(vm, wish);
+    answered(vm, &[wish]);
+    let data = vm.driver.read(buffers(60) + 0x1000, 4096);
+    assert!(data.iter().all(|byte| *byte == data[0]));
+    data[0]
+}
+
+/// A front-end sends everything again to a process that has just begun.
+fn start(vm: &mut Vm, region: &mut Option<Region>, base: u16, cloud_hypervisor: bool) {
+    vm.negotiate_with(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+    vm.frontend.set_features(LINUX).unwrap();
+    let give_region = |vm: &mut Vm, region: &mut Option<Region>| {
+        let region = region.get_or_insert_with(|| {
+            let asked = VhostUserInflight::new(0, 0, 2, 128);
+            let (info, file) = vm.frontend.get_inflight_fd(&asked).unwrap();
+            Region { info, file }
+        });
+        let fd = region.file.as_raw_fd();
+        vm.frontend.set_inflight_fd(&region.info, fd).unwrap();
+    };
+    if cloud_hypervisor {
+        vm.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        vm.frontend.set_mem_table(&regions(&vm.driver.mem)).unwrap();
+        vm.frontend.set_vring_num(0, 128).unwrap();
+        give_region(vm, region);
+        vm.frontend.set_vring_addr(0, &vm.vring()).unwrap();
+        vm.frontend.set_vring_base(0, base).unwrap();
+        vm.frontend.set_vring_call(0, &vm.driver.call).unwrap();
+        vm.frontend.set_vring_kick(0, &vm.driver.kick).unwrap();
+        vm.frontend.set_vring_enable(0, true).unwrap();
+    } else {
+        give_region(vm, region);
+        vm.start_like_qemu(LINUX, base);
+    }
+    vm.settle();
+}
+
+/// Requests that wait for a silent replica are in flight when the process dies. `base` is what the front-end then sends.
+fn requests_outlive_the_process(cloud_hypervisor: bool, base: fn(&Driver) -> u16) {
+    let mut cluster = Cluster::start(2);
+    let socket = cluster.serve(
+        "vm1",
+        "--size 16MiB --replicas 1 --master n1",
+        "--node n1 --num-queues 2",
+    );
+    let mut vm = Vm::connect(&socket);
+    let mut region = None;
+    start(&mut vm, &mut region, 0, cloud_hypervisor);
+    for (sector, fill) in [(0, 1), (64, 2)] {
+        let wish = (60, T_OUT, sector, fill);
+        submit(&mut vm, wish);
+        answered(&mut vm, &[wish]);
+    }
+
+    cluster.freeze(2);
+    let wishes = [
+        (9, T_OUT, 0, 0xa1),
+        (3, T_OUT, 128, 0xa2),
+        (21, T_FLUSH, 0, 0),
+        // These two overlap each other and the first one; the last one counts.
+        (12, T_OUT, 4, 0xa3),
+        (6, T_OUT, 0, 0xa4),
+        (18, T_OUT, 64, 0xa5),
+    ];
+    for wish in wishes {
+        submit(&mut vm, wish);
+    }
+    let in_flight = |region: &Option<Region>| region.as_ref().map_or(0, Region::in_flight);
+    eventually("all are in flight", || {
+        (in_flight(&region) == wishes.len()).then_some(())
+    });
+    cluster.kill(1);
+    // The guest goes on meanwhile.
+    let more = (30, T_OUT, 192, 0xa6);
+    submit(&mut vm, more);
+
+    let mut n1 = spawn_n1(&cluster);
+    let again = eventually("the socket is there", || {
+        UnixStream::connect(&socket).is_ok().then(|| {
+            let mem = Arc::clone(&vm.driver.mem);
+            Vm::with_memory(&socket, mem, 0)
+        })
+    });
+    let mut vm = Vm {
+        driver: vm.driver,
+        ..again
+    };
+    // The whole handshake is answered, though the volume cannot be taken over yet.
+    let base = base(&vm.driver);
+    start(&mut vm, &mut region, base, cloud_hypervisor);
+    assert_eq!(resubmitted(&cluster).last(), Some(&wishes.len()));
+    cluster.thaw(2);
+    let all: Vec<Wish> = wishes.into_iter().chain([more]).collect();
+    answered(&mut vm, &all);
+    assert_eq!(in_flight(&region), 0);
+    for (sector, fill) in [(0, 0xa4), (64, 0xa5), (128, 0xa2), (192, 0xa6)] {
+        assert_eq!(reads(&mut vm, sector), fill, "sector {sector}");
+    }
+    assert_eq!(vm.driver.completions(), []);
+    let stopped = vm.frontend.get_vring_base(0).unwrap();
+    assert_eq!(stopped, u32::from(vm.driver.used_idx()));
+    drop(vm);
+    n1.kill();
+    cluster.start_node(1);
+    cluster.detach(1, "vm1");
+    cluster.copies_are_identical(1, "vm1");
+}
+
+#[test]
+fn requests_in_flight_outlive_the_process_when_qemu_says_the_used_index() {
+    requests_outlive_the_process(false, Driver::used_idx);
+}
+
+#[test]
+fn requests_in_flight_outlive_the_process_when_cloud_hypervisor_says_the_available_index() {
+    requests_outlive_the_process(true, Driver::avail_idx);
+}
