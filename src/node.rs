@@ -12,20 +12,21 @@ use std::time::Duration;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+mod status;
+
 use crate::cluster;
 use crate::cluster::config::NodeConfig;
 use crate::cluster::events::{EventLog, What};
 use crate::cluster::fault::Fault;
 use crate::cluster::host::{
-    AttachRequest, AttachmentStatus, Birth, Capacity, CopyState as CopyView, Host, HostError,
-    LocalCopy, Phase,
+    AttachRequest, AttachmentStatus, Birth, Capacity, Host, HostError, LocalCopy,
 };
 use crate::cluster::join::Membership;
 use crate::cluster::metrics::Metrics;
 use crate::cluster::store::Registrar;
 use crate::copy::{LogImage, NodeDir, NodeDirError, Store, StoreError};
 use crate::engine::{
-    AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, VolumeStatus, WriteCache,
+    AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, WriteCache,
 };
 use crate::guest::{BlockSize, Bound, DeviceConfig, Server};
 use crate::registry::{CasError, Revision};
@@ -36,7 +37,7 @@ use crate::replication::ids::{
     CHUNK, CopyId, Epoch, NodeName, REGION, REGIONS_MAX, Region, Tag, VolumeId,
 };
 use crate::replication::message::Proof;
-use crate::replication::record::{self, CopyStatus as InRecord, Record};
+use crate::replication::record::{self, Record};
 
 /// Data segments of one guest request: with indirect descriptors Linux uses what it is offered.
 const SEG_MAX: u32 = 254;
@@ -294,49 +295,6 @@ fn store_error(error: StoreError) -> HostError {
     }
 }
 
-/// An attachment in the words of the API.
-fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStatus {
-    use crate::replication::attachment::Phase as Is;
-    let (phase, why) = match (&status.phase, &status.why) {
-        (Is::Joining | Is::Claiming | Is::Configuring, why) => (Phase::Acquiring, why.clone()),
-        (Is::Serving, None) if status.undecided > 0 => (
-            Phase::Recovering,
-            Some(format!(
-                "{} chunks in which copies may differ are left to be decided",
-                status.undecided
-            )),
-        ),
-        (Is::Serving, None) => (Phase::Serving, None),
-        (Is::Serving, why) => (Phase::Suspended, why.clone()),
-        (Is::Leaving | Is::Left, _) => (Phase::Serving, Some("it is being detached".into())),
-        (Is::Fenced(why), _) => (Phase::Fenced, Some(why.clone())),
-    };
-    let copies = status.copies.iter().map(|c| CopyView {
-        copy: c.copy_id,
-        node: c.node.clone(),
-        role: if c.master { "master" } else { "replica" }.into(),
-        state: match c.status {
-            InRecord::InSync => "in_sync",
-            InRecord::Syncing => "syncing",
-            InRecord::Missing => "missing",
-            InRecord::Removed => "removed",
-        }
-        .into(),
-        lag: c.why.clone(),
-        sync: None,
-    });
-    AttachmentStatus {
-        volume: status.volume,
-        phase,
-        why: why.unwrap_or_default(),
-        socket: served.socket.clone(),
-        connected: served.server.connected(),
-        epoch: status.epoch,
-        copies: copies.collect(),
-        inflight: status.in_flight as u32,
-    }
-}
-
 fn capacity(path: &Path) -> Capacity {
     match rustix::fs::statvfs(path) {
         Ok(fs) => Capacity {
@@ -548,7 +506,7 @@ impl Host for NodeHost {
         let all = self.engine.status().0;
         let served = lock(&self.served);
         all.into_iter()
-            .filter_map(|status| Some(describe(&status, served.get(&status.volume)?)))
+            .filter_map(|status| Some(status::describe(&status, served.get(&status.volume)?)))
             .collect()
     }
 
@@ -557,22 +515,6 @@ impl Host for NodeHost {
     }
 
     fn metrics(&self) -> Metrics {
-        let engine = &self.engine;
-        let mut all = Metrics::default();
-        let mut ejections: HashMap<String, u64> = HashMap::new();
-        for worker in engine.metrics() {
-            all.volumes.extend(worker.volumes);
-            all.wire_raw_bytes += worker.wire_raw;
-            all.wire_compressed_bytes += worker.wire_sent;
-            all.promotions += worker.promotions;
-            all.syncs_started += worker.syncs_started;
-            all.syncs_completed += worker.syncs_completed;
-            for (reason, count) in worker.ejections {
-                *ejections.entry(reason).or_default() += count;
-            }
-        }
-        all.ejections = ejections.into_iter().collect();
-        all.ejections.sort();
-        all
+        status::metrics(self.engine.metrics(), &self.engine.status().0)
     }
 }

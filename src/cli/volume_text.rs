@@ -155,7 +155,14 @@ fn failure_mode(v: &VolumeView) -> String {
 
 /// `[##########..........] 50 %  1 GiB left  128 MiB/s  ETA 0:08`.
 pub(super) fn bar(sync: &SyncProgress) -> String {
-    let total = sync.total_bytes.max(sync.remaining_bytes).max(1);
+    let total = sync.total_bytes.max(sync.remaining_bytes);
+    if total == 0 {
+        // Marks and holes are still being read.
+        return format!(
+            "[{}] 0 %  finding out what is left",
+            ".".repeat(BAR as usize)
+        );
+    }
     let done = total - sync.remaining_bytes;
     let filled = (u128::from(done) * u128::from(BAR) / u128::from(total)) as usize;
     let percent = u128::from(done) * 100 / u128::from(total);
@@ -196,7 +203,8 @@ mod tests {
             bar(&sync(1 << 30, 2 << 30, 128 << 20)),
             "[##########..........] 50 %  1 GiB left  128 MiB/s  ETA 0:08"
         );
-        assert!(bar(&sync(0, 0, 0)).starts_with("[####################] 100 %"));
+        assert!(bar(&sync(0, 1, 0)).starts_with("[####################] 100 %"));
+        assert!(bar(&sync(0, 0, 0)).starts_with("[....................] 0 %  finding"));
         assert!(bar(&sync(7325, 7325, 1)).ends_with("  7.2 KiB left  1 B/s  ETA 2:02:05"));
         assert!(bar(&sync(5, 1, 0)).ends_with("ETA ?"));
     }

@@ -1,0 +1,85 @@
+//! The engine's status in the words of the API.
+
+use std::collections::BTreeMap;
+
+use super::Served;
+use crate::cluster::host::{AttachmentStatus, CopyState, Phase, SyncProgress};
+use crate::cluster::metrics::Metrics;
+use crate::engine::{VolumeStatus, WorkerMetrics};
+use crate::replication::attachment::{CopyView, Phase as Is};
+use crate::replication::record::CopyStatus;
+
+/// One attachment.
+pub(super) fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStatus {
+    let (phase, why) = match (&status.phase, &status.why) {
+        (Is::Joining | Is::Claiming | Is::Configuring, why) => (Phase::Acquiring, why.clone()),
+        (Is::Serving, None) if status.undecided > 0 => (
+            Phase::Recovering,
+            Some(format!(
+                "{} chunks in which copies may differ are left to be decided",
+                status.undecided
+            )),
+        ),
+        (Is::Serving, None) => (Phase::Serving, None),
+        (Is::Serving, why) => (Phase::Suspended, why.clone()),
+        (Is::Leaving | Is::Left, _) => (Phase::Serving, Some("it is being detached".into())),
+        (Is::Fenced(why), _) => (Phase::Fenced, Some(why.clone())),
+    };
+    let present = |c: &&CopyView| c.status != CopyStatus::Removed;
+    AttachmentStatus {
+        volume: status.volume,
+        phase,
+        why: why.unwrap_or_default(),
+        socket: served.socket.clone(),
+        connected: served.server.connected(),
+        epoch: status.epoch,
+        copies: status.copies.iter().filter(present).map(copy).collect(),
+        inflight: status.in_flight as u32,
+    }
+}
+
+fn copy(c: &CopyView) -> CopyState {
+    let (state, well) = match c.status {
+        CopyStatus::InSync => ("in_sync", c.connected),
+        _ if c.sync.is_some() => ("syncing", true),
+        CopyStatus::Syncing | CopyStatus::Missing => ("missing", false),
+        CopyStatus::Removed => ("removed", true),
+    };
+    CopyState {
+        copy: c.copy_id,
+        node: c.node.clone(),
+        role: if c.master { "master" } else { "replica" }.into(),
+        state: state.into(),
+        // Why it was lost last is of no interest when it is there again.
+        lag: if well { String::new() } else { c.why.clone() },
+        sync: c.sync.map(|s| SyncProgress {
+            remaining_bytes: s.remaining_bytes,
+            total_bytes: s.total_bytes,
+            bytes_per_second: s.bytes_per_second,
+        }),
+    }
+}
+
+/// The counters of all workers.
+pub(super) fn metrics(workers: Vec<WorkerMetrics>, attached: &[VolumeStatus]) -> Metrics {
+    let mut all = Metrics::default();
+    let mut ejections: BTreeMap<String, u64> = BTreeMap::new();
+    for worker in workers {
+        all.volumes.extend(worker.volumes);
+        all.wire_raw_bytes += worker.wire_raw;
+        all.wire_compressed_bytes += worker.wire_sent;
+        all.promotions += worker.promotions;
+        all.syncs_started += worker.syncs_started;
+        all.syncs_completed += worker.syncs_completed;
+        for (reason, count) in worker.ejections {
+            *ejections.entry(reason).or_default() += count;
+        }
+    }
+    all.ejections = ejections.into_iter().collect();
+    for volume in &mut all.volumes {
+        let status = attached.iter().find(|s| s.volume == volume.volume);
+        let syncs = status.iter().flat_map(|s| &s.copies).filter_map(|c| c.sync);
+        volume.sync_remaining = syncs.map(|s| s.remaining_bytes).sum();
+    }
+    all
+}
