@@ -3,7 +3,7 @@
 //! lost, nothing fails that need not, and in the end all copies are the same.
 //!
 //! Each node has a network namespace of its own, so this needs root and the packages iproute2 and iptables.
-//! `LOCKSTEP_CHAOS_SEED=s` runs one seed; `scripts/soak` many.
+//! `LOCKSTEP_CHAOS_SEED=s` runs one seed; `scripts/soak` many. `LOCKSTEP_CHAOS_KEEP=1` leaves the logs there when all is well.
 
 mod cluster_support;
 
@@ -605,8 +605,8 @@ impl Chaos {
             for (what, rule) in [
                 ("ejection", "[2.6 eject]"),
                 ("promotion", "[5 promote]"),
-                ("takeover", "[5.3 claim]"),
-                ("reconciliation", "[5.4 reconcile]"),
+                ("takeover", "claiming -> configuring in"),
+                ("reconciliation", "-> reconciling in"),
                 ("suspension", "[7 suspend]"),
                 ("rejoin", "[6 in sync]"),
             ] {
@@ -626,7 +626,7 @@ impl Drop for Chaos {
     fn drop(&mut self) {
         // First the nodes: a load that is in the middle of greeting a stopped one ends only then.
         self.cluster.kill_all();
-        if !std::thread::panicking() {
+        if !std::thread::panicking() && std::env::var_os("LOCKSTEP_CHAOS_KEEP").is_none() {
             return;
         }
         let _ = fs::create_dir_all(&self.kept);
@@ -635,6 +635,11 @@ impl Drop for Chaos {
             if let Some(name) = path.file_name().filter(|_| path.is_file()) {
                 let _ = fs::copy(&path, self.kept.join(name));
             }
+        }
+        // These have the milliseconds.
+        for n in &self.cast {
+            let events = self.cluster.data_dir(*n).join("events.jsonl");
+            let _ = fs::copy(events, self.kept.join(format!("n{n}.events.jsonl")));
         }
         eprintln!(
             "the story and all logs are in {}\n{} repeats the schedule",

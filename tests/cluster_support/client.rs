@@ -324,18 +324,13 @@ impl Load {
 
     /// The volume is served elsewhere now. Gives what is known of the disk; of what is under way here nobody knows how it
     /// ends. The load goes on as a ghost, on a disk that must not answer it.
-    pub fn hand_over(mut self) -> (Oracle, Ghost) {
+    pub fn hand_over(self) -> (Oracle, Ghost) {
         self.shared.haunt.store(true, SeqCst);
         let oracle = eventually("the load hands over", || {
             self.still_runs();
             self.handed_over.try_recv().ok()
         });
-        let ghost = Ghost(Load {
-            shared: Arc::clone(&self.shared),
-            thread: self.thread.take(),
-            handed_over: channel().1,
-        });
-        (oracle, ghost)
+        (oracle, Ghost(self))
     }
 
     /// Lets all requests end, reads everything back, and gives what came of it.
