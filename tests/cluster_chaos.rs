@@ -34,6 +34,8 @@ const GUEST_SEED: u64 = 1;
 /// within seconds; this is for a machine that has other things to do as well.
 const PATIENCE: Duration = Duration::from_secs(150);
 const SIZE: u64 = 32 << 20;
+/// A guest's file system has to hold what is written in its time.
+const GUEST_SIZE: u64 = 512 << 20;
 /// Longer than a schedule leaves the volume without a reachable copy, so no request may fail.
 const DEADLINE: &str = "60s";
 
@@ -163,7 +165,7 @@ struct Chaos {
 fn under_load(seed: u64) -> Seen {
     let schedule = Schedule::new(seed, STEPS);
     let repeat = format!("LOCKSTEP_CHAOS_SEED={seed} cargo test --test cluster_chaos stamped");
-    let mut chaos = Chaos::start(&schedule, seed, repeat);
+    let mut chaos = Chaos::start(&schedule, SIZE, seed, repeat);
     let socket = chaos.attach_first();
     chaos.load = Some(Load::begin(&socket, plan(seed, 0), Oracle::new(SIZE)));
     chaos.wait("the load runs", |c| c.progress(100));
@@ -191,7 +193,7 @@ fn under_load(seed: u64) -> Seen {
 fn under_a_guest(seed: u64) -> Seen {
     let schedule = Schedule::around_a_guest(seed, 3 * STEPS);
     let repeat = format!("LOCKSTEP_CHAOS_SEED={seed} cargo test --test cluster_chaos guest");
-    let mut chaos = Chaos::start(&schedule, seed, repeat);
+    let mut chaos = Chaos::start(&schedule, GUEST_SIZE, seed, repeat);
     let socket = chaos.attach_first();
     let console = chaos.cluster.dir.path().join("console");
     let mut guest = Guest::boot(&socket, "demo", &["seconds=40"], &console);
@@ -216,11 +218,11 @@ fn plan(seed: u64, number: usize) -> Plan {
 }
 
 impl Chaos {
-    fn start(schedule: &Schedule, seed: u64, repeat: String) -> Chaos {
+    fn start(schedule: &Schedule, size: u64, seed: u64, repeat: String) -> Chaos {
         // Most on files in memory, where more happens in a second; some on a disk, where flushes take their time.
         let parent = if seed % 4 == 0 { "/tmp" } else { "/dev/shm" };
         let cluster = Cluster::start_on_a_network(Path::new(parent), schedule.nodes);
-        let (replicas, size) = (schedule.replicas, SIZE >> 20);
+        let (replicas, size) = (schedule.replicas, size >> 20);
         cluster.ok(
             1,
             &format!(
@@ -469,6 +471,8 @@ impl Chaos {
             }
             Fault::Registry { span } => {
                 let held = Connection::open(self.cluster.registry()).expect("the registry");
+                held.busy_timeout(Duration::from_millis(50))
+                    .expect("a timeout");
                 // A node that is stopped may be in the middle of a change: then that is the stall.
                 match held.execute_batch("BEGIN IMMEDIATE") {
                     Ok(()) => {
@@ -605,8 +609,8 @@ impl Chaos {
             for (what, rule) in [
                 ("ejection", "[2.6 eject]"),
                 ("promotion", "[5 promote]"),
-                ("takeover", "claiming -> configuring in"),
-                ("reconciliation", "-> reconciling in"),
+                ("takeover", "[5.3 claim] claiming -> configuring"),
+                ("reconciliation", "[5.4 reconcile] "),
                 ("suspension", "[7 suspend]"),
                 ("rejoin", "[6 in sync]"),
             ] {
