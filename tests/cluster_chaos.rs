@@ -24,7 +24,7 @@ use serde_json::Value;
 
 /// Whether a copy that was lost comes back by itself. As long as it does not, schedules are short and the volume may end
 /// with fewer copies than it was made with.
-const RESYNC: bool = false;
+const RESYNC: bool = true;
 /// Steps of a schedule.
 const STEPS: usize = if RESYNC { 12 } else { 6 };
 /// The seeds of every run. Together they see everything there is to see.
@@ -36,8 +36,8 @@ const PATIENCE: Duration = Duration::from_secs(150);
 const SIZE: u64 = 32 << 20;
 /// A guest's file system has to hold what is written in its time.
 const GUEST_SIZE: u64 = 512 << 20;
-/// Longer than a schedule leaves the volume without a reachable copy, so no request may fail.
-const DEADLINE: &str = "60s";
+/// Longer than a schedule leaves the volume without the copies that its failure mode asks for, so no request may fail.
+const DEADLINE: &str = "180s";
 
 fn seed() -> Option<u64> {
     std::env::var("LOCKSTEP_CHAOS_SEED").ok()?.parse().ok()
@@ -223,10 +223,12 @@ impl Chaos {
         let parent = if seed % 4 == 0 { "/tmp" } else { "/dev/shm" };
         let cluster = Cluster::start_on_a_network(Path::new(parent), schedule.nodes);
         let (replicas, size) = (schedule.replicas, size >> 20);
+        // Served by whatever is left, or suspended until enough is back.
+        let mode = ["alwayson", "soft", "alwayson", "soft", "alwayson", "hard"][seed as usize % 6];
         cluster.ok(
             1,
             &format!(
-                "volume create vm1 --size {size}MiB --replicas {replicas} --failure-mode alwayson \
+                "volume create vm1 --size {size}MiB --replicas {replicas} --failure-mode {mode} \
                  --suspend-deadline {DEADLINE}"
             ),
         );
@@ -253,7 +255,7 @@ impl Chaos {
         };
         let cast = &chaos.cast;
         chaos.tell(&format!(
-            "{replicas} replicas on {} nodes, copies on {:?}",
+            "{replicas} replicas on {} nodes, copies on {:?}, {mode}",
             schedule.nodes,
             &cast[..=replicas]
         ));
@@ -538,7 +540,7 @@ impl Chaos {
                 format!("volume attach vm1 --node {me} --num-queues 2 --async")
             } else if attachment["node"] != me.as_str() {
                 "volume detach vm1 --force --async".into()
-            } else if attachment["phase"] == "serving" {
+            } else if took_over(attachment) {
                 let socket = attachment["socket"].as_str().expect("a socket");
                 return Some(PathBuf::from(socket));
             } else {
@@ -613,8 +615,12 @@ impl Chaos {
                 ("reconciliation", "[5.4 reconcile] "),
                 ("suspension", "[7 suspend]"),
                 ("rejoin", "[6 in sync]"),
+                ("sync of what was missed", "what it missed since"),
+                ("sync of everything", ": all of it: "),
+                ("sync broken off", "[6 sync broke off]"),
             ] {
-                let count = log.lines().filter(|l| l.contains(rule)).count();
+                let told = log.lines().filter(|l| l.contains("engine::volume"));
+                let count = told.filter(|l| l.contains(rule)).count();
                 if count > 0 {
                     self.seen.note(what, count as u64);
                 }
@@ -651,6 +657,12 @@ impl Drop for Chaos {
             self.repeat
         );
     }
+}
+
+/// Whoever served before serves no more.
+fn took_over(attachment: &Value) -> bool {
+    let phase = attachment["phase"].as_str();
+    matches!(phase, Some("serving" | "recovering" | "suspended"))
 }
 
 fn number(node: &String) -> usize {
