@@ -253,12 +253,13 @@ impl Cluster {
             .open(self.log_path(n))
             .unwrap();
         let mut command = match &self.network {
-            Some(network) => network.command(n, Path::new(env!("CARGO_BIN_EXE_lockstep"))),
+            Some(network) => network.command(n, &binary()),
             None => lockstep(),
         };
         command
             .args(self.node_arguments(n, data))
             .args(extra)
+            .env_remove("LOCKSTEP_HOST")
             .env("RUST_LOG", "info")
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -543,9 +544,15 @@ impl Drop for Cluster {
     }
 }
 
-/// The binary under test, with nothing of our environment that would change what it does.
+/// The binary under test: the one built with the test, or any other that `LOCKSTEP_BIN` names.
+fn binary() -> PathBuf {
+    let built = || env!("CARGO_BIN_EXE_lockstep").into();
+    std::env::var_os("LOCKSTEP_BIN").map_or_else(built, PathBuf::from)
+}
+
+/// It, with nothing of our environment that would change what it does.
 pub fn lockstep() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+    let mut command = Command::new(binary());
     command.env_remove("LOCKSTEP_HOST").env_remove("RUST_LOG");
     command
 }

@@ -198,7 +198,7 @@ fn may_make_networks() {
     );
 }
 
-/// Removes what a test left that was killed.
+/// Removes what a test left that was killed: namespaces, and the nodes in them.
 fn sweep() {
     for line in ip(&["netns", "list"]).lines() {
         let name = line.split_whitespace().next().unwrap_or_default();
@@ -206,6 +206,9 @@ fn sweep() {
         if let Some(pid) = number
             && !Path::new("/proc").join(pid).exists()
         {
+            for pid in ip(&["netns", "pids", name]).split_whitespace() {
+                let _ = run("kill", &["-KILL", pid]);
+            }
             let _ = run("ip", &["netns", "del", name]);
         }
     }
