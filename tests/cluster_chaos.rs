@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use cluster_support::client::{Disk, Load, Plan};
 use cluster_support::net::{Cut, How};
 use cluster_support::oracle::Oracle;
-use cluster_support::schedule::{Fault, Schedule, Step};
+use cluster_support::schedule::{Fault, Order, Schedule, Step};
 use cluster_support::vm::Guest;
 use cluster_support::{Cluster, clock, copies};
 use rusqlite::Connection;
@@ -135,6 +135,8 @@ impl std::fmt::Display for Seen {
 /// The end of a fault.
 enum Undo {
     Start(usize),
+    /// The same on a new disk, if the record does not count on the copy that is on the old one.
+    StartBlank(usize),
     /// SIGTERM was sent; a new process so long after the old one ended.
     StartAfterEnd(usize, Duration, Instant),
     Thaw(usize),
@@ -232,6 +234,10 @@ impl Chaos {
                  --suspend-deadline {DEADLINE}"
             ),
         );
+        if let Some(wait) = schedule.replace_after {
+            let wait = wait.as_millis();
+            cluster.ok(1, &format!("cluster update --replace-after {wait}ms"));
+        }
         let volume = cluster.volume(1, "vm1");
         let mut cast: Vec<usize> = copies(&volume, "in_sync").iter().map(number).collect();
         cast.sort_unstable();
@@ -324,6 +330,15 @@ impl Chaos {
                 self.tell(&format!("n{n} starts again"));
                 self.cluster.spawn_node(n);
                 self.down.remove(&n);
+            }
+            Undo::StartBlank(n) => {
+                if self.is_missing(n) {
+                    self.tell(&format!("n{n} gets a new disk"));
+                    self.seen.note("new disk", 1);
+                    let data = self.cluster.data_dir(n);
+                    fs::remove_dir_all(&data).unwrap_or_else(|e| panic!("{}: {e}", data.display()));
+                }
+                self.undo(Undo::Start(n));
             }
             Undo::StartAfterEnd(n, down, since) => match self.cluster.ended(n) {
                 Some(status) => {
@@ -421,26 +436,31 @@ impl Chaos {
     fn played(&self, fault: &Fault) -> Fault {
         let mut fault = fault.clone();
         match &mut fault {
-            Fault::Kill { node, .. } | Fault::Term { node, .. } | Fault::Freeze { node, .. } => {
-                *node = self.cast[*node - 1];
+            Fault::Kill { node, .. }
+            | Fault::Term { node, .. }
+            | Fault::Freeze { node, .. }
+            | Fault::Ask(Order::Promote { node }) => *node = self.cast[*node - 1],
+            Fault::Ask(Order::Move { from, to }) => {
+                (*from, *to) = (self.cast[*from - 1], self.cast[*to - 1]);
             }
             Fault::Cut { cuts, .. } => {
                 for cut in cuts {
                     (cut.from, cut.to) = (self.cast[cut.from - 1], self.cast[cut.to - 1]);
                 }
             }
-            Fault::Registry { .. } => {}
+            Fault::Registry { .. } | Fault::Ask(Order::Replicas(_)) => {}
         }
         fault
     }
 
     fn strike(&mut self, fault: &Fault) {
         match fault {
-            Fault::Kill { node, down } => {
+            Fault::Kill { node, down, wipe } => {
                 self.tell(&format!("kill n{node}, for {down:?}"));
                 self.note_hit("kill", *node);
                 self.cluster.kill(*node);
-                self.after(*down, Undo::Start(*node));
+                let start = [Undo::Start, Undo::StartBlank][usize::from(*wipe)];
+                self.after(*down, start(*node));
             }
             Fault::Term { node, down } => {
                 self.tell(&format!("ask n{node} to end, for {down:?}"));
@@ -471,6 +491,7 @@ impl Chaos {
                 cuts.iter().for_each(|cut| network.cut(*cut));
                 self.after(*span, Undo::Heal(cuts.clone()));
             }
+            Fault::Ask(order) => self.ask(*order),
             Fault::Registry { span } => {
                 let held = Connection::open(self.cluster.registry()).expect("the registry");
                 held.busy_timeout(Duration::from_millis(50))
@@ -486,6 +507,43 @@ impl Chaos {
                 }
             }
         }
+    }
+
+    /// As the operator who asked; what is refused is refused.
+    fn ask(&mut self, order: Order) {
+        let (what, line) = match order {
+            Order::Promote { node } => ("promote", format!("volume promote vm1 --node n{node}")),
+            Order::Move { from, to } => ("move", format!("volume move vm1 n{from} n{to}")),
+            Order::Replicas(count) => {
+                let line = format!("volume update vm1 --replicas {count}");
+                ("update", line)
+            }
+        };
+        let Some(n) = self.somebody() else {
+            return self.tell(&format!("{line}: nobody is there to be asked"));
+        };
+        let done = self.cluster.run(n, &format!("{line} --async"));
+        let answer = match done.code {
+            0 => "granted",
+            _ => "refused",
+        };
+        self.tell(&format!("{line}: {answer} {}", done.err.trim()));
+        self.seen.note(&format!("{what} {answer}"), 1);
+    }
+
+    /// A node that answers.
+    fn somebody(&mut self) -> Option<usize> {
+        let all = self.cast.clone();
+        all.into_iter().find(|n| self.is_well(*n).is_some())
+    }
+
+    /// The record counts on no copy on node n, and will not as long as n is away.
+    fn is_missing(&mut self, n: usize) -> bool {
+        let Some(volume) = self.somebody().and_then(|asked| self.inspect(asked)) else {
+            return false;
+        };
+        let there = |state: &str| copies(&volume, state).contains(&format!("n{n}"));
+        !there("in_sync") && !there("syncing")
     }
 
     fn note_hit(&mut self, what: &str, node: usize) {
@@ -581,9 +639,10 @@ impl Chaos {
             // Liveness (PROTOCOL 9): every reachable copy becomes in sync.
             self.wait("the volume is healthy", |c| {
                 let volume = c.inspect(here)?;
-                let in_sync = copies(&volume, "in_sync").len();
-                let all = in_sync == volume["copies"].as_array()?.len();
-                (volume["health"] == "healthy" && all).then_some(())
+                let in_sync = copies(&volume, "in_sync").len() as u64;
+                let all = in_sync == volume["copies"].as_array()?.len() as u64;
+                let enough = in_sync == volume["replicas"].as_u64()? + 1;
+                (volume["health"] == "healthy" && all && enough).then_some(())
             });
             self.tell("the volume is healthy");
         }
@@ -601,6 +660,14 @@ impl Chaos {
         if RESYNC {
             let all = volume["copies"].as_array().expect("copies").len();
             assert_eq!(compared.len(), all, "{volume:#}");
+        }
+        // A copy that was given up leaves nothing behind.
+        for n in self.cast.clone() {
+            let files = self.cluster.copy(n, &volume);
+            if !compared.contains(&format!("n{n}")) {
+                let what = format!("{} is gone", files.display());
+                self.wait(&what, |_| (!RESYNC || !files.exists()).then_some(()));
+            }
         }
     }
 

@@ -8,8 +8,12 @@ use super::oracle::Random;
 /// Something bad. Nodes 1 … R + 1 hold the copies, higher ones hold none.
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// SIGKILL, and a new process after a time.
-    Kill { node: usize, down: Duration },
+    /// SIGKILL, and a new process after a time; with `wipe` on a new disk, if nobody counts on the old one by then.
+    Kill {
+        node: usize,
+        down: Duration,
+        wipe: bool,
+    },
     /// SIGTERM, and a new process some time after the old one has ended.
     Term { node: usize, down: Duration },
     /// SIGSTOP, and SIGCONT after a time.
@@ -18,6 +22,19 @@ pub enum Fault {
     Cut { cuts: Vec<Cut>, span: Duration },
     /// Nobody can change anything in the registry for a time.
     Registry { span: Duration },
+    /// Somebody asks for something just now.
+    Ask(Order),
+}
+
+/// What people ask of a volume.
+#[derive(Clone, Copy, Debug)]
+pub enum Order {
+    /// Another master.
+    Promote { node: usize },
+    /// A copy elsewhere.
+    Move { from: usize, to: usize },
+    /// More replicas, or fewer.
+    Replicas(usize),
 }
 
 impl Fault {
@@ -27,7 +44,7 @@ impl Fault {
             Fault::Kill { node, .. } | Fault::Term { node, .. } | Fault::Freeze { node, .. } => {
                 Some(*node)
             }
-            Fault::Cut { .. } | Fault::Registry { .. } => None,
+            Fault::Cut { .. } | Fault::Registry { .. } | Fault::Ask(_) => None,
         }
     }
 
@@ -55,6 +72,8 @@ pub struct Schedule {
     pub replicas: usize,
     /// Where the volume is served at first.
     pub first: usize,
+    /// A missing copy gets a successor after this time instead of the default, a minute.
+    pub replace_after: Option<Duration>,
     pub steps: Vec<Step>,
 }
 
@@ -64,6 +83,8 @@ struct Draw {
     nodes: usize,
     replicas: usize,
     attached: usize,
+    /// Pauses between steps are this part of what they could be.
+    haste: u32,
 }
 
 impl Schedule {
@@ -71,11 +92,13 @@ impl Schedule {
     pub fn new(seed: u64, steps: usize) -> Schedule {
         let mut draw = Draw::new(seed);
         let first = draw.attached;
+        let replace_after = draw.replace_after();
         let steps = (0..steps).map(|_| draw.step()).collect();
         Schedule {
             nodes: draw.nodes,
             replicas: draw.replicas,
             first,
+            replace_after,
             steps,
         }
     }
@@ -88,6 +111,7 @@ impl Schedule {
             nodes: 4,
             replicas: 2,
             first: 4,
+            replace_after: None,
             steps: (0..steps).map(|_| draw.step_elsewhere()).collect(),
         }
     }
@@ -99,12 +123,19 @@ impl Draw {
         let replicas = 1 + random.below(3) as usize;
         let nodes = (replicas + 1 + random.below(2) as usize).clamp(3, 5);
         let attached = 1 + random.below(nodes as u64) as usize;
+        let haste = [1, 1, 1, 6][random.below(4) as usize];
         Draw {
             random,
             nodes,
             replicas,
             attached,
+            haste,
         }
+    }
+
+    /// Sooner than most faults end.
+    fn replace_after(&mut self) -> Option<Duration> {
+        self.chance(30).then_some(Duration::from_secs(1))
     }
 
     fn span(&mut self, from_ms: u64, to_ms: u64) -> Duration {
@@ -135,7 +166,7 @@ impl Draw {
             faults,
             to,
             settle: self.chance(40),
-            pause: self.span(100, 2_500),
+            pause: self.span(100, 2_500) / self.haste,
         }
     }
 
@@ -148,8 +179,10 @@ impl Draw {
             25..45 => vec![self.freeze(node)],
             45..65 => vec![self.cut()],
             65..72 => vec![self.term(node)],
-            72..78 => vec![self.registry()],
-            78..84 => vec![self.registry(), self.kill(node)],
+            72..76 => vec![self.registry()],
+            76..80 => vec![self.registry(), self.kill(node)],
+            80..86 => vec![self.order()],
+            86..89 => vec![self.order(), self.kill(node)],
             _ => {
                 let second = self.other(&[here, node]);
                 let mut one = |node| match self.random.below(3) {
@@ -198,7 +231,20 @@ impl Draw {
 
     fn kill(&mut self, node: usize) -> Fault {
         let down = self.span(50, 4_000);
-        Fault::Kill { node, down }
+        let wipe = self.chance(20);
+        Fault::Kill { node, down, wipe }
+    }
+
+    fn order(&mut self) -> Fault {
+        let node = 1 + self.random.below(self.nodes as u64) as usize;
+        Fault::Ask(match self.random.below(4) {
+            0 | 1 => Order::Promote { node },
+            2 => {
+                let to = self.other(&[node]);
+                Order::Move { from: node, to }
+            }
+            _ => Order::Replicas(1 + self.random.below(self.nodes as u64 - 1) as usize),
+        })
     }
 
     fn term(&mut self, node: usize) -> Fault {
