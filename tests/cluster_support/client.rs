@@ -5,12 +5,13 @@ use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use blkio::{Blkio, Blkioq, Completion, Errno, MemoryRegion, ReqFlags};
 
-use super::oracle::{Oracle, Random, SECTOR, Ticket};
+use super::oracle::{Look, Oracle, Random, SECTOR, Ticket, stranger};
 use super::{PATIENCE, eventually};
 
 pub const KIB: usize = 1 << 10;
@@ -179,6 +180,8 @@ pub struct Plan {
     /// Of 100 requests, how many are reads and how many flushes; the rest writes.
     pub reads: u64,
     pub flushes: u64,
+    /// Of 100 reads, how many begin where a write is under way, or let one begin where they are.
+    pub careless: u64,
     pub seed: u64,
 }
 
@@ -203,6 +206,7 @@ impl Plan {
             ],
             reads: 20,
             flushes: 5,
+            careless: 0,
             seed: 7,
         }
     }
@@ -212,6 +216,27 @@ impl Plan {
         Plan {
             depth: 16,
             sizes: vec![SECTOR, 4 * KIB, 4 * KIB, 16 * KIB],
+            ..Plan::mixed()
+        }
+    }
+
+    /// Up to 64 KiB, on two queues, with reads in the middle of writes.
+    pub fn careless(seed: u64) -> Plan {
+        Plan {
+            queues: 2,
+            depth: 16,
+            sizes: vec![
+                SECTOR,
+                3 * SECTOR,
+                4 * KIB,
+                4 * KIB,
+                13 * SECTOR,
+                16 * KIB,
+                64 * KIB,
+            ],
+            reads: 30,
+            careless: 40,
+            seed,
             ..Plan::mixed()
         }
     }
@@ -230,6 +255,7 @@ pub struct Outcome {
 struct Shared {
     stop: AtomicBool,
     abandon: AtomicBool,
+    haunt: AtomicBool,
     done: AtomicU64,
     failed: AtomicU64,
 }
@@ -238,20 +264,38 @@ struct Shared {
 pub struct Load {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<Oracle>>,
+    handed_over: Receiver<Oracle>,
 }
 
 impl Load {
-    /// Starts it on a socket, with what is known of the disk.
+    /// Starts it on a socket, with what is known of the disk, and waits until it runs.
     pub fn start(socket: &Path, plan: Plan, oracle: Oracle) -> Load {
-        let shared = Arc::new(Shared::default());
-        let (theirs, socket) = (Arc::clone(&shared), PathBuf::from(socket));
-        let thread = std::thread::spawn(move || work(&socket, &plan, oracle, &theirs));
-        let load = Load {
-            shared,
-            thread: Some(thread),
-        };
+        let load = Load::spawn(socket, plan, oracle, Duration::ZERO);
         load.goes_on();
         load
+    }
+
+    /// The same without waiting; nobody may serve the socket yet.
+    pub fn begin(socket: &Path, plan: Plan, oracle: Oracle) -> Load {
+        Load::spawn(socket, plan, oracle, PATIENCE)
+    }
+
+    fn spawn(socket: &Path, plan: Plan, oracle: Oracle, patience: Duration) -> Load {
+        let shared = Arc::new(Shared::default());
+        let (theirs, socket) = (Arc::clone(&shared), PathBuf::from(socket));
+        let (hand_over, handed_over) = channel();
+        let thread = std::thread::spawn(move || {
+            // The upper half is for the ghost, which must be able to ask while nothing asked before is answered.
+            match connect(&socket, &plan, 2 * plan.depth, patience, &theirs) {
+                Some(disk) => work(disk, &plan, oracle, &theirs, &hand_over),
+                None => oracle,
+            }
+        });
+        Load {
+            shared,
+            thread: Some(thread),
+            handed_over,
+        }
     }
 
     pub fn done(&self) -> u64 {
@@ -271,9 +315,22 @@ impl Load {
         });
     }
 
-    fn still_runs(&self) {
+    /// It has not found anything wrong.
+    #[track_caller]
+    pub fn still_runs(&self) {
         let ended = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
-        assert!(!ended, "the load ended by itself");
+        assert!(!ended, "the load ended by itself; it says above why");
+    }
+
+    /// The volume is served elsewhere now. Gives what is known of the disk; of what is under way here nobody knows how it
+    /// ends. The load goes on as a ghost, on a disk that must not answer it.
+    pub fn hand_over(self) -> (Oracle, Ghost) {
+        self.shared.haunt.store(true, SeqCst);
+        let oracle = eventually("the load hands over", || {
+            self.still_runs();
+            self.handed_over.try_recv().ok()
+        });
+        (oracle, Ghost(self))
     }
 
     /// Lets all requests end, reads everything back, and gives what came of it.
@@ -288,15 +345,21 @@ impl Load {
     }
 
     fn end(mut self) -> Outcome {
-        self.shared.stop.store(true, SeqCst);
-        let oracle = match self.thread.take().expect("it ends once").join() {
-            Ok(oracle) => oracle,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
+        let oracle = self.join();
         Outcome {
             oracle,
             done: self.done(),
             failed: self.failed(),
+        }
+    }
+}
+
+impl Load {
+    fn join(&mut self) -> Oracle {
+        self.shared.stop.store(true, SeqCst);
+        match self.thread.take().expect("it ends once").join() {
+            Ok(oracle) => oracle,
+            Err(panic) => std::panic::resume_unwind(panic),
         }
     }
 }
@@ -311,11 +374,32 @@ impl Drop for Load {
     }
 }
 
+/// A virtual machine whose volume was taken over: it asks on, and must never be told that anything succeeded.
+pub struct Ghost(Load);
+
+impl Ghost {
+    /// It has not been told anything yet.
+    #[track_caller]
+    pub fn is_haunting(&self) {
+        self.0.still_runs();
+    }
+
+    /// Gives up. Gives how many requests it made in vain.
+    pub fn vanish(self) -> u64 {
+        let mut load = self.0;
+        load.shared.abandon.store(true, SeqCst);
+        load.join();
+        load.done()
+    }
+}
+
 /// What a lane has under way.
 enum Under {
     Nothing,
     Write(Ticket, usize, usize),
     Read(usize, usize),
+    /// A read that writes may overlap.
+    Glance(Look, usize),
     Flush,
 }
 
@@ -330,8 +414,36 @@ impl Under {
     }
 }
 
-fn work(socket: &Path, plan: &Plan, mut oracle: Oracle, shared: &Shared) -> Oracle {
-    let mut disk = Disk::open(socket, plan.queues, plan.depth);
+/// `None`: told to give up.
+fn connect(
+    socket: &Path,
+    plan: &Plan,
+    lanes: usize,
+    patience: Duration,
+    shared: &Shared,
+) -> Option<Disk> {
+    let begin = Instant::now();
+    loop {
+        if shared.abandon.load(SeqCst) {
+            return None;
+        }
+        match Disk::try_open(socket, plan.queues, lanes) {
+            Ok(disk) => return Some(disk),
+            Err(e) if begin.elapsed() > patience => {
+                panic!("{}: {}", socket.display(), e.message())
+            }
+            Err(_) => std::thread::sleep(LOOK),
+        }
+    }
+}
+
+fn work(
+    mut disk: Disk,
+    plan: &Plan,
+    mut oracle: Oracle,
+    shared: &Shared,
+    hand_over: &Sender<Oracle>,
+) -> Oracle {
     assert_eq!(disk.capacity, oracle.bytes());
     let mut random = Random::new(plan.seed);
     let mut lanes: Vec<Under> = (0..plan.depth).map(|_| Under::Nothing).collect();
@@ -345,7 +457,8 @@ fn work(socket: &Path, plan: &Plan, mut oracle: Oracle, shared: &Shared) -> Orac
         if stopping && (in_flight == 0 || shared.abandon.load(SeqCst)) {
             break;
         }
-        if !stopping {
+        let haunt = shared.haunt.load(SeqCst);
+        if !stopping && !haunt {
             for lane in 0..plan.depth {
                 if matches!(lanes[lane], Under::Nothing) {
                     lanes[lane] = submit(&mut disk, lane, plan, &lanes, &mut oracle, &mut random);
@@ -355,29 +468,94 @@ fn work(socket: &Path, plan: &Plan, mut oracle: Oracle, shared: &Shared) -> Orac
         for ended in disk.poll() {
             last = Instant::now();
             let ok = ended.ret == 0;
-            match std::mem::replace(&mut lanes[ended.lane], Under::Nothing) {
-                Under::Write(ticket, ..) => oracle.end(ticket, ok),
-                Under::Read(sector, sectors) if ok => {
-                    let data = disk.buffer(ended.lane, sectors * SECTOR);
-                    if let Err(why) = oracle.judge(sector, data) {
-                        panic!("read under load: {why}");
-                    }
-                }
-                Under::Read(..) | Under::Flush => {}
-                Under::Nothing => panic!("a request was answered twice"),
+            let under = std::mem::replace(&mut lanes[ended.lane], Under::Nothing);
+            if let Err(why) = judge(&mut disk, &mut oracle, &ended, under) {
+                panic!(
+                    "read under load at {}: {why}",
+                    super::clock(SystemTime::now())
+                );
             }
             let counter = if ok { &shared.done } else { &shared.failed };
             counter.fetch_add(1, SeqCst);
+        }
+        if haunt {
+            // What was answered before the takeover has been taken in by now.
+            give_up(&mut oracle, &mut lanes);
+            let bytes = oracle.bytes();
+            hand_over.send(oracle).expect("somebody takes over");
+            haunt_disk(&mut disk, plan, bytes, shared);
+            return Oracle::new(0);
         }
         assert!(
             last.elapsed() < PATIENCE,
             "nothing was answered for too long"
         );
     }
-    if !shared.abandon.load(SeqCst) {
+    if shared.abandon.load(SeqCst) {
+        give_up(&mut oracle, &mut lanes);
+    } else {
         disk.sweep(&mut oracle);
     }
     oracle
+}
+
+fn judge(disk: &mut Disk, oracle: &mut Oracle, ended: &Ended, under: Under) -> Result<(), String> {
+    let ok = ended.ret == 0;
+    match under {
+        Under::Write(ticket, ..) => oracle.end(ticket, ok),
+        Under::Read(sector, sectors) if ok => {
+            return oracle.judge(sector, disk.buffer(ended.lane, sectors * SECTOR));
+        }
+        Under::Glance(look, sectors) if ok => {
+            return oracle.judge_look(&look, disk.buffer(ended.lane, sectors * SECTOR));
+        }
+        Under::Read(..) | Under::Glance(..) | Under::Flush => {}
+        Under::Nothing => panic!("a request was answered twice"),
+    }
+    Ok(())
+}
+
+/// Whoever served the disk is gone, and with it what it had under way: done or not done, but not to be done later.
+fn give_up(oracle: &mut Oracle, lanes: &mut [Under]) {
+    for under in lanes {
+        if let Under::Write(ticket, ..) = std::mem::replace(under, Under::Nothing) {
+            oracle.end(ticket, false);
+        }
+    }
+}
+
+/// Asks a disk that is served elsewhere, with data that no oracle knows. An answer to what was asked before the takeover
+/// may come late; one to what is asked here may not be a success (S7, S8).
+fn haunt_disk(disk: &mut Disk, plan: &Plan, bytes: u64, shared: &Shared) {
+    let mut random = Random::new(!plan.seed);
+    let mut asked = vec![false; plan.depth];
+    let len = 4 * KIB;
+    while !shared.stop.load(SeqCst) {
+        for (i, asked) in asked.iter_mut().enumerate().filter(|(_, asked)| !**asked) {
+            *asked = true;
+            let lane = plan.depth + i;
+            let offset = random.below(bytes / len as u64) * len as u64;
+            if random.below(2) == 0 {
+                disk.read(lane, offset, len);
+            } else {
+                let sector = offset as usize / SECTOR;
+                stranger(random.below(1 << 30), sector, disk.buffer(lane, len));
+                disk.write(lane, offset, len);
+            }
+            shared.done.fetch_add(1, SeqCst);
+        }
+        for ended in disk.poll() {
+            if let Some(i) = ended.lane.checked_sub(plan.depth) {
+                assert!(
+                    ended.ret != 0,
+                    "a request that was made after the takeover succeeded where the volume was served before"
+                );
+                asked[i] = false;
+            }
+        }
+        // One that fails what it is asked does so at once.
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// One request, or none if its place is taken by another that must not be disturbed. Writes may overlap writes, since what
@@ -396,17 +574,22 @@ fn submit(
         return Under::Flush;
     }
     let is_read = dice < plan.flushes + plan.reads;
+    let careless = is_read && random.below(100) < plan.careless;
     let len = plan.sizes[random.below(plan.sizes.len() as u64) as usize];
     let sectors = len / SECTOR;
     let all = oracle.bytes() as usize / SECTOR;
     // Half of all requests share a small part of the disk, so that they meet.
     let span = if random.below(2) == 0 { all / 8 } else { all };
     let sector = random.below((span.max(sectors + 1) - sectors) as u64) as usize;
-    if lanes.iter().any(|u| u.overlaps(sector, sectors, is_read)) {
+    let taken = |u: &Under| u.overlaps(sector, sectors, is_read);
+    if !careless && lanes.iter().any(taken) {
         return Under::Nothing;
     }
     let offset = (sector * SECTOR) as u64;
-    if is_read {
+    if careless {
+        disk.read(lane, offset, len);
+        Under::Glance(oracle.look(sector, sectors), sectors)
+    } else if is_read {
         disk.read(lane, offset, len);
         Under::Read(sector, sectors)
     } else {

@@ -3,7 +3,10 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub mod client;
+pub mod net;
 pub mod oracle;
+pub mod schedule;
+pub mod vm;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,8 +15,9 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use net::Network;
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
@@ -34,6 +38,17 @@ pub fn eventually<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
         assert!(begin.elapsed() < PATIENCE, "gave up waiting until {what}");
         std::thread::sleep(Duration::from_millis(30));
     }
+}
+
+/// The time of day as the nodes' logs tell it.
+pub fn clock(at: SystemTime) -> String {
+    let ms = at
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_millis();
+    let (seconds, ms) = (ms / 1000, ms % 1000);
+    let (h, m, s) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{h:02}:{m:02}:{s:02}.{ms:03}")
 }
 
 /// Addresses 127.A.B.1 … 127.A.B.250 that no other cluster has: whoever holds the lock on the block's file has the block.
@@ -98,6 +113,8 @@ pub struct Cluster {
     block: Block,
     pub dir: tempfile::TempDir,
     nodes: BTreeMap<usize, Node>,
+    /// Their own, if they have one. After the processes in it have gone, so is it.
+    pub network: Option<Network>,
 }
 
 impl Cluster {
@@ -125,7 +142,20 @@ impl Cluster {
                 .tempdir_in(parent)
                 .unwrap(),
             nodes: BTreeMap::new(),
+            network: None,
         }
+    }
+
+    /// Nodes with a network of their own, in which ways between them can be cut.
+    pub fn start_on_a_network(parent: &Path, nodes: usize) -> Cluster {
+        let mut cluster = Cluster::empty(parent);
+        let net = format!("127.{}.{}", cluster.block.a, cluster.block.b);
+        cluster.network = Some(Network::new(&net, nodes));
+        for n in 1..=nodes {
+            cluster.start_node(n);
+        }
+        cluster.know_each_other();
+        cluster
     }
 
     /// Every node sees every running node online.
@@ -202,6 +232,18 @@ impl Cluster {
 
     /// Starts node n with a data directory of the test's choice and more arguments.
     pub fn start_node_with(&mut self, n: usize, data: &Path, extra: &[String]) {
+        self.spawn_node_with(n, data, extra);
+        eventually(&format!("n{n} answers"), || self.answers(n).then_some(()));
+    }
+
+    /// Starts node n again and does not wait for it.
+    pub fn spawn_node(&mut self, n: usize) {
+        let data = self.data_dir(n);
+        let extra = self.nodes.get(&n).map(|node| node.extra.clone());
+        self.spawn_node_with(n, &data, &extra.unwrap_or_default());
+    }
+
+    fn spawn_node_with(&mut self, n: usize, data: &Path, extra: &[String]) {
         let run = self.run_dir(n);
         fs::create_dir_all(data).unwrap();
         fs::create_dir_all(&run).unwrap();
@@ -210,10 +252,14 @@ impl Cluster {
             .append(true)
             .open(self.log_path(n))
             .unwrap();
-        let mut command = lockstep();
+        let mut command = match &self.network {
+            Some(network) => network.command(n, &binary()),
+            None => lockstep(),
+        };
         command
             .args(self.node_arguments(n, data))
             .args(extra)
+            .env_remove("LOCKSTEP_HOST")
             .env("RUST_LOG", "info")
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -230,13 +276,14 @@ impl Cluster {
             old.is_none_or(|node| node.child.is_none()),
             "n{n} ran already"
         );
-        eventually(&format!("n{n} answers"), || {
-            let node = self.nodes.get_mut(&n)?;
-            if let Some(status) = node.child.as_mut()?.try_wait().unwrap() {
-                panic!("n{n} ended with {status} before it answered");
-            }
-            (self.run(n, "node ls").code == 0).then_some(())
-        });
+    }
+
+    /// The command line reaches node n, which must not have ended.
+    pub fn answers(&mut self, n: usize) -> bool {
+        if let Some(status) = self.child(n).try_wait().unwrap() {
+            panic!("n{n} ended with {status} before it answered");
+        }
+        self.run(n, "node ls").code == 0
     }
 
     /// Runs `lockstep node` with these arguments until it gives up by itself.
@@ -302,6 +349,18 @@ impl Cluster {
         status
     }
 
+    /// SIGTERM, without waiting.
+    pub fn ask_to_stop(&mut self, n: usize) {
+        self.signal(n, libc::SIGTERM);
+    }
+
+    /// How node n ended, if it has.
+    pub fn ended(&mut self, n: usize) -> Option<ExitStatus> {
+        let status = self.child(n).try_wait().unwrap()?;
+        self.nodes.get_mut(&n).unwrap().child = None;
+        Some(status)
+    }
+
     /// SIGSTOP: alive to the kernel, silent to everybody else. A thread that runs goes on for a moment, so this waits for
     /// each of them.
     pub fn freeze(&mut self, n: usize) {
@@ -326,7 +385,7 @@ impl Cluster {
         self.child(n).try_wait().unwrap().is_none()
     }
 
-    fn log_path(&self, n: usize) -> PathBuf {
+    pub fn log_path(&self, n: usize) -> PathBuf {
         self.dir.path().join(format!("n{n}.log"))
     }
 
@@ -469,14 +528,21 @@ impl Cluster {
     }
 }
 
-impl Drop for Cluster {
-    fn drop(&mut self) {
+impl Cluster {
+    /// SIGKILL to whatever runs.
+    pub fn kill_all(&mut self) {
         for node in self.nodes.values_mut() {
             if let Some(mut child) = node.child.take() {
                 let _ = child.kill();
                 let _ = child.wait();
             }
         }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.kill_all();
         if std::thread::panicking() {
             for n in self.nodes.keys() {
                 let log = self.log(*n);
@@ -488,9 +554,15 @@ impl Drop for Cluster {
     }
 }
 
-/// The binary under test, with nothing of our environment that would change what it does.
+/// The binary under test: the one built with the test, or any other that `LOCKSTEP_BIN` names.
+fn binary() -> PathBuf {
+    let built = || env!("CARGO_BIN_EXE_lockstep").into();
+    std::env::var_os("LOCKSTEP_BIN").map_or_else(built, PathBuf::from)
+}
+
+/// It, with nothing of our environment that would change what it does.
 pub fn lockstep() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+    let mut command = Command::new(binary());
     command.env_remove("LOCKSTEP_HOST").env_remove("RUST_LOG");
     command
 }

@@ -1,6 +1,8 @@
 //! What a disk may answer. Every write has a number of its own, and each 512-byte sector is made of the write's number and
 //! the sector's place, so that any sector read tells which write it came from.
 
+use std::time::SystemTime;
+
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;
 
@@ -11,6 +13,9 @@ struct Held {
     /// When it was answered, on the oracle's own clock; `None`: it is under way, or nobody knows.
     answered: Option<u64>,
 }
+
+/// Writes with numbers from here on are [`stranger`]s'.
+const STRANGER: u64 = 1 << 40;
 
 /// What a sector holds at first: zeros.
 const BLANK: Held = Held {
@@ -23,6 +28,17 @@ pub struct Oracle {
     /// An empty list stands for [`BLANK`].
     sectors: Vec<Vec<Held>>,
     clock: u64,
+    writes: u64,
+    /// Where each write went, and when it began, by its number less one.
+    places: Vec<(usize, usize, SystemTime)>,
+}
+
+/// What sectors may hold when a read begins.
+#[derive(Debug)]
+pub struct Look {
+    sector: usize,
+    may: Vec<Vec<u64>>,
+    /// Writes with a higher number began later.
     writes: u64,
 }
 
@@ -42,6 +58,7 @@ impl Oracle {
             sectors: vec![Vec::new(); bytes as usize / SECTOR],
             clock: 0,
             writes: 0,
+            places: Vec::new(),
         }
     }
 
@@ -59,6 +76,8 @@ impl Oracle {
         let begun = self.tick();
         self.writes += 1;
         let write = self.writes;
+        let sectors = data.len() / SECTOR;
+        self.places.push((sector, sectors, SystemTime::now()));
         for (place, bytes) in (sector..).zip(data.chunks_mut(SECTOR)) {
             content(write, place, bytes);
             let held = &mut self.sectors[place];
@@ -71,7 +90,7 @@ impl Oracle {
         Ticket {
             write,
             sector,
-            sectors: data.len() / SECTOR,
+            sectors,
             begun,
         }
     }
@@ -99,11 +118,8 @@ impl Oracle {
             let known = held.iter().any(|h| h.write == found) || held.is_empty() && found == 0;
             content(found, place, &mut expected);
             if !known || bytes != expected {
-                let made_for = u64::from_le_bytes(bytes[8..16].try_into().unwrap());
-                let torn = if bytes == expected { "" } else { ", torn" };
-                return Err(format!(
-                    "sector {place} holds write {found}, made for sector {made_for}{torn}; it may hold {held:?}"
-                ));
+                let held = held.clone();
+                return Err(self.explain(place, bytes, &format!("{held:?}"), &held));
             }
             held.retain(|h| h.write == found);
             if let Some(h) = held.first_mut() {
@@ -111,6 +127,72 @@ impl Oracle {
             }
         }
         Ok(())
+    }
+
+    /// A read begins that writes may overlap.
+    pub fn look(&self, sector: usize, sectors: usize) -> Look {
+        let may = self.sectors[sector..sector + sectors].iter();
+        let numbers = |held: &Vec<Held>| match held.is_empty() {
+            true => vec![BLANK.write],
+            false => held.iter().map(|h| h.write).collect(),
+        };
+        Look {
+            sector,
+            may: may.map(numbers).collect(),
+            writes: self.writes,
+        }
+    }
+
+    /// Judges what that read brought: of each sector a write that was there when it began, or one that began since (S10).
+    pub fn judge_look(&self, look: &Look, data: &[u8]) -> Result<(), String> {
+        let mut expected = [0; SECTOR];
+        let sectors = look.may.iter().zip(data.chunks(SECTOR));
+        for (place, (may, bytes)) in (look.sector..).zip(sectors) {
+            let found = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+            content(found, place, &mut expected);
+            let since = found > look.writes && self.went_to(found, place);
+            if bytes != expected || !may.contains(&found) && !since {
+                let may = format!("{may:?} or one after {}", look.writes);
+                return Err(self.explain(place, bytes, &may, &self.sectors[place]));
+            }
+        }
+        Ok(())
+    }
+
+    fn went_to(&self, write: u64, place: usize) -> bool {
+        let index = write.checked_sub(1).and_then(|i| usize::try_from(i).ok());
+        index
+            .and_then(|i| self.places.get(i))
+            .is_some_and(|(at, len, _)| (*at..at + len).contains(&place))
+    }
+
+    /// A sector that holds what it must not.
+    fn explain(&self, place: usize, bytes: &[u8], may: &str, held: &[Held]) -> String {
+        let number = |range: std::ops::Range<usize>| {
+            u64::from_le_bytes(bytes[range].try_into().expect("eight bytes"))
+        };
+        let (found, made_for) = (number(0..8), number(8..16));
+        let mut expected = [0; SECTOR];
+        content(found, place, &mut expected);
+        let torn = if bytes == expected { "" } else { ", torn" };
+        let mut text = format!(
+            "sector {place} holds write {found}, made for sector {made_for}{torn}; it may hold {may}"
+        );
+        for write in held.iter().map(|h| h.write).chain([found]) {
+            let index = usize::try_from(write.wrapping_sub(1)).unwrap_or(usize::MAX);
+            if let Some((at, len, begun)) = self.places.get(index) {
+                let begun = super::clock(*begun);
+                text += &format!("; write {write} is {len} sectors from {at}, begun at {begun}");
+            }
+        }
+        text
+    }
+}
+
+/// A write by somebody who has no say any more: found on the disk, no oracle has an excuse for it.
+pub fn stranger(number: u64, sector: usize, data: &mut [u8]) {
+    for (place, bytes) in (sector..).zip(data.chunks_mut(SECTOR)) {
+        content(STRANGER + number, place, bytes);
     }
 }
 
@@ -176,7 +258,22 @@ fn a_sector_holds_the_last_write_answered_or_one_under_way() {
     let (failed, _) = buffer(&mut oracle);
     oracle.end(failed, false);
     assert!(oracle.judge(0, &second_data).is_ok());
-    // A torn sector is never right.
+    // A read that began before a write was answered may bring what was there before, one that began after may not.
+    let early = oracle.look(0, 1);
+    let (fourth, fourth_data) = buffer(&mut oracle);
+    oracle.end(fourth, true);
+    assert!(oracle.judge_look(&early, &second_data).is_ok());
+    assert!(oracle.judge_look(&early, &fourth_data).is_ok());
+    assert!(oracle.judge_look(&early, &first_data).is_err());
+    let late = oracle.look(0, 1);
+    assert!(oracle.judge_look(&late, &second_data).is_err());
+    // What a stranger wrote is never right, and a torn sector neither.
+    let mut strange = vec![0; SECTOR];
+    stranger(4, 0, &mut strange);
+    assert!(oracle.judge_look(&late, &strange).is_err());
+    assert!(oracle.judge(0, &strange).is_err());
+    assert!(oracle.judge(0, &fourth_data).is_ok());
+    let second_data = fourth_data;
     let mut torn = second_data;
     torn[511] ^= 2;
     assert!(oracle.judge(0, &torn).is_err());
