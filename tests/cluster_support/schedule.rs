@@ -120,6 +120,10 @@ impl Schedule {
 impl Draw {
     fn new(seed: u64) -> Draw {
         let mut random = Random::new(seed);
+        // Seeds that are neighbours begin alike.
+        for _ in 0..16 {
+            random.next();
+        }
         let replicas = 1 + random.below(3) as usize;
         let nodes = (replicas + 1 + random.below(2) as usize).clamp(3, 5);
         let attached = 1 + random.below(nodes as u64) as usize;
