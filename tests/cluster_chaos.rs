@@ -222,7 +222,11 @@ fn plan(seed: u64, number: usize) -> Plan {
 impl Chaos {
     fn start(schedule: &Schedule, size: u64, seed: u64, repeat: String) -> Chaos {
         // Most on files in memory, where more happens in a second; some on a disk, where flushes take their time.
-        let parent = if seed % 4 == 0 { "/tmp" } else { "/dev/shm" };
+        let parent = if seed.is_multiple_of(4) {
+            "/tmp"
+        } else {
+            "/dev/shm"
+        };
         let cluster = Cluster::start_on_a_network(Path::new(parent), schedule.nodes);
         let (replicas, size) = (schedule.replicas, size >> 20);
         // Served by whatever is left, or suspended until enough is back.
@@ -239,7 +243,10 @@ impl Chaos {
             cluster.ok(1, &format!("cluster update --replace-after {wait}ms"));
         }
         let volume = cluster.volume(1, "vm1");
-        let mut cast: Vec<usize> = copies(&volume, "in_sync").iter().map(number).collect();
+        let mut cast: Vec<usize> = copies(&volume, "in_sync")
+            .iter()
+            .map(|n| number(n))
+            .collect();
         cast.sort_unstable();
         let spares: Vec<usize> = (1..=schedule.nodes).filter(|n| !cast.contains(n)).collect();
         cast.extend(spares);
@@ -732,7 +739,7 @@ fn took_over(attachment: &Value) -> bool {
     attachment["releasing"] != true && matches!(phase, Some("serving" | "recovering" | "suspended"))
 }
 
-fn number(node: &String) -> usize {
+fn number(node: &str) -> usize {
     node[1..].parse().expect("nodes are called n1, n2, …")
 }
 

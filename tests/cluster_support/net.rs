@@ -206,7 +206,10 @@ fn sweep() {
         if let Some(pid) = number
             && !Path::new("/proc").join(pid).exists()
         {
-            for pid in ip(&["netns", "pids", name]).split_whitespace() {
+            // Another test may be sweeping, too, and have removed it already.
+            let pids = run("ip", &["netns", "pids", name]).map(|o| o.stdout);
+            let pids = String::from_utf8_lossy(&pids.unwrap_or_default()).into_owned();
+            for pid in pids.split_whitespace() {
                 let _ = run("kill", &["-KILL", pid]);
             }
             let _ = run("ip", &["netns", "del", name]);
