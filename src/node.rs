@@ -515,6 +515,6 @@ impl Host for NodeHost {
     }
 
     fn metrics(&self) -> Metrics {
-        status::metrics(self.engine.metrics(), &self.engine.status().0)
+        status::metrics(self.engine.metrics())
     }
 }

@@ -11,10 +11,12 @@ use super::control::{Control, raced};
 use super::events::What;
 use super::live::gather;
 use super::membership::{self, is_blank, lacking, staying};
+use super::model::VolumeSpec;
+use super::placement::Placement;
 use super::plane::{Found, whole_volumes};
 use super::replicas::{add_all, place_more};
 use super::snapshot::Snapshot;
-use super::store::Registrar;
+use super::store::{Registrar, Versioned};
 use super::units::show_ms;
 use crate::registry::RegistryError;
 use crate::replication::ids::{CopyId, NodeName, VolumeId};
@@ -74,9 +76,22 @@ impl Replacements {
 }
 
 /// A volume that this node looks after.
-struct Tended {
-    found: Found,
+struct Tended<'a> {
+    id: VolumeId,
+    spec: &'a Versioned<VolumeSpec>,
+    record: &'a Versioned<Record>,
     lost: BTreeSet<CopyId>,
+}
+
+impl Tended<'_> {
+    fn found(&self) -> Found {
+        Found {
+            id: self.id,
+            name: self.spec.0.full_name(),
+            spec: self.spec.clone(),
+            record: self.record.clone(),
+        }
+    }
 }
 
 impl Control {
@@ -89,7 +104,7 @@ impl Control {
         let mut under_way: usize = tended.iter().map(on_their_way).sum();
         let mut live = None;
         for volume in &tended {
-            let lacks = lacking(&volume.found.record.0, &volume.lost);
+            let lacks = lacking(&volume.record.0, &volume.lost);
             if lacks == 0 || under_way >= UNDER_WAY_MAX {
                 continue;
             }
@@ -97,7 +112,7 @@ impl Control {
                 gather(&self.plane, snapshot.nodes.values().map(|(n, _)| n))
             });
             let count = lacks.min(UNDER_WAY_MAX - under_way);
-            let Tended { found, lost } = volume;
+            let (found, lost) = (&volume.found(), &volume.lost);
             // Better one of two than none.
             let mut placed = place_more(found, snapshot, live, count, lost);
             for fewer in (1..count).rev() {
@@ -106,7 +121,8 @@ impl Control {
             match placed {
                 Ok(placement) => {
                     under_way += placement.nodes.len();
-                    self.replace(volume, &placement.nodes, &placement.remarks, wait)?;
+                    let Placement { nodes, remarks } = placement;
+                    self.replace(found, lost, (&nodes, &remarks), wait)?;
                 }
                 Err(why) => self.no_place(found, &why.to_string(), now),
             }
@@ -114,7 +130,12 @@ impl Control {
         Ok(())
     }
 
-    fn tended(&mut self, snapshot: &Snapshot, now: Instant, wait: Option<Duration>) -> Vec<Tended> {
+    fn tended<'a>(
+        &mut self,
+        snapshot: &'a Snapshot,
+        now: Instant,
+        wait: Option<Duration>,
+    ) -> Vec<Tended<'a>> {
         let serving = self.plane.host.attachments();
         let mut tended = Vec::new();
         for (id, spec, record) in whole_volumes(snapshot) {
@@ -136,12 +157,9 @@ impl Control {
                 copies.map(|c| c.copy).collect()
             });
             tended.push(Tended {
-                found: Found {
-                    id,
-                    name: spec.0.full_name(),
-                    spec: spec.clone(),
-                    record: record.clone(),
-                },
+                id,
+                spec,
+                record,
                 lost: self.replacements.lost(id, &record.0, &syncing, now, wait),
             });
         }
@@ -153,12 +171,11 @@ impl Control {
 
     fn replace(
         &mut self,
-        volume: &Tended,
-        nodes: &[NodeName],
-        remarks: &[String],
+        found: &Found,
+        lost: &BTreeSet<CopyId>,
+        (nodes, remarks): (&[NodeName], &[String]),
         wait: Option<Duration>,
     ) -> Result<(), RegistryError> {
-        let Tended { found, lost } = volume;
         let mut next = found.record.0.clone();
         if let Err(fault) = add_all(&found.name, &mut next, nodes) {
             self.no_place(found, &fault.message, Instant::now());
@@ -216,8 +233,8 @@ impl Control {
 }
 
 /// New copies that are expected to be in sync some time.
-fn on_their_way(volume: &Tended) -> usize {
-    staying(&volume.found.record.0)
+fn on_their_way(volume: &Tended<'_>) -> usize {
+    staying(&volume.record.0)
         .filter(|c| is_blank(c) && !volume.lost.contains(&c.copy_id))
         .count()
 }

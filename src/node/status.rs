@@ -61,7 +61,7 @@ fn copy(c: &CopyView) -> CopyState {
 }
 
 /// The counters of all workers.
-pub(super) fn metrics(workers: Vec<WorkerMetrics>, attached: &[VolumeStatus]) -> Metrics {
+pub(super) fn metrics(workers: Vec<WorkerMetrics>) -> Metrics {
     let mut all = Metrics::default();
     let mut ejections: BTreeMap<String, u64> = BTreeMap::new();
     for worker in workers {
@@ -76,10 +76,5 @@ pub(super) fn metrics(workers: Vec<WorkerMetrics>, attached: &[VolumeStatus]) ->
         }
     }
     all.ejections = ejections.into_iter().collect();
-    for volume in &mut all.volumes {
-        let status = attached.iter().find(|s| s.volume == volume.volume);
-        let syncs = status.iter().flat_map(|s| &s.copies).filter_map(|c| c.sync);
-        volume.sync_remaining = syncs.map(|s| s.remaining_bytes).sum();
-    }
     all
 }

@@ -93,6 +93,11 @@ impl DirtyMap {
         None
     }
 
+    /// The marked chunks, in order.
+    pub fn iter(&self) -> impl Iterator<Item = Chunk> {
+        std::iter::successors(self.next(Chunk(0)), |c| self.next(Chunk(c.0 + 1)))
+    }
+
     /// The bits of `count` chunks from `first` on, that one lowest.
     pub fn range(&self, first: Chunk, count: u32) -> Vec<u64> {
         let mut words = vec![0u64; count.div_ceil(64) as usize];
@@ -153,12 +158,7 @@ mod tests {
     fn marked_chunks_are_found_in_order_and_can_be_cleared() {
         let mut map = DirtyMap::new(200 * CHUNK);
         [3, 63, 64, 199].into_iter().for_each(|c| map.set(Chunk(c)));
-        let mut found = Vec::new();
-        let mut from = Chunk(0);
-        while let Some(c) = map.next(from) {
-            found.push(c.0);
-            from = Chunk(c.0 + 1);
-        }
+        let found: Vec<u32> = map.iter().map(|c| c.0).collect();
         assert_eq!(found, [3, 63, 64, 199]);
         assert!(map.clear(Chunk(63)) && !map.clear(Chunk(63)));
         assert_eq!((map.count(), map.next(Chunk(4))), (3, Some(Chunk(64))));

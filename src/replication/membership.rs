@@ -39,16 +39,15 @@ pub fn choose_master(
     let preferred = record
         .preferred
         .and_then(|id| record.copies.iter().position(|c| c.copy_id == id));
-    let all: Vec<usize> = among.iter().collect();
     preferred
         .into_iter()
         .chain(local)
         .find(|c| among.has(*c))
-        .or_else(|| all.get(random as usize % all.len().max(1)).copied())
+        .or_else(|| among.iter().nth(random as usize % among.len().max(1)))
 }
 
 /// The record with the membership that follows, in the same epoch still; `None` when nothing is to change, or when nobody can
-/// tell yet who stays.
+/// tell yet who stays. Asked after every event, so it copies the record only for a change.
 pub fn next(record: &Record, f: &Facts) -> Option<Record> {
     let in_sync = with_status(record, CopyStatus::InSync);
     let absent =
@@ -72,6 +71,23 @@ pub fn next(record: &Record, f: &Facts) -> Option<Record> {
         }
     }
     let members = left.or(admitted).without(gone);
+    let place = |id| record.copies.iter().position(|c| c.copy_id == id);
+    let kept = place(record.master).is_some_and(|m| members.has(m));
+    let wanted = choose_master(record, members.and(f.ready), f.local, f.random)?;
+    let asked_for = record.preferred == Some(record.copies[wanted].copy_id);
+    let came_home = admitted.has(wanted) && f.local == Some(wanted);
+    let master = if !kept || f.settled && (asked_for || came_home) {
+        record.copies[wanted].copy_id
+    } else {
+        record.master
+    };
+    let present = |id| place(id).is_some_and(|c| members.or(absent).or(out).without(gone).has(c));
+    let granted = |id| id == master || !present(id);
+    let forget_wish = f.settled && record.preferred.is_some_and(granted);
+    let changed = out.or(admitted).or(gone);
+    if changed.is_empty() && master == record.master && !forget_wish {
+        return None;
+    }
     let mut next = record.clone();
     for copy in out.iter() {
         next.copies[copy].status = CopyStatus::Missing;
@@ -83,23 +99,8 @@ pub fn next(record: &Record, f: &Facts) -> Option<Record> {
     for copy in gone.iter() {
         next.copies[copy].status = CopyStatus::Removed;
     }
-    let master = record
-        .copies
-        .iter()
-        .position(|c| c.copy_id == record.master)
-        .filter(|m| members.has(*m));
-    let wanted = choose_master(record, members.and(f.ready), f.local, f.random)?;
-    let asked_for = record.preferred == Some(record.copies[wanted].copy_id);
-    let came_home = admitted.has(wanted) && f.local == Some(wanted);
-    if master.is_none() || f.settled && (asked_for || came_home) {
-        next.master = record.copies[wanted].copy_id;
-    }
-    let present = |id| next.present().any(|c| c.copy_id == id);
-    if f.settled
-        && record
-            .preferred
-            .is_some_and(|id| id == next.master || !present(id))
-    {
+    next.master = master;
+    if forget_wish {
         next.preferred = None;
     }
     // S6: only members of the in-sync set are promoted.
@@ -107,7 +108,7 @@ pub fn next(record: &Record, f: &Facts) -> Option<Record> {
         next.in_sync().any(|c| c.copy_id == next.master),
         "S6: the master is in sync"
     );
-    (next != *record).then_some(next)
+    Some(next)
 }
 
 #[cfg(test)]

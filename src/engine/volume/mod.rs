@@ -246,7 +246,7 @@ impl Volume {
                 .map(|c| c.stats.clone())
                 .unwrap_or_default(),
             inflight: s.rings.in_flight() as u64,
-            sync_remaining: 0,
+            sync_remaining: s.attachment.sync_remaining(),
         })
     }
 }

@@ -1,7 +1,7 @@
 //! One pass over the chunks that a target lacks (PROTOCOL 6): lock, compare hashes, copy where they differ, flush, clear the
 //! marks. Bits only fall, so the pass ends under constant writes.
 
-use super::sync::{Stage, Step, Sync};
+use super::sync::{Stage, Step};
 use super::{Attachment, CopySet, Kind, Origin, Payload, Work};
 use crate::replication::ids::{Chunk, Nanos, Seq, Span};
 use crate::replication::message::{Message, RUNS_MAX, Status};
@@ -279,12 +279,5 @@ impl<D: Payload> Attachment<D> {
             };
             self.send(self.ready, message, None);
         }
-    }
-}
-
-impl Sync {
-    /// Whether it only waits to be taken in.
-    pub(super) fn is_synced(&self) -> bool {
-        self.stage == Stage::Synced && self.lost.is_none()
     }
 }

@@ -180,6 +180,15 @@ impl<D: Payload> Attachment<D> {
             span,
             fua,
         };
+        // What a sync asks of its target goes over the bulk link.
+        let bulk = match p.origin {
+            Origin::Sync { copy, step, .. }
+                if step != Step::LastFlush && Some(copy) != self.local =>
+            {
+                CopySet::one(copy).and(to)
+            }
+            _ => CopySet::EMPTY,
+        };
         let (message, data) = match p.kind {
             Kind::Read => (Message::Read(request), p.data.clone()),
             Kind::Write => (Message::Write(request), p.data.clone()),
@@ -187,38 +196,26 @@ impl<D: Payload> Attachment<D> {
             Kind::Flush { .. } => (Message::Flush { epoch, seq }, None),
             Kind::Data => (Message::SyncData(request), p.data.clone()),
             Kind::Hash => (Message::SyncHash(request), None),
-            Kind::Map | Kind::Mark => {
+            Kind::Map => {
                 let Origin::Sync { copy, .. } = p.origin else {
                     return;
                 };
-                let message = match p.kind {
-                    Kind::Mark => self.mark_message(copy, seq),
-                    _ => Message::MapRead {
-                        epoch,
-                        seq,
-                        copy: self.record.copies[copy].copy_id,
-                        first: Chunk((span.offset / CHUNK) as u32),
-                        count: (u64::from(span.len) / CHUNK) as u32,
-                    },
+                let message = Message::MapRead {
+                    epoch,
+                    seq,
+                    copy: self.record.copies[copy].copy_id,
+                    first: Chunk((span.offset / CHUNK) as u32),
+                    count: (u64::from(span.len) / CHUNK) as u32,
                 };
-                return self.send_for(seq, to, message, None);
+                (message, None)
+            }
+            Kind::Mark => {
+                let Origin::Sync { copy, .. } = p.origin else {
+                    return;
+                };
+                (self.mark_message(copy, seq), None)
             }
         };
-        self.send_for(seq, to, message, data);
-    }
-
-    /// What a sync asks of its target goes over the bulk link.
-    fn send_for(&mut self, seq: Seq, to: CopySet, message: Message, data: Option<D>) {
-        let origin = self.pending.get_mut(seq).map(|p| &p.origin);
-        let bulk = match origin {
-            Some(Origin::Sync { copy, step, .. }) if *step != Step::LastFlush => {
-                CopySet::one(*copy)
-            }
-            _ => CopySet::EMPTY,
-        };
-        let bulk = bulk
-            .and(to)
-            .without(self.local.map_or(CopySet::EMPTY, CopySet::one));
         self.send(to.without(bulk).or(bulk.bulk()), message, data);
     }
 

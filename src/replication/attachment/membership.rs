@@ -276,7 +276,7 @@ impl<D: Payload> Attachment<D> {
         self.unlink(copy, why);
         if self.in_sync.has(copy) && !self.failing.has(copy) {
             self.failing.insert(copy);
-            self.forgive(copy, self.peers[copy].in_sync_since);
+            self.forgive(copy);
             self.damp(copy);
             let node = self.record.copies[copy].node.clone();
             self.event("2.6 copy lost", format!("copy on {node}: {why}"));

@@ -532,6 +532,11 @@ impl<D: Payload> Attachment<D> {
             && self.overlaps.waiting() == 0
     }
 
+    /// Bytes that targets of syncs still lack.
+    pub fn sync_remaining(&self) -> u64 {
+        self.syncs.values().map(|s| s.view().remaining_bytes).sum()
+    }
+
     /// For people.
     pub fn status(&self) -> Summary {
         let copies = self

@@ -159,11 +159,11 @@ impl<D: Payload> Attachment<D> {
 
     /// A single copy is left. A chunk that its disk cannot read is the guest's to learn of.
     fn nothing_to_differ_from(&mut self) {
-        let mut from = Chunk(0);
-        while let Some(chunk) = self.reconcile.undecided.as_ref().and_then(|u| u.next(from)) {
-            from = Chunk(chunk.0 + 1);
-            if !self.reconcile.comparing.contains_key(&chunk) {
-                self.decide(chunk);
+        let r = &mut self.reconcile;
+        if let Some(undecided) = &mut r.undecided {
+            let all: Vec<Chunk> = undecided.iter().collect();
+            for chunk in all.iter().filter(|c| !r.comparing.contains_key(c)) {
+                undecided.clear(*chunk);
             }
         }
         self.start_decided();

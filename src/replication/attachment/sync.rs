@@ -133,6 +133,11 @@ impl Sync {
         }
     }
 
+    /// Whether it only waits to be taken in.
+    pub(super) fn is_synced(&self) -> bool {
+        self.stage == Stage::Synced && self.lost.is_none()
+    }
+
     /// For people.
     pub(super) fn view(&self) -> SyncView {
         SyncView {
@@ -400,12 +405,8 @@ impl<D: Payload> Attachment<D> {
         if end < chunks {
             return self.ask_range(copy, end);
         }
-        let mut from = Chunk(0);
-        while let Some(chunk) = sync.begun.next(from) {
-            sync.todo.set(chunk);
-            from = Chunk(chunk.0 + 1);
-        }
-        sync.begun = DirtyMap::new(0);
+        let begun = std::mem::replace(&mut sync.begun, DirtyMap::new(0));
+        begun.iter().for_each(|c| sync.todo.set(c));
         sync.ranges = Ranges::default();
         sync.total = sync.todo.count();
         sync.stage = Stage::Copying;
@@ -517,10 +518,11 @@ impl<D: Payload> Attachment<D> {
         peer.sync_after = now.after(Nanos(wait));
     }
 
-    /// `copy` was in sync since then and is lost.
-    pub(super) fn forgive(&mut self, copy: usize, since: Nanos) {
-        if self.now.since(since) >= FORGIVEN {
-            self.peers[copy].broke_off = 0;
+    /// `copy` was in sync and is lost.
+    pub(super) fn forgive(&mut self, copy: usize) {
+        let peer = &mut self.peers[copy];
+        if self.now.since(peer.in_sync_since) >= FORGIVEN {
+            peer.broke_off = 0;
         }
     }
 
