@@ -409,7 +409,10 @@ impl<D: Payload> Attachment<D> {
 
     /// The copy asked cannot answer: ask another in-sync one; the last one's error is the guest's.
     fn read_elsewhere(&mut self, seq: Seq) {
-        let (candidates, ready) = (self.in_sync.without(self.failing), self.ready);
+        // S4, S17: A is to be ejected, the swap is in doubt, A is back and configured: until the record says that it is out, no
+        // write completes without it, so it can answer. The master's unreadable sector is then no error of the guest's.
+        let gone = self.failing.without(self.ready);
+        let (candidates, ready) = (self.in_sync.without(gone), self.ready);
         let Some(p) = self.pending.get_mut(seq) else {
             return;
         };

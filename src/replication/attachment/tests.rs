@@ -559,6 +559,32 @@ fn a_read_that_the_master_cannot_answer_waits_for_a_copy_that_is_away_for_a_mome
 }
 
 #[test]
+fn a_read_that_the_master_cannot_answer_is_asked_of_a_copy_that_is_back_while_its_ejection_is_in_doubt()
+ {
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.tick(500);
+    assert!(b.proposed().is_some());
+    b.a.on_cas(b.now, CasOutcome::Ambiguous);
+    b.take();
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    b.submit(1, Op::Read(SPAN));
+    let actions = b.take();
+    let Some(Message::Read(request)) = sent(&actions, 0).pop() else {
+        panic!("the master was not asked");
+    };
+    let answer = Message::ReadReply {
+        seq: request.seq,
+        status: Status::Io,
+    };
+    b.says(0, answer);
+    let actions = b.take();
+    assert_eq!(completed(&actions), []);
+    assert!(sent(&actions, 1).contains(&Message::Read(request)));
+}
+
+#[test]
 fn a_policy_that_arrives_between_a_swap_and_its_answer_is_taken() {
     let mut b = Bench::serving(2);
     b.a.on_disconnected(b.now, 1, "reset");
