@@ -19,7 +19,7 @@ use crate::cluster::config::NodeConfig;
 use crate::cluster::events::{EventLog, What};
 use crate::cluster::fault::Fault;
 use crate::cluster::host::{
-    AttachRequest, AttachmentStatus, Birth, Capacity, Host, HostError, LocalCopy,
+    AttachRequest, AttachmentStatus, Birth, Capacity, Front, Host, HostError, LocalCopy,
 };
 use crate::cluster::join::Membership;
 use crate::cluster::metrics::Metrics;
@@ -116,6 +116,11 @@ impl Records for RegistryRecords {
 
 /// A volume served from here.
 struct Served {
+    front: Option<ServedFront>,
+}
+
+/// Its side towards the virtual machine.
+struct ServedFront {
     server: Server,
     socket: PathBuf,
 }
@@ -243,8 +248,9 @@ impl NodeHost {
     /// reconnects to the next process finds nothing half-done.
     fn release(&self, volume: VolumeId) -> Result<(), String> {
         let detached = self.engine.detach(volume);
-        if let Some(mut served) = lock(&self.served).remove(&volume) {
-            served.server.stop();
+        let served = lock(&self.served).remove(&volume);
+        if let Some(mut front) = served.and_then(|s| s.front) {
+            front.server.stop();
         }
         detached
     }
@@ -293,6 +299,24 @@ fn store_error(error: StoreError) -> HostError {
         }
         _ => HostError::Io(error.to_string()),
     }
+}
+
+/// Listens for the virtual machine.
+fn bind(name: &str, record: &Record, front: &Front) -> Result<Bound, HostError> {
+    let config = DeviceConfig {
+        volume: name.into(),
+        size: record.size,
+        block_size: if record.block_size == 4096 {
+            BlockSize::B4096
+        } else {
+            BlockSize::B512
+        },
+        num_queues: front.num_queues,
+        seg_max: SEG_MAX,
+        read_only: front.read_only,
+        writeback: WriteCache::of(&front.socket).is_on(),
+    };
+    Bound::new(config, &front.socket).map_err(|e| HostError::Refused(e.to_string()))
 }
 
 fn capacity(path: &Path) -> Capacity {
@@ -422,24 +446,12 @@ impl Host for NodeHost {
         let engine = &self.engine;
         engine.peers(&request.peers);
         let record = &request.record;
-        let write_cache = WriteCache::of(&request.socket);
-        let config = DeviceConfig {
-            volume: request.name.clone(),
-            size: record.size,
-            block_size: if record.block_size == 4096 {
-                BlockSize::B4096
-            } else {
-                BlockSize::B512
-            },
-            num_queues: request.num_queues,
-            seg_max: SEG_MAX,
-            read_only: request.read_only,
-            writeback: write_cache.is_on(),
-        };
         // The socket first: it may be taken, and then nothing has happened. A front-end that reconnects finds it; it is
         // answered as soon as its worker knows the volume, which is at once and long before that has taken over.
-        let bound =
-            Bound::new(config, &request.socket).map_err(|e| HostError::Refused(e.to_string()))?;
+        let bound = match &request.front {
+            Some(front) => Some(bind(&request.name, record, front)?),
+            None => None,
+        };
         let mine = record
             .attachment
             .as_ref()
@@ -459,34 +471,34 @@ impl Host for NodeHost {
             } else {
                 Proof::None
             },
-            read_only: request.read_only,
+            read_only: request.front.as_ref().is_none_or(|f| f.read_only),
             record: request.record,
         };
         engine.attach(attach).map_err(HostError::Refused)?;
-        let plane = Box::new(engine.plane(request.volume, write_cache));
-        let server = bound.serve(plane).map_err(|e| {
-            let _ = engine.detach(request.volume);
-            HostError::Refused(e.to_string())
-        })?;
-        served.insert(
-            request.volume,
-            Served {
-                server,
-                socket: request.socket,
-            },
-        );
+        let mut front = None;
+        if let (Some(bound), Some(Front { socket, .. })) = (bound, request.front) {
+            let plane = engine.plane(request.volume, WriteCache::of(&socket));
+            let server = bound.serve(Box::new(plane)).map_err(|e| {
+                let _ = engine.detach(request.volume);
+                HostError::Refused(e.to_string())
+            })?;
+            front = Some(ServedFront { server, socket });
+        }
+        served.insert(request.volume, Served { front });
         Ok(())
     }
 
     fn detach(&self, volume: VolumeId, force: bool) -> Result<(), HostError> {
         let connected = lock(&self.served)
             .get(&volume)
-            .is_some_and(|s| s.server.connected());
+            .is_some_and(|s| s.front.as_ref().is_some_and(|f| f.server.connected()));
         if connected && !force {
             return Err(HostError::Connected);
         }
         // The next guest begins with the default; a restart of this process does not come here.
-        let socket = lock(&self.served).get(&volume).map(|s| s.socket.clone());
+        let socket = lock(&self.served)
+            .get(&volume)
+            .and_then(|s| Some(s.front.as_ref()?.socket.clone()));
         if let Some(Err(e)) = socket.map(|s| WriteCache::of(&s).forget()) {
             log::warn!("volume {volume}: the write-cache switch stays: {e}");
         }

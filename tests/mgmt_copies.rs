@@ -69,7 +69,7 @@ fn a_wiped_disk_gets_a_new_copy_in_the_same_place() {
     n2.stop();
     fs::remove_dir_all(lab.dir.path().join("n2").join("copies")).unwrap();
     let n2 = lab.node("n2");
-    // While the record has it in sync, only an attachment may put it out; until then it is said.
+    // While the record has it in sync, only an attachment may put it out (this host's do not); until then it is said.
     let view = eventually("it is seen", || {
         let view = n1.volume("vm1");
         view["why"]
@@ -79,7 +79,7 @@ fn a_wiped_disk_gets_a_new_copy_in_the_same_place() {
     });
     assert_eq!(view["health"], "degraded", "{view}");
     assert!(
-        view["why"].as_str().unwrap().contains("next attach"),
+        view["why"].as_str().unwrap().contains("made anew"),
         "{view}"
     );
     assert_eq!(n1.record("vm1").copy(lost.copy_id), Some(&lost));

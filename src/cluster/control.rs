@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use super::control_copies::Copies;
 use super::control_creation::Creations;
 use super::control_replace::Replacements;
+use super::control_tend::Tending;
 use super::host::Capacity;
 use super::model::NodeRecord;
 use super::plane::Plane;
@@ -43,6 +44,7 @@ pub(super) struct Control {
     pub(super) creations: Creations,
     pub(super) copies: Copies,
     pub(super) replacements: Replacements,
+    pub(super) tending: Tending,
     capacity_written: Option<Instant>,
 }
 
@@ -58,6 +60,7 @@ impl Control {
             creations: Creations::default(),
             copies: Copies::default(),
             replacements: Replacements::default(),
+            tending: Tending::default(),
             capacity_written: None,
         }
     }
@@ -122,7 +125,8 @@ impl Control {
             let due = self.retry.values().any(|(_, at)| *at <= now)
                 || self.creations.due(now)
                 || self.copies.due(now)
-                || self.replacements.due(now);
+                || self.replacements.due(now)
+                || self.tending.due(now);
             if changed || due {
                 self.reconcile(&snapshot)?;
             }
@@ -159,6 +163,7 @@ impl Control {
         self.clean_creations(snapshot)?;
         self.tend_copies(snapshot)?;
         self.attachments(snapshot)?;
+        self.tend(snapshot)?;
         self.replace_copies(snapshot)?;
         self.remove_copies(snapshot)?;
         Ok(())

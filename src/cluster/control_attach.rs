@@ -1,12 +1,12 @@
 //! What this node serves is what the specs say.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use super::control::{Control, raced};
 use super::events::What;
 use super::fault::{Code, Fault};
-use super::host::{AttachRequest, HostError, Phase};
+use super::host::{AttachRequest, Front, HostError, Phase};
 use super::model::{Desired, VolumeName, VolumeSpec};
 use super::plane::Report;
 use super::snapshot::Snapshot;
@@ -21,14 +21,13 @@ const ATTACH_PAUSE: Duration = Duration::from_millis(500);
 impl Control {
     /// Serves what this node should serve, and nothing else.
     pub(super) fn attachments(&mut self, snapshot: &Snapshot) -> Result<(), RegistryError> {
-        let serving: BTreeMap<VolumeId, Phase> = self
-            .plane
-            .host
-            .attachments()
-            .into_iter()
-            .map(|a| (a.volume, a.phase))
-            .collect();
-        self.told_record.retain(|id, _| serving.contains_key(id));
+        let attached = self.plane.host.attachments();
+        let (tended, serving): (Vec<_>, Vec<_>) = attached.into_iter().partition(|a| a.tends());
+        let tended: BTreeSet<VolumeId> = tended.into_iter().map(|a| a.volume).collect();
+        let serving: BTreeMap<VolumeId, Phase> =
+            serving.into_iter().map(|a| (a.volume, a.phase)).collect();
+        self.told_record
+            .retain(|id, _| serving.contains_key(id) || tended.contains(id));
         self.retry.retain(|id, _| snapshot.volumes.contains_key(id));
         for (id, spec, record) in super::plane::whole_volumes(snapshot) {
             let here = spec
@@ -37,26 +36,37 @@ impl Control {
                 .as_ref()
                 .filter(|a| a.node == self.plane.node);
             let phase = serving.get(&id).copied();
+            if tended.contains(&id) {
+                if spec.0.attachment.is_none() {
+                    continue;
+                }
+                // A machine is to be served, here or elsewhere: it goes first. The release changes the record, and the
+                // round that follows serves by the new one.
+                self.let_go(id, spec.0.full_name(), "tended", "attach");
+                continue;
+            }
             match (here, phase) {
                 (Some(desired), _) if desired.release.is_some() => {
                     self.release(id, spec, desired)?;
                 }
                 (Some(_), Some(Phase::Fenced)) => {
                     // The spec still wants it here: take the dead attachment away, the next round attaches anew.
-                    self.let_go(id, spec.0.full_name(), "fenced");
+                    self.let_go(id, spec.0.full_name(), "attached", "fenced");
                 }
                 (Some(_), Some(_)) => self.tell(id, record),
                 (Some(desired), None) => self.serve(id, spec, desired, record),
-                (None, Some(_)) => self.let_go(id, spec.0.full_name(), "not-wanted-here"),
+                (None, Some(_)) => {
+                    self.let_go(id, spec.0.full_name(), "attached", "not-wanted-here")
+                }
                 (None, None) => {
                     self.retry.remove(&id);
                     self.plane.clear_report(id);
                 }
             }
         }
-        for id in serving.keys() {
+        for id in serving.keys().chain(&tended) {
             if let Some((tombstone, _)) = snapshot.removed.get(id) {
-                self.let_go(*id, &tombstone.name, "removed");
+                self.let_go(*id, &tombstone.name, "attached", "removed");
             } else if !snapshot.volumes.contains_key(id) {
                 self.say(
                     &id.to_string(),
@@ -67,7 +77,7 @@ impl Control {
         Ok(())
     }
 
-    fn tell(&mut self, id: VolumeId, record: &Versioned<Record>) {
+    pub(super) fn tell(&mut self, id: VolumeId, record: &Versioned<Record>) {
         self.retry.remove(&id);
         self.plane.clear_report(id);
         if self.told_record.get(&id) != Some(&record.1) {
@@ -100,9 +110,11 @@ impl Control {
                 name: name.to_string(),
                 record: record.0.clone(),
                 revision: record.1,
-                socket: desired.socket.clone(),
-                num_queues: desired.num_queues,
-                read_only: desired.read_only,
+                front: Some(Front {
+                    socket: desired.socket.clone(),
+                    num_queues: desired.num_queues,
+                    read_only: desired.read_only,
+                }),
                 peers: self.told_peers.clone(),
             })
         });
@@ -181,16 +193,16 @@ impl Control {
         Ok(())
     }
 
-    /// Stops serving what should not be served here (any more). Only a forced detach, a withdrawn attach or a fence
-    /// lead here, so a connected virtual machine is no reason to go on.
-    fn let_go(&mut self, id: VolumeId, name: impl ToString, rule: &str) {
+    /// Stops serving what should not be served here (any more), or looking after it (`from` says which it was). Only a
+    /// forced detach, a withdrawn attach or a fence lead here, so a connected virtual machine is no reason to go on.
+    pub(super) fn let_go(&mut self, id: VolumeId, name: impl ToString, from: &str, rule: &str) {
         let name = name.to_string();
         match self.plane.host.detach(id, true) {
             Ok(()) => {
                 self.plane.clear_report(id);
                 self.plane
                     .events
-                    .push(What::volume(&name, "attached", "detached", rule));
+                    .push(What::volume(&name, from, "detached", rule));
             }
             Err(e) => self.say(&id.to_string(), &format!("{name} cannot be released: {e}")),
         }

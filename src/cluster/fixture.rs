@@ -1,8 +1,12 @@
 //! Records for the tables of tests.
 
+use super::host::Capacity;
+use super::live::{Identity, LocalStatus};
 use super::model::{Creator, Labels, VolumeSpec};
 use crate::replication::failure_mode::FailureMode;
-use crate::replication::ids::{CopyId, Epoch, Instance, NodeName, Tag, VolumeId};
+use crate::replication::ids::{
+    BootId, ClusterId, CopyId, Epoch, Instance, NodeName, Tag, VolumeId,
+};
 use crate::replication::record::{Base, CopyEntry, CopyStatus, Record, State};
 
 /// A node's name.
@@ -72,5 +76,24 @@ pub fn spec() -> VolumeSpec {
             node: node("n1"),
             instance: Instance([1; 16]),
         },
+    }
+}
+
+/// The answer of a node that holds and serves nothing.
+pub fn status(name: &str) -> LocalStatus {
+    LocalStatus {
+        identity: Identity {
+            cluster: ClusterId([1; 16]),
+            node: node(name),
+            instance: Instance([1; 16]),
+        },
+        boot_id: BootId([1; 16]),
+        version: String::new(),
+        started: 0,
+        run_dir: "/run".into(),
+        capacity: Capacity::default(),
+        copies: Vec::new(),
+        attachments: Vec::new(),
+        reports: Vec::new(),
     }
 }

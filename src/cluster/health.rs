@@ -56,6 +56,8 @@ pub struct Facts<'a> {
     pub desired: Option<&'a Desired>,
     /// What the node that should serve it says, or why it says nothing; `None` when nothing is desired.
     pub serving: Option<Result<Option<&'a AttachmentStatus>, String>>,
+    /// The attachment that looks after a detached volume's copies.
+    pub tending: Option<&'a AttachmentStatus>,
     /// Why that node failed to serve it.
     pub failure: Option<&'a Fault>,
     /// Nodes of its copies that do not answer.
@@ -87,7 +89,12 @@ pub fn assess(facts: &Facts<'_>) -> (Health, String) {
             )
         }
         (Some(_), Some(Ok(Some(attachment)))) => attached(facts.record, attachment),
-        (None, _) => detached(facts),
+        (None, _) => match facts.tending {
+            Some(a) if matches!(a.phase, Phase::Serving | Phase::Recovering) => {
+                attached(facts.record, a)
+            }
+            _ => detached(facts),
+        },
     }
 }
 
@@ -183,7 +190,7 @@ fn detached(facts: &Facts<'_>) -> (Health, String) {
             }
             match c.status {
                 CopyStatus::InSync if facts.lost.contains(&c.node) => Some(format!(
-                    "the copy on {} is not on its disk (was it wiped?) and is made anew at the next attach",
+                    "the copy on {} is not on its disk (was it wiped?) and will be made anew",
                     c.node
                 )),
                 CopyStatus::InSync | CopyStatus::Removed => None,
@@ -260,6 +267,7 @@ mod tests {
                 desired: None,
                 serving: None,
                 failure: None,
+                tending: None,
                 unreachable: &named(false),
                 lost: &named(true),
             });
@@ -290,7 +298,7 @@ mod tests {
             volume: record.volume_id,
             phase,
             why: String::new(),
-            socket: "/s".into(),
+            socket: Some("/s".into()),
             connected: false,
             epoch: Epoch(2),
             copies: vec![state_of(1, "in_sync"), state_of(2, second)],
@@ -323,6 +331,7 @@ mod tests {
                 record: &record,
                 desired: Some(&desired),
                 serving: Some(status.as_ref().map(Option::as_ref).map_err(Clone::clone)),
+                tending: None,
                 failure: None,
                 unreachable: &[],
                 lost: &[],
@@ -347,7 +356,7 @@ mod tests {
             volume: record.volume_id,
             phase: Phase::Acquiring,
             why: "the attachment is joining".into(),
-            socket: "/s".into(),
+            socket: Some("/s".into()),
             connected: false,
             epoch: Epoch(2),
             copies: vec![

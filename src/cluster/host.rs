@@ -71,14 +71,21 @@ pub struct AttachRequest {
     pub record: Record,
     /// The revision of `record`.
     pub revision: Revision,
-    /// Where to listen for the virtual machine. The directory exists.
+    /// What the virtual machine is offered; `None`: no machine is served, only the copies are looked after.
+    pub front: Option<Front>,
+    /// Where each node of the cluster takes replication connections.
+    pub peers: Vec<(NodeName, SocketAddr)>,
+}
+
+/// The side of an attachment that a virtual machine sees.
+#[derive(Clone, Debug)]
+pub struct Front {
+    /// Where to listen. The directory exists.
     pub socket: PathBuf,
     /// Virtqueues to offer, at least 1.
     pub num_queues: u16,
     /// Offer the disk read-only.
     pub read_only: bool,
-    /// Where each node of the cluster takes replication connections.
-    pub peers: Vec<(NodeName, SocketAddr)>,
 }
 
 /// How far an attachment is.
@@ -106,8 +113,8 @@ pub struct AttachmentStatus {
     pub phase: Phase,
     /// Why it is not (fully) serving, one sentence; empty when all is well.
     pub why: String,
-    /// Where it listens.
-    pub socket: PathBuf,
+    /// Where it listens; `None`: it serves no machine and only looks after the copies.
+    pub socket: Option<PathBuf>,
     /// Whether a virtual machine is connected.
     pub connected: bool,
     /// The epoch it works under.
@@ -116,6 +123,13 @@ pub struct AttachmentStatus {
     pub copies: Vec<CopyState>,
     /// Guest requests taken and not completed.
     pub inflight: u32,
+}
+
+impl AttachmentStatus {
+    /// Whether no machine is served, and only the copies are looked after.
+    pub fn tends(&self) -> bool {
+        self.socket.is_none()
+    }
 }
 
 /// One copy as the attachment sees it.
@@ -180,7 +194,8 @@ pub trait Host: Send + Sync {
     /// Every copy on the disk, readable or not.
     fn local_copies(&self) -> Vec<LocalCopy>;
 
-    /// Starts to serve. On return the listening socket exists; the rest shows in [`Host::attachments`].
+    /// Starts to serve. On return the listening socket, if there is to be one, exists; the rest shows in
+    /// [`Host::attachments`].
     fn attach(&self, request: AttachRequest) -> Result<(), HostError>;
 
     /// Stops serving: flushed, released and the record clean on return. [`HostError::Connected`] while a virtual

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
-use super::host::{AttachmentStatus, Capacity, LocalCopy};
+use super::host::{AttachmentStatus, Capacity, LocalCopy, Phase};
 use super::model::NodeRecord;
 use super::plane::{Plane, Report};
 use crate::api::client::{Target, ask, runtime};
@@ -75,9 +75,10 @@ impl LocalStatus {
         }
     }
 
-    /// The attachment of `volume` on the node.
+    /// The attachment by which the node serves `volume` to a machine.
     pub fn attachment(&self, volume: VolumeId) -> Option<&AttachmentStatus> {
-        self.attachments.iter().find(|a| a.volume == volume)
+        let mut all = self.attachments.iter();
+        all.find(|a| a.volume == volume && !a.tends())
     }
 }
 
@@ -89,6 +90,13 @@ impl Live {
     /// The node's answer.
     pub fn node(&self, name: &NodeName) -> Option<&LocalStatus> {
         self.0.get(name)?.as_ref().ok()
+    }
+
+    /// The attachment that looks after the copies of `volume`, on whichever node.
+    pub fn tended(&self, volume: VolumeId) -> Option<&AttachmentStatus> {
+        let nodes = self.0.values().filter_map(|status| status.as_ref().ok());
+        let mut all = nodes.flat_map(|status| &status.attachments);
+        all.find(|a| a.volume == volume && a.tends() && a.phase != Phase::Fenced)
     }
 
     /// Why the node said nothing, one clause.

@@ -16,6 +16,7 @@ mod control_attach;
 mod control_copies;
 mod control_creation;
 mod control_replace;
+mod control_tend;
 pub mod create;
 mod declared;
 pub mod events;

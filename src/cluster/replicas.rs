@@ -42,10 +42,12 @@ impl Around {
         Ok(Self { snapshot, live })
     }
 
-    /// What the node that serves the volume says of it.
+    /// What the node that serves the volume, or looks after it while it is detached, says of it.
     fn serving(&self, found: &Found) -> Option<&AttachmentStatus> {
-        let node = &found.spec.0.attachment.as_ref()?.node;
-        self.live.node(node)?.attachment(found.id)
+        match &found.spec.0.attachment {
+            Some(desired) => self.live.node(&desired.node)?.attachment(found.id),
+            None => self.live.tended(found.id),
+        }
     }
 
     fn known(&self, found: &Found) -> Known {

@@ -246,11 +246,13 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
         .filter(|c| is_lost(c, live))
         .map(|c| c.node.clone())
         .collect();
-    let status = serving.clone().and_then(Result::ok).flatten();
+    let tending = live.tended(id).filter(|_| desired.is_none());
+    let status = serving.clone().and_then(Result::ok).flatten().or(tending);
     let (health, why) = assess(&Facts {
         record,
         desired,
         serving,
+        tending,
         failure,
         unreachable: &unreachable,
         lost: &lost,

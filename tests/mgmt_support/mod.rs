@@ -63,7 +63,7 @@ pub struct Levers {
 struct Served {
     request: AttachRequest,
     record: Record,
-    _listener: UnixListener,
+    _listener: Option<UnixListener>,
 }
 
 /// A host whose copies are files and whose attachments are a listening socket and a record.
@@ -173,9 +173,14 @@ impl Host for TestHost {
             r.state = State::Active;
             r.attachment = Some(me.clone());
         })?;
-        let _ = fs::remove_file(&request.socket);
-        let listener =
-            UnixListener::bind(&request.socket).map_err(|e| HostError::Io(e.to_string()))?;
+        let listener = match &request.front {
+            Some(front) => {
+                let _ = fs::remove_file(&front.socket);
+                let bound = UnixListener::bind(&front.socket);
+                Some(bound.map_err(|e| HostError::Io(e.to_string()))?)
+            }
+            None => None,
+        };
         self.events
             .push(What::volume(&request.name, "acquiring", "serving", "test").epoch(record.epoch));
         self.served.lock().unwrap().insert(
@@ -200,7 +205,9 @@ impl Host for TestHost {
         let Some(gone) = served.remove(&volume) else {
             return Ok(());
         };
-        let _ = fs::remove_file(&gone.request.socket);
+        if let Some(front) = &gone.request.front {
+            let _ = fs::remove_file(&front.socket);
+        }
         // Somebody else's record by now: theirs to change.
         let mine = |r: &Record| {
             r.attachment
@@ -237,7 +244,7 @@ impl Host for TestHost {
                 volume: *volume,
                 phase: levers.phase.unwrap_or(Phase::Serving),
                 why: String::new(),
-                socket: s.request.socket.clone(),
+                socket: s.request.front.as_ref().map(|f| f.socket.clone()),
                 connected: levers.connected.contains(volume),
                 epoch: s.record.epoch,
                 copies: s
