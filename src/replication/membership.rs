@@ -2,7 +2,8 @@
 //! copies to the next record (PROTOCOL 2.6, 5, 6). It ejects, promotes, takes synced copies in and lets surplus ones go.
 
 use super::copy_set::CopySet;
-use super::record::{CopyStatus, Record};
+use super::ids::{BootId, Epoch, Tag};
+use super::record::{Base, CopyStatus, Record};
 
 /// What the attachment knows beside the record.
 #[derive(Clone, Copy, Debug, Default)]
@@ -111,12 +112,39 @@ pub fn next(record: &Record, f: &Facts) -> Option<Record> {
     Some(next)
 }
 
+/// What [`next`] made of `now`, in an epoch of its own. `boot`: under which boot a copy was synced, or a member is used on in spite
+/// of a power cut.
+pub fn enter(
+    now: &Record,
+    mut next: Record,
+    (epoch, tag): (Epoch, Tag),
+    boot: impl Fn(usize) -> Option<BootId>,
+) -> Record {
+    next.advance(epoch, tag);
+    for (copy, entry) in next.copies.iter_mut().enumerate() {
+        match (now.copies[copy].status, entry.status) {
+            (CopyStatus::InSync, CopyStatus::InSync) => {
+                entry.boot_id = boot(copy).or(entry.boot_id);
+            }
+            (_, CopyStatus::InSync) => {
+                entry.base = Base {
+                    since: epoch,
+                    last: None,
+                };
+                entry.boot_id = boot(copy);
+            }
+            _ => {}
+        }
+    }
+    next
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::replication::failure_mode::FailureMode;
-    use crate::replication::ids::{CopyId, Epoch, NodeName, Tag, VolumeId};
-    use crate::replication::record::{Base, CopyEntry, State};
+    use crate::replication::ids::{CopyId, NodeName, VolumeId};
+    use crate::replication::record::{CopyEntry, State};
 
     /// One letter a copy: I in sync, M missing, R removed; lower case: leaving. The master is the first in-sync one.
     fn record(copies: &str, replicas_wanted: u8) -> Record {
@@ -293,6 +321,38 @@ mod tests {
             let then = next(&now, facts).map(|r| show(&r));
             assert_eq!(then.as_deref(), *follows, "{copies} R={wanted} {facts:?}");
         }
+    }
+
+    #[test]
+    fn who_is_taken_in_is_in_sync_from_the_new_epoch_on() {
+        let mut now = record("IIMM", 3);
+        now.copies[0].boot_id = Some(BootId([1; 16]));
+        now.copies[1].boot_id = Some(BootId([1; 16]));
+        now.copies[3].base.last = Some(Epoch(2));
+        let f = Facts {
+            synced: set(&[2]),
+            ready: set(&[0, 1, 2]),
+            settled: true,
+            ..Facts::default()
+        };
+        let next = next(&now, &f).unwrap();
+        let boots = [None, Some(BootId([7; 16])), Some(BootId([8; 16])), None];
+        let next = enter(&now, next, (Epoch(9), Tag(90)), |c| boots[c]);
+        let span = |since, last: Option<u64>| Base {
+            since: Epoch(since),
+            last: last.map(Epoch),
+        };
+        // (span, boot) of each copy: of a member, of one that is used under another boot, of the one taken in, of the absent one
+        let follows = [
+            (span(1, None), Some(BootId([1; 16]))),
+            (span(1, None), boots[1]),
+            (span(9, None), boots[2]),
+            (span(1, Some(2)), None),
+        ];
+        for (entry, follows) in next.copies.iter().zip(follows) {
+            assert_eq!((entry.base, entry.boot_id), follows, "{}", entry.node);
+        }
+        assert_eq!((next.epoch, next.epoch_tag), (Epoch(9), Tag(90)));
     }
 
     #[test]

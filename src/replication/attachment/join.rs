@@ -1,10 +1,10 @@
 //! Taking a volume over (PROTOCOL 5.1–5.3), and leaving it cleanly.
 
 use super::{Attachment, CopySet, Link, Origin, Outcome, Payload, Phase, Purpose, Vote};
-use crate::replication::ids::{Epoch, Nanos};
+use crate::replication::ids::{Epoch, Nanos, Region};
 use crate::replication::message::{DiskState, Message, Promise, Proof, Refusal};
-use crate::replication::mutants::{self, Mutant};
-use crate::replication::record::{CopyStatus, Record, State};
+use crate::replication::record::State;
+use crate::replication::takeover;
 
 /// The first step back of an outbid candidate is below twice this.
 const BACK_OFF: Nanos = Nanos::from_ms(25);
@@ -24,9 +24,7 @@ pub(super) struct Join {
     /// How often outbid, without a claim in between.
     outbid: u32,
     /// What the copies held when they promised.
-    regions: Vec<crate::replication::ids::Region>,
-    /// All of them were left clean.
-    clean: bool,
+    regions: Vec<Region>,
     /// Detaching: the flush is done, the copies were told.
     leaving_told: bool,
     leaving_flushing: bool,
@@ -87,7 +85,7 @@ impl<D: Payload> Attachment<D> {
         {
             return;
         }
-        let vote = match self.misfit(&disk) {
+        let vote = match takeover::misfit(&self.record, disk.epoch, disk.tag) {
             Some(why) => {
                 let node = self.record.copies[copy].node.clone();
                 self.event(
@@ -106,28 +104,6 @@ impl<D: Payload> Attachment<D> {
         };
         self.peers[copy].vote = Some(vote);
         self.tally();
-    }
-
-    /// Why a copy that the record calls in sync cannot be: its disk tells another history.
-    fn misfit(&self, disk: &DiskState) -> Option<String> {
-        let known = self
-            .record
-            .lineage
-            .iter()
-            .find(|(epoch, _)| *epoch == disk.epoch);
-        if disk.epoch > self.record.epoch {
-            Some(format!(
-                "its disk is in epoch {}, the record in {}: is the registry an old one?",
-                disk.epoch, self.record.epoch
-            ))
-        } else if known.is_some_and(|(_, tag)| *tag != disk.tag) {
-            Some(format!(
-                "its disk is of another history of epoch {}",
-                disk.epoch
-            ))
-        } else {
-            None
-        }
     }
 
     pub(super) fn vote_refused(&mut self, copy: usize, refusal: Refusal) {
@@ -213,77 +189,44 @@ impl<D: Payload> Attachment<D> {
             }
             return;
         }
-        let mut with_gap = CopySet::EMPTY;
-        let mut without = CopySet::EMPTY;
-        for copy in asked.iter() {
-            let Some(Vote::Promised(disk)) = &self.peers[copy].vote else {
-                continue;
-            };
-            let known = self.record.copies[copy].boot_id;
-            // Another boot than the one it was taken in under: unflushed completed writes may be gone (PROTOCOL 5).
-            // After a clean detach there were none.
-            let gap = self.record.state != State::Clean && known.is_some_and(|b| b != disk.boot_id);
-            if gap && !mutants::on(Mutant::HighestCounter) {
-                with_gap.insert(copy)
-            } else {
-                without.insert(copy)
-            }
-        }
-        let members = if without.is_empty() {
-            with_gap
-        } else {
-            without
-        };
-        // With too few to serve nothing is won by giving the others up: wait for them.
-        let serves = self
-            .record
-            .failure_mode
-            .serves(self.record.replicas_wanted, members.len());
-        if members.is_empty() || (silent > 0 && !serves) {
+        let promised = self.promises().map(|(c, disk)| (c, disk.boot_id));
+        let Some(members) = takeover::members(&self.record, promised, silent > 0) else {
             return;
-        }
+        };
         self.claim(members);
     }
 
+    /// The in-sync copies that promised, and what their disks said.
+    fn promises(&self) -> impl Iterator<Item = takeover::Promised<'_>> {
+        self.in_sync
+            .iter()
+            .filter_map(|c| match &self.peers[c].vote {
+                Some(Vote::Promised(disk)) => Some((c, disk)),
+                _ => None,
+            })
+    }
+
     fn claim(&mut self, members: CopySet) {
-        let mut next: Record = self.record.clone();
-        let mut clean = self.record.state == State::Clean;
-        let mut regions = Vec::new();
-        for copy in self.in_sync.iter() {
-            if !members.has(copy) {
-                next.copies[copy].status = CopyStatus::Missing;
-                next.copies[copy].base.last = Some(self.record.epoch);
-                let why = self.peers[copy].why.clone();
-                let node = &self.record.copies[copy].node;
-                let text = format!("the copy on {node} did not promise in time ({why})");
-                self.event("5.3 claim", text);
-                continue;
-            }
-            if let Some(Vote::Promised(disk)) = &self.peers[copy].vote {
-                clean &= disk.clean;
-                regions.extend_from_slice(&disk.regions);
-                next.copies[copy].boot_id = Some(disk.boot_id);
-            }
+        for copy in self.in_sync.without(members).iter() {
+            let why = &self.peers[copy].why;
+            let node = &self.record.copies[copy].node;
+            let text = format!("the copy on {node} did not promise in time ({why})");
+            self.event("5.3 claim", text);
         }
-        regions.sort_unstable();
-        regions.dedup();
-        let keep = members.has(self.master) && self.local.is_none_or(|l| !members.has(l));
-        let master = if keep {
+        let master = if takeover::keeps_master(members, self.master, self.local) {
             self.master
         } else {
             self.choose_master(members)
         };
-        next.master = next.copies[master].copy_id;
-        next.attachment = Some(self.me.clone());
-        next.state = if clean || members.len() == 1 {
-            State::Active
-        } else {
-            State::Recovering
-        };
         let tag = self.tag();
-        next.advance(self.join.target, tag);
+        let claimed = (self.join.target, tag);
+        let promised = self.promises();
+        let next = takeover::claim(&self.record, &self.me, members, promised, master, claimed);
+        let held = self.promises().filter(|(c, _)| members.has(*c));
+        let mut regions: Vec<Region> = held.flat_map(|(_, disk)| disk.regions.clone()).collect();
+        regions.sort_unstable();
+        regions.dedup();
         self.join.regions = regions;
-        self.join.clean = clean;
         self.set_phase(Phase::Claiming, "5.3 claim");
         self.propose(Purpose::Claim, next);
     }

@@ -9,7 +9,8 @@ use crate::replication::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos};
 use crate::replication::membership::{self, Facts};
 use crate::replication::message::{Message, Refusal};
 use crate::replication::mutants::{self, Mutant};
-use crate::replication::record::{Base, CopyStatus, Record, State};
+use crate::replication::record::{CopyStatus, Record, State};
+use crate::replication::registry_answer::{Answer, answer};
 
 use super::sync::Sync;
 
@@ -361,29 +362,16 @@ impl<D: Payload> Attachment<D> {
                 && !self.leaving,
             random: self.random(),
         };
-        let Some(mut next) = membership::next(&self.record, &facts) else {
+        let Some(next) = membership::next(&self.record, &facts) else {
             return;
         };
         let tag = self.tag();
-        next.advance(self.record.epoch.max(self.outbid).next(), tag);
-        for copy in 0..next.copies.len() {
-            let (was, entry) = (self.record.copies[copy].status, &mut next.copies[copy]);
-            match (was, entry.status) {
-                (CopyStatus::InSync, CopyStatus::InSync) => {
-                    if let Some(accepted) = self.peers[copy].accepted {
-                        entry.boot_id = Some(accepted);
-                    }
-                }
-                (_, CopyStatus::InSync) => {
-                    entry.base = Base {
-                        since: next.epoch,
-                        last: None,
-                    };
-                    entry.boot_id = self.syncs.get(&copy).map(|s| s.boot);
-                }
-                _ => {}
-            }
-        }
+        let epoch = self.record.epoch.max(self.outbid).next();
+        let boot = |copy| match self.syncs.get(&copy) {
+            Some(sync) => Some(sync.boot),
+            None => self.peers[copy].accepted,
+        };
+        let next = membership::enter(&self.record, next, (epoch, tag), boot);
         self.propose(Purpose::Members, next);
     }
 
@@ -516,29 +504,17 @@ impl<D: Payload> Attachment<D> {
         let Some((found, revision)) = found else {
             return self.fence("the volume was removed".into());
         };
-        // Asked for before our last swap and answered after it, this is not news: taken for somebody else's change it
-        // fenced the attachment that had made the newer one.
-        if revision < self.revision {
-            return;
+        let proposed = self.change.as_ref().map(|c| &c.proposed);
+        match answer((&self.record, self.revision), proposed, (&found, revision)) {
+            Answer::Old => return,
+            Answer::Proposed => {
+                self.event("2.6 ambiguous CAS", "read back: it had been swapped".into());
+                self.take_policy(&found);
+                return self.commit(revision);
+            }
+            Answer::Superseded => return self.superseded(found, revision),
+            Answer::Held => {}
         }
-        let same = |a: &Record, b: &Record| {
-            (a.epoch, a.epoch_tag, a.state, &a.attachment)
-                == (b.epoch, b.epoch_tag, b.state, &b.attachment)
-        };
-        if self
-            .change
-            .as_ref()
-            .is_some_and(|c| same(&found, &c.proposed))
-        {
-            // Ours, although nobody had told us.
-            self.event("2.6 ambiguous CAS", "read back: it had been swapped".into());
-            self.take_policy(&found);
-            return self.commit(revision);
-        }
-        if !same(&found, &self.record) {
-            return self.superseded(found, revision);
-        }
-        // Nobody took the volume. Either nothing changed, or the operator changed what is not ours to decide.
         if revision != self.revision {
             self.revision = revision;
             self.take_policy(&found);

@@ -15,6 +15,7 @@ use crate::replication::membership;
 use crate::replication::message::{DiskState, MAP_CHUNKS, Message, Status};
 use crate::replication::mutants::{self, Mutant};
 use crate::replication::record::{CopyStatus, State};
+use crate::replication::resync;
 use crate::replication::throttle::Throttle;
 
 /// Copies of one volume that are brought up to date at once: each takes a share of the master's disk.
@@ -231,9 +232,7 @@ impl<D: Payload> Attachment<D> {
 
     /// The target is marked inconsistent, and says what its disk holds.
     pub(super) fn target_ready(&mut self, copy: usize, disk: DiskState, ticket: u64) {
-        let base = self.record.copies[copy].base;
-        let known = self.record.lineage.contains(&(disk.epoch, disk.tag));
-        let based = base.since <= disk.epoch && base.last.is_none_or(|last| disk.epoch <= last);
+        let own = resync::delta(&self.record, copy, &disk);
         let node = self.record.copies[copy].node.clone();
         let Some(sync) = self.syncs.get_mut(&copy) else {
             return;
@@ -241,8 +240,7 @@ impl<D: Payload> Attachment<D> {
         if sync.stage != Stage::Opening || sync.lost.is_some() {
             return;
         }
-        // Only a copy that is where the record remembers it is brought up to date from there: the bitmaps count from then.
-        let how = if known && based {
+        let how = if own.is_some() {
             format!("what it missed since epoch {}", disk.epoch)
         } else if disk.epoch.0 == 0 {
             "all of it: the copy is new".into()
@@ -252,12 +250,7 @@ impl<D: Payload> Attachment<D> {
                 disk.epoch
             )
         };
-        let known = known && based || mutants::on(Mutant::ReuseIdentity) && base.since.0 > 0;
-        sync.own = known.then_some(if mutants::on(Mutant::DropReturningLog) {
-            Vec::new()
-        } else {
-            disk.regions
-        });
+        sync.own = own;
         sync.boot = disk.boot_id;
         sync.ticket = ticket;
         sync.stage = Stage::Marking;

@@ -4,6 +4,7 @@
 use super::*;
 use crate::replication::ids::{CHUNK, REGION};
 use crate::replication::message::MAP_CHUNKS;
+use crate::replication::resync::{self, Marks};
 
 impl<D> Replica<D> {
     /// Takes over which copies are absent.
@@ -12,6 +13,11 @@ impl<D> Replica<D> {
         let absent = |copy: CopyId| config.absent.iter().find(|a| a.copy_id == copy);
         let target = matches!(self.role, Role::Target { .. });
         let regions = self.log.regions();
+        let mark = |map: &mut DirtyMap, due: Marks| match due {
+            Marks::Nothing => {}
+            Marks::Log => regions.iter().for_each(|r| map.set_region(*r, config.size)),
+            Marks::All => map.set_all(config.size),
+        };
         for slot in 0..BITMAPS_MAX {
             let Some(bitmap) = self.state.bitmaps[slot] else {
                 continue;
@@ -27,14 +33,7 @@ impl<D> Replica<D> {
             };
             map.grow(config.size);
             self.mirrored[slot] = a.mirrored && !target;
-            if mirrored && !a.mirrored {
-                // S11: what it did not flush of the writes mirrored to it is in this log: a region leaves only when the
-                // write is durable on the in-sync copies and on those that were mirrored to.
-                regions.iter().for_each(|r| map.set_region(*r, config.size));
-            }
-            if target {
-                map.set_all(config.size);
-            }
+            mark(map, resync::marks(Some(mirrored), a, target));
         }
         for a in config.absent.iter().filter(|a| a.copy_id != me) {
             let known = |b: &Bitmap| b.copy_id == a.copy_id;
@@ -46,14 +45,7 @@ impl<D> Replica<D> {
                 return Err(Refusal::Protocol(text));
             };
             let mut map = DirtyMap::new(config.size);
-            if target {
-                // It does not know what others missed while it was away itself.
-                map.set_all(config.size);
-            } else {
-                // What the absent copy may lack of epochs up to its last is in this log: every write it did not
-                // acknowledge made its region active here first (PROTOCOL 2.6, S11).
-                regions.iter().for_each(|r| map.set_region(*r, config.size));
-            }
+            mark(&mut map, resync::marks(None, a, target));
             self.state.bitmaps[free] = Some(Bitmap {
                 copy_id: a.copy_id,
                 last: a.last,

@@ -1,6 +1,7 @@
 //! What a copy accepts from an attachment, and on which conditions (PROTOCOL 2, 4, 5).
 
 use super::*;
+use crate::replication::fence;
 
 impl<D> Replica<D> {
     pub(super) fn dispatch(&mut self, session: SessionId, message: Message, data: Option<D>) {
@@ -109,7 +110,7 @@ impl<D> Replica<D> {
             Role::Member => self.state.epoch,
             Role::Target { epoch, .. } => epoch,
         };
-        epoch == mine && self.state.promised <= epoch
+        fence::accepts(mine, self.state.promised, epoch)
     }
 
     pub(super) fn promise(&mut self, session: SessionId, promise: Promise) {
@@ -120,7 +121,7 @@ impl<D> Replica<D> {
             .promised_to
             .as_ref()
             .is_some_and(|(_, h)| h.instance == promise.instance);
-        if promise.epoch < self.state.promised || (promise.epoch == self.state.promised && !again) {
+        if !fence::promises(self.state.promised, promise.epoch, again) {
             return self.refuse(
                 session,
                 Refusal::Stale {
@@ -159,14 +160,8 @@ impl<D> Replica<D> {
             .holder
             .as_ref()
             .is_some_and(|h| h.instance == promise.instance);
-        let proven = match promise.proof {
-            Proof::None => false,
-            Proof::Released(epoch) => epoch >= self.state.epoch,
-            Proof::PredecessorDead => self
-                .holder
-                .as_ref()
-                .is_none_or(|h| h.node == promise.candidate),
-        };
+        let holder = self.holder.as_ref().map(|h| &h.node);
+        let proven = fence::is_proven(promise, self.state.epoch, holder);
         let silent = self.now.since(self.heard);
         if same || proven || self.released || silent >= self.timing.grace {
             return None;
@@ -195,9 +190,7 @@ impl<D> Replica<D> {
 
     pub(super) fn configure(&mut self, session: SessionId, config: Configuration, attach: bool) {
         let mine = (self.state.epoch, self.state.tag);
-        if config.epoch < self.state.promised.max(mine.0)
-            || (config.epoch == mine.0 && config.tag != mine.1)
-        {
+        if !fence::configures(mine, self.state.promised, config.epoch, config.tag) {
             return self.refuse(
                 session,
                 Refusal::Stale {
