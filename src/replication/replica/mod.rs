@@ -476,6 +476,12 @@ impl<D> Replica<D> {
         }
     }
 
+    /// What the disk had reported as written is found to be gone from it.
+    pub fn on_bytes_lost(&mut self, now: Nanos, why: &'static str) {
+        self.now = now;
+        self.fail(why);
+    }
+
     /// The batch of events is over: start the log transaction that its writes need.
     pub fn end_turn(&mut self) {
         if !self.ending.is_empty() && !self.disk_works() {
