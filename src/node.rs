@@ -228,6 +228,15 @@ impl NodeHost {
         Ok(())
     }
 
+    /// Why a copy cannot be used, and what to do about it.
+    fn unusable(&self, volume: VolumeId, why: &str) -> String {
+        format!(
+            "{why}; to have it made anew from another copy on a sound disk, stop node {}, move {} away and start the node",
+            self.me.node,
+            self.dir.volume_dir(volume).display()
+        )
+    }
+
     /// Detaches everything, cleanly where that is possible. What the records ask for stays, so that a restart serves
     /// it again.
     fn shut_down(&self) {
@@ -414,6 +423,7 @@ impl Host for NodeHost {
                  volume,
                  state,
                  allocated,
+                 cut,
                  ..
              }| LocalCopy {
                 volume,
@@ -425,6 +435,15 @@ impl Host for NodeHost {
                     Standing::Failed => "failed: its disk refused a write or a flush".into(),
                 },
                 allocated,
+                trouble: (state.standing == Standing::Failed).then(|| {
+                    self.unusable(
+                        volume,
+                        match cut {
+                            true => "its data file was cut short",
+                            false => "its disk failed a write or a flush",
+                        },
+                    )
+                }),
             },
         );
         let broken = lock(&self.broken);
@@ -434,6 +453,7 @@ impl Host for NodeHost {
             epoch: Epoch(0),
             standing: format!("unreadable: {why}"),
             allocated: 0,
+            trouble: Some(self.unusable(*volume, why)),
         });
         open.chain(broken).collect()
     }

@@ -92,8 +92,7 @@ fn step(record: &Record, node: &NodeName, here: Here, drawn: Option<CopyId>) -> 
             (None, None) => Step::Keep(format!("copy {id} is kept: the record does not know it")),
         },
         (Here::Unusable, Some(_)) => Step::Keep(
-            "the copy here cannot be used. If its disk is sound, stop the node, move the copy's directory away and \
-             start the node: the copy is made anew"
+            "the copy here cannot be used; `lockstep volume inspect` says why, and what to do"
                 .into(),
         ),
         (Here::Unusable, None) => {

@@ -64,6 +64,8 @@ pub struct Facts<'a> {
     pub unreachable: &'a [NodeName],
     /// Nodes that answer and do not have the copy that the record has in sync on them.
     pub lost: &'a [NodeName],
+    /// Nodes that have a copy and cannot use it, and why.
+    pub troubled: &'a [(NodeName, String)],
 }
 
 /// The word and one sentence why; the sentence is empty when all is well.
@@ -180,13 +182,19 @@ fn describe(copy: &CopyState) -> String {
 
 fn detached(facts: &Facts<'_>) -> (Health, String) {
     let record = facts.record;
-    let gone = |c: &CopyEntry| facts.unreachable.contains(&c.node) || facts.lost.contains(&c.node);
+    let trouble = |c: &CopyEntry| facts.troubled.iter().find(|(node, _)| *node == c.node);
+    let gone = |c: &CopyEntry| {
+        facts.unreachable.contains(&c.node) || facts.lost.contains(&c.node) || trouble(c).is_some()
+    };
     let usable = record.in_sync().filter(|c| !gone(c)).count();
     let reasons: Vec<String> = record
         .present()
         .filter_map(|c| {
             if facts.unreachable.contains(&c.node) {
                 return Some(format!("{} cannot be reached", c.node));
+            }
+            if let Some((node, why)) = trouble(c) {
+                return Some(format!("the copy on {node} cannot be used: {why}"));
             }
             match c.status {
                 CopyStatus::InSync if facts.lost.contains(&c.node) => Some(format!(
@@ -239,7 +247,10 @@ mod tests {
         use FailureMode::{AlwaysOn, Hard, Soft};
         for (mode, copies, gone, expected) in [
             (Hard, "n1:i n2:i", vec![], Health::Healthy),
-            // A word that begins with '!': its disk was wiped.
+            // A word that begins with '!': its disk was wiped; with '?': its copy cannot be used.
+            (Hard, "n1:i n2:i", vec!["?n2"], Health::Suspended),
+            (Soft(None), "n1:i n2:m", vec!["?n2"], Health::Degraded),
+            (Soft(None), "n1:i", vec!["?n1"], Health::Offline),
             (Hard, "n1:i n2:i", vec!["!n2"], Health::Suspended),
             (Soft(None), "n1:i n2:i", vec!["!n2"], Health::Degraded),
             (Soft(None), "n1:i n2:i", vec!["n1", "!n2"], Health::Offline),
@@ -258,20 +269,28 @@ mod tests {
                 failure_mode: mode,
                 ..record(copies)
             };
-            let named = |wiped: bool| -> Vec<NodeName> {
-                let names = gone.iter().filter(|n| n.starts_with('!') == wiped);
-                names.map(|n| node(n.trim_start_matches('!'))).collect()
+            let named = |sign: char| -> Vec<NodeName> {
+                let signed = |n: &&&str| n.chars().next().filter(|c| !c.is_alphabetic());
+                let names = gone.iter().filter(|n| signed(n).unwrap_or(' ') == sign);
+                names.map(|n| node(n.trim_start_matches(sign))).collect()
             };
+            let troubled: Vec<(NodeName, String)> = named('?')
+                .into_iter()
+                .map(|n| (n, "no superblock is readable".into()))
+                .collect();
             let (health, why) = assess(&Facts {
                 record: &record,
                 desired: None,
                 serving: None,
                 failure: None,
                 tending: None,
-                unreachable: &named(false),
-                lost: &named(true),
+                unreachable: &named(' '),
+                lost: &named('!'),
+                troubled: &troubled,
             });
             assert_eq!(health, expected, "{mode:?} {copies:?} {gone:?}: {why}");
+            let said = why.contains("no superblock is readable");
+            assert_eq!(said, !troubled.is_empty(), "{why}");
             assert_eq!(why.is_empty(), health == Health::Healthy, "{why}");
         }
     }
@@ -335,6 +354,7 @@ mod tests {
                 failure: None,
                 unreachable: &[],
                 lost: &[],
+                troubled: &[],
             });
             assert_eq!(health, expected, "{status:?}: {why}");
             assert_eq!(why.is_empty(), health == Health::Healthy, "{why}");

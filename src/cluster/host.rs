@@ -44,6 +44,9 @@ pub struct LocalCopy {
     pub standing: String,
     /// Bytes it takes on the disk.
     pub allocated: u64,
+    /// Why it cannot be used, and what to do; `None` when it can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
 }
 
 /// What a new copy counts for.

@@ -246,16 +246,37 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
         .filter(|c| is_lost(c, live))
         .map(|c| c.node.clone())
         .collect();
+    // What the node of a copy knows of it is more than what its attachment was told.
     let tending = live.tended(id).filter(|_| desired.is_none());
-    let status = serving.clone().and_then(Result::ok).flatten().or(tending);
+    let served = serving.clone().and_then(Result::ok).flatten();
+    let status = served.or(tending).map(|s| {
+        let mut status = s.clone();
+        for copy in &mut status.copies {
+            if let Some(trouble) = trouble(live, id, &copy.node, copy.copy) {
+                copy.lag = trouble.into();
+            }
+        }
+        status
+    });
+    let status = status.as_ref();
+    let troubled: Vec<(NodeName, String)> = record
+        .present()
+        .filter_map(|c| {
+            Some((
+                c.node.clone(),
+                trouble(live, id, &c.node, c.copy_id)?.into(),
+            ))
+        })
+        .collect();
     let (health, why) = assess(&Facts {
         record,
         desired,
-        serving,
-        tending,
+        serving: serving.map(|s| s.map(|_| status)),
+        tending: status.filter(|_| tending.is_some()),
         failure,
         unreachable: &unreachable,
         lost: &lost,
+        troubled: &troubled,
     });
     let copies: Vec<CopyView> = record
         .present()
@@ -336,6 +357,9 @@ fn copy_view(
     };
     let sync = seen.and_then(|c| c.sync.clone());
     let mut lag = seen.map_or_else(String::new, |c| c.lag.clone());
+    if let Some(trouble) = trouble(live, record.volume_id, &copy.node, copy.copy_id) {
+        lag = trouble.into();
+    }
     if lag.is_empty() && node.is_some() && local.is_none() && record.state != State::Creating {
         lag = "not on its node's disk".into();
     }
@@ -357,6 +381,17 @@ fn copy_view(
         standing: local.map(|c| c.standing.clone()),
         sync,
     }
+}
+
+/// Why the node of a copy cannot use its files. Of files that cannot be read at all nobody knows whose they are.
+fn trouble<'a>(live: &'a Live, volume: VolumeId, node: &NodeName, copy: CopyId) -> Option<&'a str> {
+    let local = live
+        .node(node)?
+        .copies
+        .iter()
+        .find(|c| c.volume == volume)?;
+    let it = local.copy == copy || local.copy == CopyId([0; 16]);
+    local.trouble.as_deref().filter(|_| it)
 }
 
 /// Whether the copy's node answers and does not have it.

@@ -50,7 +50,8 @@ pub fn meta_len(size: u64) -> u64 {
     page_offset(0, pages(size))
 }
 
-/// Length of `data` for a volume of `size` bytes.
+/// Length of `data` for a volume of `size` bytes: one block more than is ever written, so that a file that was cut short
+/// stays too short, whatever is written to it later.
 pub fn data_len(size: u64) -> u64 {
-    size.next_multiple_of(BLOCK)
+    size.next_multiple_of(BLOCK) + BLOCK
 }

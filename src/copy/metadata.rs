@@ -110,9 +110,7 @@ pub enum FormatError {
         reads: u32,
     },
     /// Neither superblock verifies.
-    #[error(
-        "no superblock is readable (A: {a}; B: {b}): remove this copy, and it will be made anew from another one"
-    )]
+    #[error("no superblock is readable (A: {a}; B: {b})")]
     NoSuperblock {
         /// What is wrong with A.
         a: String,

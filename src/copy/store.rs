@@ -74,9 +74,7 @@ pub enum StoreError {
         free: u64,
     },
     /// A file is shorter than its superblock says.
-    #[error(
-        "{file} was truncated: {found} bytes instead of {expected}; remove this copy, and it will be made anew from another one"
-    )]
+    #[error("{file} was truncated: {found} bytes instead of {expected}")]
     Truncated {
         /// Which.
         file: PathBuf,
@@ -273,6 +271,11 @@ impl Store {
             return Ok(aside);
         }
         Err(at("set aside", dir)(io::ErrorKind::AlreadyExists.into()))
+    }
+
+    /// Bytes that `data` has now: fewer than before only when somebody cut it short.
+    pub fn data_bytes(&self) -> io::Result<u64> {
+        self.data.metadata().map(|m| m.len())
     }
 
     /// Bytes that `data` takes on its disk.

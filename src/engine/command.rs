@@ -106,6 +106,8 @@ pub struct CopyStatus {
     pub allocated: u64,
     /// Regions in its activity log.
     pub active_regions: usize,
+    /// Its data file was cut short while it was open here.
+    pub cut: bool,
 }
 
 /// A worker's counters.

@@ -156,6 +156,7 @@ pub struct Disk {
     in_kernel: u32,
     walks: VecDeque<Walking>,
     done: VecDeque<Completion>,
+    round: u64,
     /// The turn's time.
     pub now: Nanos,
 }
@@ -173,6 +174,7 @@ impl Disk {
             in_kernel: 0,
             walks: VecDeque::new(),
             done: VecDeque::new(),
+            round: 0,
             now: Nanos::default(),
         })
     }
@@ -418,11 +420,17 @@ impl Disk {
         Ok(())
     }
 
+    /// Two operations that were completed in one round had both been done when the first of them was reported.
+    pub fn round(&self) -> u64 {
+        self.round
+    }
+
     /// The next finished operation.
     pub fn completed(&mut self) -> Option<Completion> {
         if let Some(done) = self.done.pop_front() {
             return Some(done);
         }
+        self.round += 1;
         let entries: Vec<(u64, i32)> = self
             .ring
             .completion()

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub mod client;
+pub mod disks;
 pub mod net;
 pub mod oracle;
 pub mod schedule;

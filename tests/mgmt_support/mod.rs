@@ -154,6 +154,7 @@ impl Host for TestHost {
                 copy: fs::read_to_string(e.path()).unwrap().parse().unwrap(),
                 epoch: lockstep::replication::ids::Epoch(1),
                 standing: "in sync".into(),
+                trouble: None,
                 allocated: 4096,
             })
             .collect()

@@ -42,6 +42,9 @@ impl Volume {
             store.memory,
         );
         let meta = DataFile::new(store.meta.try_clone().map_err(duplicate)?, 1, store.memory);
+        let length = store
+            .data_bytes()
+            .map_err(|e| format!("cannot read the length of the copy's data: {e}"))?;
         let replica = Replica::new(
             state,
             &regions,
@@ -59,6 +62,9 @@ impl Volume {
             batches: HashMap::new(),
             looked: ctx.now,
             stats: Layer::default(),
+            length,
+            measured: 0,
+            cut: false,
         });
         Ok(())
     }
@@ -113,7 +119,13 @@ impl Volume {
         let Some(copy) = &mut self.copy else { return };
         let ticket = done.token.ticket;
         copy.count(&done, ctx.now);
+        let relied_on = matches!(done.token.work, Work::Read(_) | Work::Flush);
+        if (relied_on || done.result.is_err()) && copy.measured != ctx.disk.round() {
+            copy.measure(ctx);
+        }
         let mut result = match done.result {
+            // What was read from beyond the end, and since then written to, would be zeros.
+            Ok(_) if copy.cut && relied_on => DiskResult::Error,
             Ok(Output::Nothing) => DiskResult::Done(None),
             Ok(Output::Data(data)) => DiskResult::Done(Some(data)),
             Ok(Output::Hash(hash)) => DiskResult::Hash(hash),
@@ -237,14 +249,16 @@ impl Volume {
                 ctx.disk.allocated(token, &copy.data, first, count);
             }
             DiskOp::Grow { size } => {
-                let done = copy.store.grow(size, false);
-                if let Err(e) = &done {
-                    log::error!("volume {}: {e}", self.id);
-                }
-                let result = if done.is_ok() {
-                    DiskResult::Done(None)
-                } else {
+                // Cut short before, it would not show any more.
+                copy.measure(ctx);
+                let result = if copy.cut {
                     DiskResult::Error
+                } else if let Err(e) = copy.store.grow(size, false) {
+                    log::error!("volume {}: {e}", self.id);
+                    DiskResult::Error
+                } else {
+                    copy.length = copy.store.data_bytes().unwrap_or(copy.length);
+                    DiskResult::Done(None)
                 };
                 copy.replica.on_disk(ctx.now, ticket, result);
             }
@@ -268,6 +282,28 @@ impl Volume {
 }
 
 impl LocalCopy {
+    /// Whether the data file is still as long as it was made. Bytes that somebody cut off read as zeros once a write made
+    /// the file longer again, so the copy is dead (PROTOCOL 3). No write reaches the file's last block: it stays cut.
+    pub(super) fn measure(&mut self, ctx: &Context) {
+        self.measured = ctx.disk.round();
+        if self.cut {
+            return;
+        }
+        let found = match self.store.data_bytes() {
+            Ok(found) if found >= self.length => return,
+            Ok(found) => format!("{found} bytes"),
+            Err(e) => e.to_string(),
+        };
+        log::error!(
+            "{}: its data file was cut short: {found} instead of {} bytes",
+            self.store.dir().display(),
+            self.length
+        );
+        self.cut = true;
+        self.replica
+            .on_bytes_lost(ctx.now, "its data file was cut short");
+    }
+
     fn count(&mut self, done: &Completion, now: Nanos) {
         let (op, bytes) = match done.token.work {
             Work::Read(len) => (&mut self.stats.read, len),

@@ -35,6 +35,12 @@ pub struct LocalCopy {
     batches: HashMap<Ticket, Batch>,
     looked: Nanos,
     stats: Layer,
+    /// How long the data file is.
+    length: u64,
+    /// The disk's round in which it was that long last.
+    measured: u64,
+    /// Somebody cut it short.
+    cut: bool,
 }
 
 /// Writes that make one metadata operation.
@@ -108,6 +114,7 @@ impl Volume {
         {
             copy.looked = ctx.now;
             copy.replica.on_tick(ctx.now);
+            copy.measure(ctx);
         }
     }
 
@@ -229,6 +236,7 @@ impl Volume {
             state: copy.replica.state().clone(),
             allocated: copy.store.allocated_bytes().unwrap_or_default(),
             active_regions: copy.replica.active_regions(),
+            cut: copy.cut,
         })
     }
 

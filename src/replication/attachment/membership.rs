@@ -180,7 +180,10 @@ impl<D: Payload> Attachment<D> {
         };
         peer.link = Link::Down { since, tried: now };
         peer.lease = None;
-        peer.why = why.to_string();
+        // That a copy with a full disk hangs up is no news.
+        if !self.failing.has(copy) {
+            peer.why = why.to_string();
+        }
         if matches!(peer.vote, Some(super::Vote::Probed)) {
             peer.vote = None;
         }

@@ -19,7 +19,7 @@ use super::ids::{
     BootId, Chunk, CopyId, Epoch, Instance, Nanos, NodeName, Region, SECTOR, Seq, Span, Tag,
 };
 use super::in_flight::InFlight;
-use super::message::{Configuration, DiskState, Message, Promise, Proof, Refusal, Request, Status};
+use super::message::{Configuration, DiskState, Message, Promise, Refusal, Request, Status};
 use super::timing::Timing;
 
 /// One connection, numbered by the engine; never reused.
@@ -474,6 +474,12 @@ impl<D> Replica<D> {
                 _ => "its metadata could not be written",
             }),
         }
+    }
+
+    /// What the disk had reported as written is found to be gone from it.
+    pub fn on_bytes_lost(&mut self, now: Nanos, why: &'static str) {
+        self.now = now;
+        self.fail(why);
     }
 
     /// The batch of events is over: start the log transaction that its writes need.

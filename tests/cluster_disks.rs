@@ -1,0 +1,476 @@
+//! Disks that lose, damage or refuse what is on them, under load and with real node processes: nothing acknowledged is lost,
+//! nothing fails that need not, `volume inspect` says what is wrong and what to do, and in the end all copies are the same.
+//!
+//! What damages files while the node is down works on what docs/DISK-FORMAT.md says of them. The disks that get full or fail
+//! are mounted (`cluster_support/disks.rs`), which needs root.
+
+mod cluster_support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cluster_support::client::{Disk, Load, Plan};
+use cluster_support::disks::{self, BadDisk, SmallDisk, own_mounts, scribble, truncate};
+use cluster_support::oracle::{Oracle, SECTOR};
+use cluster_support::{Cluster, copies, eventually};
+use serde_json::Value;
+
+const SIZE: u64 = 32 << 20;
+const MIB: u64 = 1 << 20;
+const VOLUME: &str = "--size 32MiB --replicas 2 --master n1";
+
+/// Nodes with a volume that has copies on n1, n2 and n3, is full of data and served by n1, under load.
+fn under_load(nodes: usize) -> (Cluster, Load) {
+    let cluster = Cluster::start(nodes);
+    let load = loaded(&cluster);
+    (cluster, load)
+}
+
+fn loaded(cluster: &Cluster) -> Load {
+    let socket = served(cluster);
+    let oracle = filled(&socket);
+    Load::start(&socket, Plan::small(), oracle)
+}
+
+fn served(cluster: &Cluster) -> PathBuf {
+    let socket = cluster.serve("vm1", VOLUME, "--node n1");
+    let volume = cluster.volume(1, "vm1");
+    assert_eq!(copies(&volume, "in_sync"), ["n1", "n2", "n3"]);
+    socket
+}
+
+/// Writes all of the disk once.
+fn filled(socket: &Path) -> Oracle {
+    let mut oracle = Oracle::new(SIZE);
+    let mut disk = Disk::open(socket, 1, 1);
+    for offset in (0..SIZE).step_by(MIB as usize) {
+        let data = disk.buffer(0, MIB as usize);
+        let ticket = oracle.begin(offset as usize / SECTOR, data);
+        disk.write(0, offset, MIB as usize);
+        assert_eq!(disk.finish(), 0);
+        oracle.end(ticket, true);
+    }
+    oracle
+}
+
+/// Where the files of the copy on a node are.
+fn copy_dir(cluster: &Cluster, n: usize) -> PathBuf {
+    let data = cluster.copy(n, &cluster.volume(1, "vm1"));
+    data.parent().unwrap().into()
+}
+
+/// A node is killed under load, and the load goes on without it.
+fn lose(cluster: &mut Cluster, n: usize, load: &Load) {
+    cluster.kill(n);
+    cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
+    load.goes_on();
+}
+
+/// The volume is well again on these nodes, under load.
+fn heals(cluster: &Cluster, nodes: &[&str], load: &Load) {
+    let what = format!("is healthy on {nodes:?}");
+    cluster.wait_for(1, "vm1", &what, |v| {
+        v["health"] == "healthy" && copies(v, "in_sync") == nodes
+    });
+    load.goes_on();
+}
+
+/// The volume serves without the copy on a node and says so, with these words.
+fn says(cluster: &Cluster, n: usize, words: &[&str]) -> Value {
+    let node = format!("the copy on n{n} is missing");
+    cluster.wait_for(1, "vm1", &format!("says {words:?} of n{n}"), |v| {
+        let why = v["why"].as_str().unwrap_or_default();
+        v["health"] == "degraded"
+            && v["attachment"]["phase"] == "serving"
+            && why.contains(&node)
+            && words.iter().all(|w| why.contains(w))
+    })
+}
+
+/// No request failed, everything reads back, and all copies are the same.
+fn all_is_well(cluster: &Cluster, load: Load, nodes: &[&str]) {
+    load.goes_on();
+    assert_eq!(load.finish().failed, 0);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1"), nodes);
+}
+
+/// What the last sync of the copy on a node was made of.
+fn last_sync(cluster: &Cluster, n: usize) -> String {
+    let events = cluster.json(1, "events --volume vm1");
+    let begin = format!("copy on n{n}: ");
+    let mut texts = events.as_array().unwrap().iter().rev().filter_map(|e| {
+        let text = e["text"].as_str()?.strip_prefix(&begin)?;
+        (e["rule"] == "6 sync begins").then(|| text.to_string())
+    });
+    texts
+        .next()
+        .unwrap_or_else(|| panic!("no sync of n{n}: {events:#}"))
+}
+
+/// What `volume inspect` tells people to do about a copy that cannot be used.
+fn made_anew_by_hand(cluster: &mut Cluster, n: usize, load: &Load) {
+    let dir = copy_dir(cluster, n);
+    assert!(cluster.stop(n).success());
+    fs::rename(&dir, cluster.node_dir(n).join("moved away")).unwrap();
+    cluster.start_node(n);
+    heals(cluster, &["n1", "n2", "n3"], load);
+    assert_eq!(last_sync(cluster, n), "all of it: the copy is new");
+    fs::remove_dir_all(cluster.node_dir(n).join("moved away")).unwrap();
+}
+
+// ---- metadata
+
+#[test]
+fn half_a_superblock_costs_a_copy_nothing() {
+    let (mut cluster, load) = under_load(3);
+    for (n, half, name) in [(2, 0, "A"), (3, 1, "B")] {
+        // Given a copy whose node is down, with one of its two superblocks damaged,
+        lose(&mut cluster, n, &load);
+        let meta = copy_dir(&cluster, n).join("meta");
+        let (offset, len) = disks::superblock(half);
+        scribble(&meta, offset, len);
+        // when its node comes back,
+        cluster.start_node(n);
+        // then it says so, and needs only what it missed.
+        heals(&cluster, &["n1", "n2", "n3"], &load);
+        let warning = format!("superblock {name} is damaged");
+        assert!(cluster.log(n).contains(&warning), "no {warning}");
+        let sync = last_sync(&cluster, n);
+        assert!(sync.starts_with("what it missed since epoch"), "{sync}");
+        // And whole again after that: the next start finds both.
+        lose(&mut cluster, n, &load);
+        fs::remove_file(cluster.log_path(n)).unwrap();
+        cluster.start_node(n);
+        heals(&cluster, &["n1", "n2", "n3"], &load);
+        assert!(!cluster.log(n).contains("damaged"));
+    }
+    all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+}
+
+#[test]
+fn a_copy_without_superblocks_is_refused_and_another_node_gets_its_successor() {
+    let (mut cluster, load) = under_load(4);
+    // Given a copy whose node is down, with both superblocks damaged,
+    lose(&mut cluster, 3, &load);
+    let meta = copy_dir(&cluster, 3).join("meta");
+    scribble(&meta, 0, 2 * 4096);
+    // when its node comes back, then it is not used, and the volume says why.
+    cluster.start_node(3);
+    says(&cluster, 3, &["no superblock is readable", "move", "away"]);
+    load.goes_on();
+    // When it has been missing for long enough, then another node has a copy in its place,
+    cluster.ok(1, "cluster update --replace-after 1s");
+    heals(&cluster, &["n1", "n2", "n4"], &load);
+    assert_eq!(last_sync(&cluster, 4), "all of it: the copy is new");
+    // and what is left of the old one is still there for whoever wants to look at it.
+    assert!(meta.exists());
+    all_is_well(&cluster, load, &["n1", "n2", "n4"]);
+}
+
+#[test]
+fn a_torn_transaction_of_the_activity_log_never_was() {
+    let (mut cluster, load) = under_load(3);
+    // Given a copy whose newest log transaction is half of it as it was before,
+    lose(&mut cluster, 3, &load);
+    disks::tear_last_transaction(&copy_dir(&cluster, 3).join("meta"));
+    // when its node comes back, then the log is read up to the one before, and the copy needs what it missed.
+    cluster.start_node(3);
+    heals(&cluster, &["n1", "n2", "n3"], &load);
+    assert!(!cluster.log(3).contains("activity log unreadable"));
+    let sync = last_sync(&cluster, 3);
+    assert!(sync.starts_with("what it missed since epoch"), "{sync}");
+    all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+}
+
+#[test]
+fn a_damaged_activity_log_costs_a_comparison_of_everything() {
+    let (mut cluster, load) = under_load(3);
+    for whole_ring in [false, true] {
+        // Given a copy whose log does not verify, in part of its last block or in all of it,
+        lose(&mut cluster, 3, &load);
+        let meta = copy_dir(&cluster, 3).join("meta");
+        let (offset, len) = match whole_ring {
+            true => disks::log(),
+            false => (disks::last_log_block(&meta).offset + 512, 1000),
+        };
+        scribble(&meta, offset, len);
+        // when its node comes back, then all that it has is compared,
+        cluster.start_node(3);
+        heals(&cluster, &["n1", "n2", "n3"], &load);
+        assert!(cluster.log(3).contains("activity log unreadable"));
+        assert_eq!(compared(&cluster), SIZE / (64 << 10));
+        // and its log is a log again.
+        lose(&mut cluster, 3, &load);
+        fs::remove_file(cluster.log_path(3)).unwrap();
+        cluster.start_node(3);
+        heals(&cluster, &["n1", "n2", "n3"], &load);
+        assert!(!cluster.log(3).contains("unreadable"));
+    }
+    all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+}
+
+/// How many chunks the last sync had to compare.
+fn compared(cluster: &Cluster) -> u64 {
+    let events = cluster.json(1, "events --volume vm1");
+    let mut mirrored = events.as_array().unwrap().iter().rev();
+    let text = mirrored.find(|e| e["rule"] == "6 mirrored").unwrap()["text"].clone();
+    let text = text.as_str().unwrap().to_string();
+    let count = text.split(": ").nth(1).and_then(|t| t.split(' ').next());
+    count
+        .unwrap()
+        .parse()
+        .unwrap_or_else(|e| panic!("{text}: {e}"))
+}
+
+// ---- data
+
+#[test]
+fn a_copy_without_its_bytes_is_refused_and_made_anew() {
+    let (mut cluster, load) = under_load(3);
+    let no_superblock = |dir: &Path| scribble(&dir.join("meta"), 0, 2 * 4096);
+    let no_data = |dir: &Path| fs::remove_file(dir.join("data")).unwrap();
+    let short_data = |dir: &Path| truncate(&dir.join("data"), SIZE - 4096);
+    let short_meta = |dir: &Path| truncate(&dir.join("meta"), 100_000);
+    type Damage = fn(&Path);
+    for (damage, words) in [
+        (no_superblock as Damage, "no superblock is readable"),
+        (no_data, "data"),
+        (short_data, "truncated"),
+        (short_meta, "truncated"),
+    ] {
+        // Given a copy that was damaged while its node is down,
+        lose(&mut cluster, 3, &load);
+        damage(&copy_dir(&cluster, 3));
+        // when its node comes back, then it is not used, and the volume says why and what to do.
+        cluster.start_node(3);
+        says(&cluster, 3, &[words, "move", "away"]);
+        load.goes_on();
+        // When that is done, the copy is made anew.
+        made_anew_by_hand(&mut cluster, 3, &load);
+    }
+    all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+}
+
+#[test]
+fn a_wiped_node_gets_its_copy_anew_by_itself() {
+    let (mut cluster, load) = under_load(3);
+    // Given a node that is down and loses all that its disk had,
+    lose(&mut cluster, 3, &load);
+    fs::remove_dir_all(cluster.data_dir(3)).unwrap();
+    // when it comes back, then it gets everything, under a new identity.
+    cluster.start_node(3);
+    heals(&cluster, &["n1", "n2", "n3"], &load);
+    assert_eq!(last_sync(&cluster, 3), "all of it: the copy is new");
+    let rules = cluster.rules(1, "vm1");
+    assert!(rules.iter().any(|r| r == "S18 new identity"), "{rules:?}");
+    all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+}
+
+#[test]
+fn the_serving_node_comes_back_without_its_copy_and_serves_from_the_others() {
+    let no_superblock = |dir: &Path| scribble(&dir.join("meta"), 0, 2 * 4096);
+    let no_data = |dir: &Path| fs::remove_file(dir.join("data")).unwrap();
+    type Damage = fn(&Path);
+    for damage in [no_superblock as Damage, no_data] {
+        let (mut cluster, load) = under_load(3);
+        // Given a volume whose serving node dies and finds its own copy damaged,
+        let dir = copy_dir(&cluster, 1);
+        cluster.kill(1);
+        let oracle = load.abandon().oracle;
+        damage(&dir);
+        // when it comes back, then it serves what the others have, and says what is wrong.
+        cluster.start_node(1);
+        let volume = says(&cluster, 1, &["move", "away"]);
+        assert_eq!(copies(&volume, "in_sync").len(), 2);
+        let socket = volume["attachment"]["socket"].as_str().unwrap().to_string();
+        let load = Load::start(Path::new(&socket), Plan::small(), oracle);
+        load.goes_on();
+        assert_eq!(load.finish().failed, 0);
+        cluster.detach(1, "vm1");
+        assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 2);
+    }
+}
+
+#[test]
+fn the_serving_nodes_log_is_garbage_and_every_copy_is_compared_with_it() {
+    let (mut cluster, load) = under_load(3);
+    // Given a volume whose serving node dies with writes under way and finds the log of its copy damaged,
+    let meta = copy_dir(&cluster, 1).join("meta");
+    cluster.kill(1);
+    let oracle = load.abandon().oracle;
+    let (offset, len) = disks::log();
+    scribble(&meta, offset, len);
+    // when it comes back, then it serves, and every sector has one value again, the same on all copies.
+    cluster.start_node(1);
+    let volume = cluster.wait_for(1, "vm1", "is healthy", |v| v["health"] == "healthy");
+    let socket = volume["attachment"]["socket"].as_str().unwrap().to_string();
+    let load = Load::start(Path::new(&socket), Plan::small(), oracle);
+    all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+}
+
+// ---- files that change under a running node
+
+#[test]
+fn a_copy_cut_short_under_a_running_node_is_ejected_before_it_does_harm() {
+    // A replica's file, then the one that reads come from.
+    for n in [3, 1] {
+        let (mut cluster, load) = under_load(3);
+        // When the data file is cut short under the node's hands,
+        truncate(&copy_dir(&cluster, n).join("data"), SIZE / 2);
+        // then the copy is out, also after writes have made its file long again, no request fails, and nobody reads zeros.
+        let volume = says(&cluster, n, &["cut short", "move", "away"]);
+        assert_eq!(copies(&volume, "in_sync").len(), 2);
+        load.goes_on();
+        if n == 3 {
+            made_anew_by_hand(&mut cluster, 3, &load);
+            all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+        } else {
+            assert_eq!(load.finish().failed, 0);
+            cluster.detach(1, "vm1");
+            assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 2);
+        }
+    }
+}
+
+// ---- disks that are full
+
+/// Starts nodes n1 … of an empty cluster.
+fn start(cluster: &mut Cluster, nodes: usize) {
+    for n in 1..=nodes {
+        cluster.start_node(n);
+    }
+    cluster.know_each_other();
+}
+
+fn a_full_disk_costs_a_copy_and_no_request(
+    cluster: &mut Cluster,
+    take_space: impl FnOnce(),
+    make_space: impl FnOnce(),
+) {
+    // Given a volume with a copy on a disk that has become too small for it,
+    start(cluster, 3);
+    let socket = served(cluster);
+    take_space();
+    // when that is full under load, then the copy is out, and the volume says why.
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    says(cluster, 3, &["its disk is full"]);
+    load.goes_on();
+    let rules = cluster.rules(1, "vm1");
+    assert!(rules.iter().any(|r| r == "2.6 eject"), "{rules:?}");
+    // When there is space again, it comes back.
+    make_space();
+    heals(cluster, &["n1", "n2", "n3"], &load);
+    all_is_well(cluster, load, &["n1", "n2", "n3"]);
+}
+
+#[test]
+fn a_full_memory_disk_costs_a_copy_and_no_request() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let disk = SmallDisk::mount(&cluster.node_dir(3).join("data"), 128 * MIB);
+    a_full_disk_costs_a_copy_and_no_request(
+        &mut cluster,
+        || disk.resize(16 * MIB),
+        || disk.resize(128 * MIB),
+    );
+}
+
+#[test]
+fn a_full_ext4_costs_a_copy_and_no_request() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let data = cluster.node_dir(3).join("data");
+    let _disk = BadDisk::mount(&data, 96 * MIB);
+    a_full_disk_costs_a_copy_and_no_request(
+        &mut cluster,
+        || disks::fill(&data, 16 * MIB),
+        || disks::make_space(&data),
+    );
+}
+
+/// A volume without replicas on a disk that has become too small for it.
+fn alone(cluster: &mut Cluster, settings: &str) -> (SmallDisk, PathBuf) {
+    let disk = SmallDisk::mount(&cluster.node_dir(1).join("data"), 128 * MIB);
+    start(cluster, 1);
+    let create = format!("--size 32MiB --replicas 0 {settings}");
+    let socket = cluster.serve("vm1", &create, "");
+    disk.resize(16 * MIB);
+    (disk, socket)
+}
+
+#[test]
+fn a_volume_whose_only_copy_is_full_waits_for_space() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let (disk, socket) = alone(&mut cluster, "--suspend-deadline 300s");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    // When its disk is full, then the volume is suspended, says why, and fails nothing.
+    cluster.wait_for(1, "vm1", "is suspended", |v| {
+        let why = v["why"].as_str().unwrap_or_default();
+        v["health"] == "suspended" && why.contains("full disk: make space")
+    });
+    // When there is space, it serves on.
+    disk.resize(128 * MIB);
+    load.goes_on();
+    cluster.wait_for(1, "vm1", "is healthy", |v| v["health"] == "healthy");
+    assert_eq!(load.finish().failed, 0);
+    let rules = cluster.rules(1, "vm1");
+    assert!(rules.iter().any(|r| r == "7 suspend"), "{rules:?}");
+}
+
+#[test]
+fn a_volume_whose_only_copy_is_full_fails_after_its_deadline_and_serves_when_there_is_space() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let (disk, socket) = alone(&mut cluster, "--suspend-deadline 1s");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    // When its disk was full for longer than its deadline, then requests fail,
+    eventually("requests fail", || (load.failed() > 0).then_some(()));
+    // and when there is space, none does any more, and nothing acknowledged is lost.
+    disk.resize(128 * MIB);
+    cluster.wait_for(1, "vm1", "is healthy", |v| v["health"] == "healthy");
+    load.goes_on();
+    let failed = load.failed();
+    load.goes_on();
+    assert_eq!(load.finish().failed, failed);
+}
+
+// ---- disks that fail
+
+#[test]
+fn a_replica_whose_disk_fails_is_replaced() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let disk = BadDisk::mount(&cluster.node_dir(3).join("data"), 96 * MIB);
+    start(&mut cluster, 3);
+    let load = loaded(&cluster);
+    cluster.start_node(4);
+    // When a disk refuses every write and flush, then its copy is out, and the volume says why.
+    disk.fail_writes();
+    says(&cluster, 3, &["its disk failed", "move", "away"]);
+    load.goes_on();
+    // When it has been missing for long enough, then another node has a copy in its place.
+    cluster.ok(1, "cluster update --replace-after 1s");
+    heals(&cluster, &["n1", "n2", "n4"], &load);
+    all_is_well(&cluster, load, &["n1", "n2", "n4"]);
+}
+
+#[test]
+fn the_disk_of_the_serving_node_fails_and_another_copy_takes_over() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let disk = BadDisk::mount(&cluster.node_dir(1).join("data"), 96 * MIB);
+    start(&mut cluster, 3);
+    let load = loaded(&cluster);
+    // When the disk that reads come from refuses every write and flush, then the guest reads from another node.
+    disk.fail_writes();
+    let volume = says(&cluster, 1, &["its disk failed", "move", "away"]);
+    assert_ne!(volume["master"]["node"], "n1");
+    load.goes_on();
+    let rules = cluster.rules(1, "vm1");
+    assert!(rules.iter().any(|r| r == "3 failed disk"), "{rules:?}");
+    assert_eq!(load.finish().failed, 0);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 2);
+}
