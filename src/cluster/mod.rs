@@ -35,6 +35,7 @@ pub mod placement;
 pub mod plane;
 pub mod policy;
 pub mod replicas;
+pub mod selector;
 pub mod settings;
 pub mod snapshot;
 pub mod store;
