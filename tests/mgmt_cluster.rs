@@ -113,7 +113,7 @@ fn a_creation_whose_creator_died_is_cleaned_up_when_it_returns() {
         copy.status = CopyStatus::Missing;
     }
     // Written as the dead instance of n1 would have left it.
-    n2.store.create_volume(&spec, &record).unwrap();
+    n2.store.create_volume(&spec, &record, None).unwrap();
     let n1 = lab.node("n1");
     eventually("the half-made volume is gone", || {
         let snapshot = n1.store.snapshot().unwrap();

@@ -8,6 +8,7 @@ mod events;
 mod html;
 mod limit;
 mod metrics;
+mod policies;
 mod prometheus;
 mod read;
 mod reply;
@@ -52,8 +53,11 @@ impl Servers {
             .and_then(|()| api.set_nonblocking(true))
             .map_err(|e| fail("the API's sockets", e))?;
         let (stop, stopped) = watch::channel(false);
-        let reads = read::router().with_state(plane.clone());
+        let reads = read::router()
+            .merge(policies::reads())
+            .with_state(plane.clone());
         let all = read::router()
+            .merge(policies::all())
             .merge(write::router())
             .with_state(plane.clone());
         let threads = vec![

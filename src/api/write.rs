@@ -14,7 +14,7 @@ use crate::cluster::create::{CreateRequest, Created, create};
 use crate::cluster::plane::Plane;
 use crate::cluster::policy::{ClusterUpdate, update_cluster};
 use crate::cluster::replicas::{MoveRequest, PromoteRequest, move_copy, promote};
-use crate::cluster::update::{UpdateRequest, remove, update};
+use crate::cluster::update::{UpdateRequest, Updated, remove, update};
 
 pub(super) fn router() -> Router<Arc<Plane>> {
     Router::new()
@@ -74,11 +74,11 @@ async fn update_volume(
     State(plane): State<Arc<Plane>>,
     Path(path): Path<(String, String)>,
     bytes: Bytes,
-) -> Reply<Done> {
+) -> Reply<Updated> {
     let (name, request): (_, UpdateRequest) = (name(&path)?, body(&bytes)?);
     json(plane, move |plane| {
-        update(plane, &name, &request)?;
-        Ok(Done {
+        Ok(Updated {
+            changes: update(plane, &name, &request)?,
             volume: name.to_string(),
         })
     })

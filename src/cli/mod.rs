@@ -3,11 +3,13 @@
 mod cluster;
 mod events;
 mod frontend;
+mod namespace;
 mod node;
 mod node_flags;
 mod output;
 mod progress;
 mod remote;
+mod rule;
 mod volume;
 mod volume_text;
 mod yaml;
@@ -85,6 +87,12 @@ enum Noun {
     /// Create, attach, change and remove volumes
     #[command(subcommand)]
     Volume(volume::Command),
+    /// Policies: give labels to the volumes that a selector selects
+    #[command(subcommand)]
+    Rule(rule::Command),
+    /// Create, look at and remove namespaces
+    #[command(subcommand)]
+    Namespace(namespace::Command),
     /// Look at the cluster
     #[command(subcommand)]
     Cluster(cluster::Command),
@@ -124,6 +132,8 @@ pub fn run(run_node: RunNode) -> ExitCode {
     let done = match cli.noun {
         Noun::Node(command) => node::run(*command, global, run_node),
         Noun::Volume(command) => volume::run(command, global),
+        Noun::Rule(command) => rule::run(command, global),
+        Noun::Namespace(command) => namespace::run(&command, global),
         Noun::Cluster(command) => cluster::run(&command, global),
         Noun::Events(command) => events::run(&command, global),
     };

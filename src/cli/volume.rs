@@ -19,19 +19,21 @@ use crate::cluster::host::Phase;
 use crate::cluster::labels::{Of, parse_all};
 use crate::cluster::model::{VolumeName, check_name};
 use crate::cluster::replicas::{MoveRequest, PromoteRequest};
+use crate::cluster::selector::Selector;
 use crate::cluster::settings::Wishes;
 use crate::cluster::units::{parse_size, parse_span};
-use crate::cluster::update::UpdateRequest;
+use crate::cluster::update::{UpdateRequest, Updated};
 use crate::cluster::view::VolumeView;
 use crate::replication::ids::NodeName;
 
 const CREATE_EXAMPLE: &str =
     "Example:\n  lockstep volume create vm1 --size 10GiB --replicas 1 --failure-mode soft";
 const LS_EXAMPLE: &str =
-    "Example:\n  lockstep volume ls\n  lockstep volume ls -A -l env=prod,!scratch";
+    "Example:\n  lockstep volume ls\n  lockstep volume ls -A -l 'env in (prod,stage),!scratch'";
 const INSPECT_EXAMPLE: &str = "Example:\n  lockstep volume inspect vm1";
 const UPDATE_EXAMPLE: &str = "Example:\n  lockstep volume update vm1 --replicas 2\n  \
-    lockstep volume update vm1 --failure-mode hard --label-add env=prod --label-rm scratch";
+    lockstep volume update vm1 --failure-mode hard --label-add env=prod --label-rm scratch\n  \
+    lockstep volume update vm1 --reapply --preview";
 const ATTACH_EXAMPLE: &str =
     "Example:\n  lockstep volume attach vm1\n  lockstep volume attach vm1 --print qemu";
 const DETACH_EXAMPLE: &str = "Example:\n  lockstep volume detach vm1";
@@ -166,7 +168,7 @@ pub(super) struct Ls {
     /// Of all namespaces
     #[arg(short = 'A', long)]
     all: bool,
-    /// With these labels: k, !k, k=v, k!=v, joined by ','
+    /// With these labels: k, !k, k==v, k!=v, k in (a,b), k notin (a,b), k>1, k<1, joined by ','
     #[arg(short = 'l', long, value_name = "SELECTOR")]
     selector: Option<String>,
 }
@@ -186,7 +188,13 @@ pub(super) struct Update {
     /// A label to take away; may be repeated
     #[arg(long, value_name = "K")]
     label_rm: Vec<String>,
-    /// With --replicas: return before the new copies are in sync
+    /// Apply the namespace's rules again, as at creation: flags win over labels, labels over rules
+    #[arg(long)]
+    reapply: bool,
+    /// Only say what would change
+    #[arg(long)]
+    preview: bool,
+    /// When replicas change: return before the new copies are in sync
     #[arg(long)]
     r#async: bool,
 }
@@ -317,6 +325,9 @@ fn create(args: Create, global: &Global) -> Result<(), Failure> {
     for remark in &created.remarks {
         note(remark);
     }
+    for (key, label) in &created.rules {
+        note(&format!("rule {}: {key}={}", label.rule, label.value));
+    }
     print(global.output, &created, |c| {
         format!("{}/{}\n", c.namespace, c.name)
     })
@@ -329,6 +340,7 @@ fn ls(args: &Ls, global: &Global) -> Result<(), Failure> {
         query.push(format!("namespace={}", global.namespace()));
     }
     if let Some(selector) = &args.selector {
+        Selector::parse(selector, Of::Volume).map_err(Fault::from)?;
         query.push(format!("selector={}", encode(selector)));
     }
     let volumes: Vec<VolumeView> = global
@@ -350,22 +362,34 @@ fn update(args: Update, global: &Global) -> Result<(), Failure> {
             .map_err(Fault::from)?,
         label_add: parse_all(&args.label_add, Of::Volume)?,
         label_rm: args.label_rm,
+        reapply: args.reapply,
+        preview: args.preview,
     };
-    // More replicas are there when they are in sync, fewer when the surplus is gone.
-    let followed = match replicas.filter(|_| !args.r#async) {
-        None => None,
-        Some(replicas) => {
-            let before: VolumeView = global.remote().get(&path(&name))?;
-            Some((replicas, replicas >= before.replicas))
-        }
+    let before = match (replicas.is_some() || args.reapply) && !args.r#async && !args.preview {
+        true => Some(global.remote().get::<VolumeView>(&path(&name))?.replicas),
+        false => None,
     };
-    let done: Value = global
+    let done: Updated = global
         .remote()
         .send(Method::PATCH, &path(&name), &request)?;
-    if let Some((replicas, all_in_sync)) = followed {
-        follow(global, &name, |v| resized(v, replicas, all_in_sync))?;
+    if let Some(before) = before {
+        // Rules may have said how many.
+        let after = match replicas {
+            Some(replicas) => replicas,
+            None => global.remote().get::<VolumeView>(&path(&name))?.replicas,
+        };
+        // More replicas are there when they are in sync, fewer when the surplus is gone.
+        if replicas.is_some() || after != before {
+            follow(global, &name, |v| resized(v, after, after >= before))?;
+        }
     }
-    print(global.output, &done, |_| format!("{name}\n"))
+    print(global.output, &done, |done| {
+        match (args.preview, done.changes.is_empty()) {
+            (false, _) => format!("{name}\n"),
+            (true, true) => "nothing would change\n".into(),
+            (true, false) => done.changes.iter().map(|c| format!("{c}\n")).collect(),
+        }
+    })
 }
 
 fn attach(args: Attach, global: &Global) -> Result<(), Failure> {

@@ -88,6 +88,7 @@ pub(super) fn inspect(v: &VolumeView) -> String {
             if v.compress { "on the wire" } else { "off" }.into(),
         ),
         ("Labels", show_labels(&v.labels)),
+        ("From rules", from_rules(v)),
         ("Created", v.created.clone()),
         ("State", format!("{:?}", v.state).to_lowercase()),
         ("Epoch", format!("{} (tag {:016x})", v.epoch, v.epoch_tag.0)),
@@ -139,6 +140,12 @@ pub(super) fn inspect(v: &VolumeView) -> String {
         out += &format!("\n{}", table.text());
     }
     out
+}
+
+/// `lockstep.io/replicas (ha)`.
+fn from_rules(v: &VolumeView) -> String {
+    let labels = v.rules.iter().map(|(key, l)| format!("{key} ({})", l.rule));
+    or_dash(&labels.collect::<Vec<_>>().join(", "))
 }
 
 fn state(copy: &CopyView) -> String {

@@ -15,9 +15,14 @@ use super::fault::{Code, Fault};
 use super::join::random;
 use super::labels::{self, Of, PREFIX};
 use super::live::{Live, gather};
-use super::model::{Creator, Labels, Ready, VolumeName, VolumeSpec};
+use super::model::{
+    Creator, DEFAULT_NAMESPACE, Labels, NamespaceRecord, Ready, RuleLabels, VolumeName, VolumeSpec,
+    values,
+};
+use super::namespaces;
 use super::placement::{Candidate, Wanted, place};
 use super::plane::{Found, Plane};
+use super::rules;
 use super::settings::{BLOCK_SIZE, SUSPEND_DEADLINE, Wishes, check_size};
 use super::snapshot::Snapshot;
 use super::store::Registrar;
@@ -67,8 +72,11 @@ pub struct Created {
     pub name: String,
     /// The nodes that hold a copy, the master's first.
     pub nodes: Vec<NodeName>,
-    /// What was wished for and could not be had.
+    /// What was wished for and could not be had, and what else is worth knowing.
     pub remarks: Vec<String>,
+    /// The labels that rules gave it.
+    #[serde(default)]
+    pub rules: RuleLabels,
 }
 
 /// Creates a volume. On a failure nothing remains of it.
@@ -76,11 +84,24 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
     let name = VolumeName::new(&request.namespace, &request.name)?;
     let labels = labels::check(request.labels, Of::Volume)?;
     let by_label = Wishes::of_labels(&labels)?;
-    let master_is_hint = request.wishes.master.is_none();
-    let wishes = request.wishes.or(by_label);
     let size = check_size(request.size)?;
-    let replicas = wishes.replicas()?.unwrap_or(0);
     let snapshot = plane.store.snapshot()?;
+    let from_rules = rules::evaluate(&rules::of_namespace(&snapshot, &name.namespace), &labels)?;
+    let by_rule = Wishes::of_labels(&values(&from_rules))?;
+    let master_is_hint = request.wishes.master.is_none();
+    let flags = request.wishes;
+    let asked_for = flags.clone().or(by_label);
+    let by_rule = by_rule.without(&asked_for);
+    let wishes = asked_for.or(by_rule.clone());
+    let replicas = wishes.replicas()?.unwrap_or(0);
+    let new_namespace = (name.namespace != DEFAULT_NAMESPACE
+        && namespaces::inspect(&snapshot, &name.namespace).is_err())
+    .then(|| {
+        format!(
+            "namespace {} is new: it has no rules yet; see: lockstep namespace ls",
+            name.namespace
+        )
+    });
     if snapshot.names.contains_key(&name.to_string()) {
         return Err(exists(&name));
     }
@@ -88,13 +109,18 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
         copies: usize::from(replicas) + 1,
         master: wishes.master.clone(),
         master_is_hint,
-        topology_key: topology_key(&labels),
+        topology_key: topology_key(&labels).or_else(|| topology_key(&values(&from_rules))),
         beside: Vec::new(),
     };
     let live = gather(plane, snapshot.nodes.values().map(|(n, _)| n));
     let placement = place(&wanted, &candidates(&snapshot, &live)).map_err(|e| {
-        Fault::state(format!("volume {name} was not created: {e}"))
-            .hint("ask for fewer --replicas, or start more nodes; see: lockstep node ls")
+        let mut hint = String::new();
+        let replicas = from_rules.get(&format!("{PREFIX}replicas"));
+        if let Some(label) = replicas.filter(|_| by_rule.replicas.is_some()) {
+            hint = format!("rule {} asks for {} replicas; ", label.rule, label.value);
+        }
+        hint += "ask for fewer --replicas, or start more nodes; see: lockstep node ls";
+        Fault::state(format!("volume {name} was not created: {e}")).hint(hint)
     })?;
 
     let tag = Tag(u64::from_le_bytes(random()?));
@@ -140,6 +166,8 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
         name: name.name.clone(),
         created: wall_ms(),
         labels,
+        from_rules,
+        flags,
         attachment: None,
         creator: Creator {
             node: plane.node.clone(),
@@ -151,11 +179,13 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
         namespace: name.namespace.clone(),
         name: name.name.clone(),
         nodes: placement.nodes,
-        remarks: placement.remarks,
+        remarks: new_namespace.into_iter().chain(placement.remarks).collect(),
+        rules: spec.from_rules.clone(),
     };
+    let namespace = namespaces::record(&snapshot, &name.namespace);
     // Noted before the record can be seen, or our own control loop would take it for one left behind.
     let creating = plane.creating(record.volume_id);
-    let revision = write(plane, &name, &spec, &record)?;
+    let revision = write(plane, &name, &spec, &record, namespace.as_ref())?;
     if !request.no_wait {
         complete(plane, &name, record, revision)?;
         return Ok(created);
@@ -204,8 +234,9 @@ fn write(
     name: &VolumeName,
     spec: &VolumeSpec,
     record: &Record,
+    namespace: Option<&NamespaceRecord>,
 ) -> Result<Revision, Fault> {
-    match plane.store.create_volume(spec, record) {
+    match plane.store.create_volume(spec, record, namespace) {
         Ok(revision) => {
             plane.events.push(
                 What::volume(name, "", "creating", "create")

@@ -1,8 +1,11 @@
 //! Records for the tables of tests.
 
+use std::collections::BTreeMap;
+
 use super::host::Capacity;
 use super::live::{Identity, LocalStatus};
 use super::model::{Creator, Labels, VolumeSpec};
+use super::settings::Wishes;
 use crate::replication::failure_mode::FailureMode;
 use crate::replication::ids::{
     BootId, ClusterId, CopyId, Epoch, Instance, NodeName, Tag, VolumeId,
@@ -71,6 +74,8 @@ pub fn spec() -> VolumeSpec {
         name: "vm1".into(),
         created: 0,
         labels: Labels::new(),
+        from_rules: BTreeMap::new(),
+        flags: Wishes::default(),
         attachment: None,
         creator: Creator {
             node: node("n1"),

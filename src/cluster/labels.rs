@@ -1,4 +1,4 @@
-//! Labels and selectors.
+//! Labels: which keys mean something to us, and what may be written.
 
 use super::fault::Fault;
 use super::model::Labels;
@@ -39,6 +39,20 @@ impl Of {
             Self::Node => &NODE_KEYS,
         }
     }
+
+    fn other(self) -> Self {
+        match self {
+            Self::Volume => Self::Node,
+            Self::Node => Self::Volume,
+        }
+    }
+
+    fn things(self) -> &'static str {
+        match self {
+            Self::Volume => "volumes",
+            Self::Node => "nodes",
+        }
+    }
 }
 
 /// Labels from `k=v` texts.
@@ -51,7 +65,15 @@ pub fn parse_all<S: AsRef<str>>(texts: &[S], of: Of) -> Result<Labels, Fault> {
                 text.as_ref()
             )));
         };
-        labels.insert(key.trim().into(), value.trim().into());
+        let (key, value) = (key.trim(), value.trim());
+        if labels
+            .insert(key.into(), value.into())
+            .is_some_and(|before| before != value)
+        {
+            return Err(Fault::input(format!(
+                "label {key} is given twice with different values"
+            )));
+        }
     }
     check(labels, of)
 }
@@ -64,27 +86,27 @@ pub fn check(labels: Labels, of: Of) -> Result<Labels, Fault> {
             labels.len()
         )));
     }
-    labels
-        .into_iter()
-        .map(|(key, value)| {
-            let key = own_key(&key, of)?;
-            if value.len() > LABEL_MAX || value.chars().any(|c| c.is_control() || c == ',') {
-                return Err(Fault::input(format!(
-                    "label {key}: a value is at most {LABEL_MAX} bytes without commas and control characters"
-                )));
-            }
-            Ok((key, value))
-        })
-        .collect()
+    let mut checked = Labels::new();
+    for (key, value) in labels {
+        let key = own_key(&key, of)?;
+        if value.len() > LABEL_MAX || value.chars().any(|c| c.is_control() || c == ',') {
+            return Err(Fault::input(format!(
+                "label {key}: a value is at most {LABEL_MAX} bytes without commas and control characters"
+            )));
+        }
+        if checked.get(&key).is_some_and(|other| *other != value) {
+            return Err(Fault::input(format!(
+                "label {key} is given twice, under {PREFIX} and under {ALIAS}, with different values"
+            )));
+        }
+        checked.insert(key, value);
+    }
+    Ok(checked)
 }
 
 /// The key as it is stored; one of ours must be known.
 pub fn own_key(key: &str, of: Of) -> Result<String, Fault> {
-    let good = !key.is_empty()
-        && key.len() <= LABEL_MAX
-        && key
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/'));
+    let good = !key.is_empty() && key.len() <= LABEL_MAX && key.chars().all(is_key_char);
     if !good {
         return Err(Fault::input(format!(
             "'{key}' is not a label key: use letters, digits, '-', '_', '.' and '/'"
@@ -96,11 +118,24 @@ pub fn own_key(key: &str, of: Of) -> Result<String, Fault> {
     if of.keys().contains(&short) {
         return Ok(format!("{PREFIX}{short}"));
     }
+    let other = of.other();
+    if other.keys().contains(&short) {
+        return Err(Fault::input(format!(
+            "label '{key}' means something on {}, not on {}",
+            other.things(),
+            of.things()
+        )));
+    }
     let fault = Fault::input(format!("label '{key}' is not known"));
     Err(match nearest(short, of.keys()) {
         Some(near) => fault.hint(format!("did you mean {PREFIX}{near}?")),
         None => fault,
     })
+}
+
+/// Whether a key may have this letter.
+pub fn is_key_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/')
 }
 
 fn nearest(word: &str, known: &[&'static str]) -> Option<&'static str> {
@@ -131,61 +166,6 @@ pub fn is_true(value: &str) -> bool {
     )
 }
 
-/// A condition on labels: terms joined by `,`, all of which must hold.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Selector {
-    terms: Vec<Term>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Term {
-    Has(String),
-    Lacks(String),
-    Is(String, String),
-    IsNot(String, String),
-}
-
-impl Selector {
-    /// Reads `k`, `!k`, `k=v`, `k==v`, `k!=v`, joined by `,`. The empty text selects everything.
-    pub fn parse(text: &str, of: Of) -> Result<Self, Fault> {
-        let terms = text
-            .split(',')
-            .map(str::trim)
-            .filter(|t| !t.is_empty())
-            .map(|t| Term::parse(t, of))
-            .collect::<Result<_, _>>()?;
-        Ok(Self { terms })
-    }
-
-    /// Whether the labels satisfy every term.
-    pub fn matches(&self, labels: &Labels) -> bool {
-        self.terms.iter().all(|term| match term {
-            Term::Has(key) => labels.contains_key(key),
-            Term::Lacks(key) => !labels.contains_key(key),
-            Term::Is(key, value) => labels.get(key) == Some(value),
-            // As everywhere: an absent label is not equal to any value.
-            Term::IsNot(key, value) => labels.get(key) != Some(value),
-        })
-    }
-}
-
-impl Term {
-    fn parse(text: &str, of: Of) -> Result<Self, Fault> {
-        let key = |k: &str| own_key(k.trim(), of);
-        let value = |v: &str| v.trim().to_string();
-        if let Some((k, v)) = text.split_once("!=") {
-            return Ok(Self::IsNot(key(k)?, value(v)));
-        }
-        if let Some((k, v)) = text.split_once("==").or_else(|| text.split_once('=')) {
-            return Ok(Self::Is(key(k)?, value(v)));
-        }
-        match text.strip_prefix('!') {
-            Some(k) => Ok(Self::Lacks(key(k)?)),
-            None => Ok(Self::Has(key(text)?)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,33 +183,26 @@ mod tests {
         assert!(fault.hint.unwrap().contains("lockstep.io/replicas"));
         assert!(parse_all(&["lockstep.io/computeonly=true"], Of::Volume).is_err());
         assert!(parse_all(&["lockstep.io/computeonly=true"], Of::Node).is_ok());
+        let elsewhere = parse_all(&["lockstep.io/replicas=1"], Of::Node).unwrap_err();
+        assert!(elsewhere.message.contains("on volumes, not on nodes"));
         assert!(parse_all(&["novalue"], Of::Volume).is_err());
         assert!(parse_all(&["=x"], Of::Volume).is_err());
     }
 
     #[test]
-    fn a_selector_selects_as_the_table_says() {
-        let labels = Labels::from([
-            ("env".into(), "prod".into()),
-            ("tier".into(), "1".into()),
-            ("lockstep.io/replicas".into(), "2".into()),
-        ]);
-        for (text, expected) in [
-            ("", true),
-            ("env", true),
-            ("!env", false),
-            ("env=prod", true),
-            ("env==prod", true),
-            ("env!=prod", false),
-            ("env != dev , tier", true),
-            ("env==prod,!tier", false),
-            ("missing!=x", true),
-            ("storageos.com/replicas=2", true),
+    fn what_contradicts_itself_is_refused() {
+        for twice in [
+            ["env=prod", "env=dev"],
+            ["lockstep.io/replicas=1", "storageos.com/replicas=2"],
         ] {
-            let selector = Selector::parse(text, Of::Volume).unwrap();
-            assert_eq!(selector.matches(&labels), expected, "{text}");
+            assert!(parse_all(&twice, Of::Volume).is_err(), "{twice:?}");
         }
-        assert!(Selector::parse("a b", Of::Volume).is_err());
-        assert!(Selector::parse("k in (a)", Of::Volume).is_err());
+        let same = [
+            "lockstep.io/replicas=1",
+            "storageos.com/replicas=1",
+            "a=b",
+            "a=b",
+        ];
+        assert_eq!(parse_all(&same, Of::Volume).unwrap().len(), 2);
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::host::Capacity;
+use super::settings::Wishes;
 use crate::replication::ids::{BootId, ClusterId, CopyId, Instance, NodeName, VolumeId};
 
 /// Labels of a node or volume.
@@ -116,8 +117,14 @@ pub struct VolumeSpec {
     pub name: String,
     /// When it was created, milliseconds since 1970.
     pub created: u64,
-    /// Its labels.
+    /// The labels that people gave it.
     pub labels: Labels,
+    /// The labels that rules gave it, when it was created or they were last applied.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub from_rules: RuleLabels,
+    /// What was said by flags, which no label or rule overrides.
+    #[serde(default, skip_serializing_if = "Wishes::is_empty")]
+    pub flags: Wishes,
     /// Where it should be served.
     pub attachment: Option<Desired>,
     /// Who creates it: a record that stays in `Creating` is cleaned up when this process is gone.
@@ -125,6 +132,92 @@ pub struct VolumeSpec {
 }
 
 impl VolumeSpec {
+    /// `namespace/name`.
+    pub fn full_name(&self) -> VolumeName {
+        VolumeName {
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
+        }
+    }
+
+    /// All its labels; those that people gave win.
+    pub fn all_labels(&self) -> Labels {
+        let mut labels = values(&self.from_rules);
+        labels.extend(self.labels.clone());
+        labels
+    }
+}
+
+/// A label that a rule set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FromRule {
+    /// Its value.
+    pub value: String,
+    /// The rule's name in the volume's namespace.
+    pub rule: String,
+}
+
+/// Labels with the rules that set them.
+pub type RuleLabels = BTreeMap<String, FromRule>;
+
+/// The same without the rules.
+pub fn values(labels: &RuleLabels) -> Labels {
+    let pair = |(k, v): (&String, &FromRule)| (k.clone(), v.value.clone());
+    labels.iter().map(pair).collect()
+}
+
+/// A namespace that somebody made, or that was made with its first volume or rule.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamespaceRecord {
+    /// Its name.
+    pub name: String,
+    /// When it was made, milliseconds since 1970.
+    pub created: u64,
+}
+
+/// What a rule does with its labels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// Sets them.
+    #[default]
+    Add,
+    /// Takes away what rules of lower weight set: a label of this value, or of any if none is given here.
+    Remove,
+}
+
+impl Action {
+    /// The word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Add => "add",
+            Self::Remove => "remove",
+        }
+    }
+}
+
+/// A policy of a namespace: volumes that the selector selects get the labels.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleRecord {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name there.
+    pub name: String,
+    /// When it was created, milliseconds since 1970.
+    pub created: u64,
+    /// Which volumes; a [`super::selector::Selector`].
+    pub selector: String,
+    /// Add or remove.
+    pub action: Action,
+    /// Which labels.
+    pub labels: Labels,
+    /// Its turn: the lowest first, so that of two rules which set one label the heavier wins.
+    pub weight: i32,
+    /// Whether it is applied.
+    pub active: bool,
+}
+
+impl RuleRecord {
     /// `namespace/name`.
     pub fn full_name(&self) -> VolumeName {
         VolumeName {

@@ -31,7 +31,7 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// The cluster as it was when a change was asked for.
 pub(super) struct Around {
-    snapshot: Snapshot,
+    pub(super) snapshot: Snapshot,
     live: Live,
 }
 
@@ -95,7 +95,7 @@ pub(super) fn place_more(
     };
     let wanted = Wanted {
         copies: count,
-        topology_key: topology_key(&found.spec.0.labels),
+        topology_key: topology_key(&found.spec.0.all_labels()),
         beside: found.record.0.present().map(beside).collect(),
         ..Wanted::default()
     };

@@ -69,22 +69,42 @@ impl Wishes {
         })
     }
 
+    /// Whether nothing is said.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// These wishes, and `other`'s where these say nothing.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
-        // A mode named by the stronger source is not bent by a tolerance of the weaker one.
-        let tolerance = if self.failure_mode.is_some() {
-            self.failure_tolerance
-        } else {
-            self.failure_tolerance.or(other.failure_tolerance)
+        // Mode and tolerance are one setting: the stronger source's is not bent by half of the weaker one's.
+        let (mode, tolerance) = match (self.failure_mode, self.failure_tolerance) {
+            (None, None) => (other.failure_mode, other.failure_tolerance),
+            own => own,
         };
         Self {
             replicas: self.replicas.or(other.replicas),
-            failure_mode: self.failure_mode.or(other.failure_mode),
+            failure_mode: mode,
             failure_tolerance: tolerance,
             suspend_deadline_ms: self.suspend_deadline_ms.or(other.suspend_deadline_ms),
             compress: self.compress.or(other.compress),
             master: self.master.or(other.master),
+        }
+    }
+
+    /// These wishes without those that `other` speaks of.
+    #[must_use]
+    pub fn without(self, other: &Self) -> Self {
+        let mode = other.failure_mode.is_none() && other.failure_tolerance.is_none();
+        Self {
+            replicas: self.replicas.filter(|_| other.replicas.is_none()),
+            failure_mode: self.failure_mode.filter(|_| mode),
+            failure_tolerance: self.failure_tolerance.filter(|_| mode),
+            suspend_deadline_ms: self
+                .suspend_deadline_ms
+                .filter(|_| other.suspend_deadline_ms.is_none()),
+            compress: self.compress.filter(|_| other.compress.is_none()),
+            master: self.master.filter(|_| other.master.is_none()),
         }
     }
 
@@ -236,6 +256,37 @@ mod tests {
             both.failure_mode(FailureMode::AlwaysOn).unwrap(),
             FailureMode::Hard
         );
+    }
+
+    #[test]
+    fn mode_and_tolerance_are_one_setting() {
+        use FailureMode::{AlwaysOn, Hard, Soft};
+        let none = (None, None);
+        for (flags, labels, rules, expected) in [
+            ((None, Some(1)), (Some("hard"), None), none, Soft(Some(1))),
+            ((Some("hard"), None), (None, Some(2)), none, Hard),
+            (none, (None, Some(2)), (Some("hard"), None), Soft(Some(2))),
+            (none, none, (Some("soft"), Some(1)), Soft(Some(1))),
+            (none, none, none, AlwaysOn), // the present one
+        ] {
+            let of = |(mode, tolerance)| wishes(mode, tolerance);
+            let all = of(flags).or(of(labels)).or(of(rules));
+            assert_eq!(all.failure_mode(AlwaysOn).unwrap(), expected, "{all:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_said_anew_is_no_longer_as_it_was_said() {
+        let before = Wishes {
+            replicas: Some(2),
+            compress: Some(true),
+            ..wishes(Some("soft"), Some(1))
+        };
+        let left = before.clone().without(&wishes(None, Some(2)));
+        assert_eq!((left.replicas, left.compress), (Some(2), Some(true)));
+        assert_eq!((left.failure_mode, left.failure_tolerance), (None, None));
+        assert!(before.clone().without(&before).is_empty());
+        assert_eq!(before.clone().without(&Wishes::default()), before);
     }
 
     #[test]

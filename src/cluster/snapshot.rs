@@ -4,9 +4,13 @@ use std::collections::BTreeMap;
 
 use serde::de::DeserializeOwned;
 
-use super::model::{ClusterRecord, NodeRecord, Ready, Tombstone, VolumeName, VolumeSpec};
+use super::model::{
+    ClusterRecord, NamespaceRecord, NodeRecord, Ready, RuleRecord, Tombstone, VolumeName,
+    VolumeSpec,
+};
 use super::store::{
-    CLUSTER, NAMES, NODES, READY, RECORD, REMOVED, SPEC, VOLUMES, Versioned, decode,
+    CLUSTER, NAMES, NAMESPACES, NODES, READY, RECORD, REMOVED, RULES, SPEC, VOLUMES, Versioned,
+    decode,
 };
 use crate::registry::{Entry, Event, Listing, Revision};
 use crate::replication::ids::{CopyId, NodeName, VolumeId};
@@ -36,6 +40,10 @@ pub struct Snapshot {
     pub cluster: Option<ClusterRecord>,
     /// All nodes that ever joined.
     pub nodes: BTreeMap<NodeName, Versioned<NodeRecord>>,
+    /// The namespaces that have a record.
+    pub namespaces: BTreeMap<String, Versioned<NamespaceRecord>>,
+    /// All rules, by `namespace/name`.
+    pub rules: BTreeMap<String, Versioned<RuleRecord>>,
     /// All volumes.
     pub volumes: BTreeMap<VolumeId, VolumeEntry>,
     /// `namespace/name` to id.
@@ -92,6 +100,12 @@ impl Snapshot {
         } else if let Some(name) = key.strip_prefix(NODES) {
             let value = self.read(key, entry);
             set(&mut self.nodes, NodeName(name.into()), value);
+        } else if let Some(name) = key.strip_prefix(NAMESPACES) {
+            let value = self.read(key, entry);
+            set(&mut self.namespaces, name.into(), value);
+        } else if let Some(name) = key.strip_prefix(RULES) {
+            let value = self.read(key, entry);
+            set(&mut self.rules, name.into(), value);
         } else if let Some(name) = key.strip_prefix(NAMES) {
             let value = self.read::<VolumeId>(key, entry).map(|(id, _)| id);
             set(&mut self.names, name.into(), value);

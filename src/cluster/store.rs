@@ -4,6 +4,8 @@
 //! | --- | --- |
 //! | `cluster` | [`ClusterRecord`] |
 //! | `nodes/<name>` | [`NodeRecord`] |
+//! | `namespaces/<name>` | [`NamespaceRecord`]; `default` has none |
+//! | `rules/<namespace>/<name>` | [`RuleRecord`] |
 //! | `names/<namespace>/<name>` | the volume's id |
 //! | `volumes/<id>/spec` | [`VolumeSpec`]: what people asked |
 //! | `volumes/<id>/record` | [`Record`]: what the protocol decided |
@@ -18,7 +20,10 @@ use serde::de::DeserializeOwned;
 
 use super::fault::Fault;
 use super::metrics::Histogram;
-use super::model::{ClusterRecord, NodeRecord, Ready, Tombstone, VolumeName, VolumeSpec};
+use super::model::{
+    ClusterRecord, NamespaceRecord, NodeRecord, Ready, RuleRecord, Tombstone, VolumeName,
+    VolumeSpec,
+};
 use super::snapshot::Snapshot;
 use crate::registry::{CasError, Change, Entry, Guard, Registry, RegistryError, Revision, Watch};
 use crate::replication::ids::{CopyId, NodeName, VolumeId};
@@ -32,6 +37,8 @@ const ROUND_PAUSE: Duration = Duration::from_millis(5);
 
 pub(super) const CLUSTER: &str = "cluster";
 pub(super) const NODES: &str = "nodes/";
+pub(super) const NAMESPACES: &str = "namespaces/";
+pub(super) const RULES: &str = "rules/";
 pub(super) const NAMES: &str = "names/";
 pub(super) const VOLUMES: &str = "volumes/";
 pub(super) const REMOVED: &str = "removed/";
@@ -45,6 +52,14 @@ fn node_key(name: &NodeName) -> String {
 
 fn name_key(name: &VolumeName) -> String {
     format!("{NAMES}{}/{}", name.namespace, name.name)
+}
+
+fn namespace_key(name: &str) -> String {
+    format!("{NAMESPACES}{name}")
+}
+
+fn rule_key(name: &VolumeName) -> String {
+    format!("{RULES}{}/{}", name.namespace, name.name)
 }
 
 fn volume_key(volume: VolumeId, part: &str) -> String {
@@ -228,19 +243,85 @@ impl Store {
         )
     }
 
-    /// Takes the name and writes spec and record in one step. A conflict means that the name is taken.
-    pub fn create_volume(&self, spec: &VolumeSpec, record: &Record) -> Result<Revision, CasError> {
+    /// Makes a namespace. A conflict means that it exists.
+    pub fn create_namespace(&self, record: &NamespaceRecord) -> Result<Revision, CasError> {
+        let key = namespace_key(&record.name);
+        let change = put(&key, record)?;
+        self.txn(&[absent(&key)], &[change])
+    }
+
+    /// Removes a namespace and its rules, if nothing was made in it since `record` (`None`: it has none) was read:
+    /// whoever makes something in a namespace writes its record as well.
+    pub fn remove_namespace(
+        &self,
+        name: &str,
+        record: Option<Revision>,
+        rules: &[Versioned<RuleRecord>],
+    ) -> Result<Revision, CasError> {
+        let keys: Vec<(String, Option<Revision>)> = rules
+            .iter()
+            .map(|(rule, revision)| (rule_key(&rule.full_name()), Some(*revision)))
+            .chain([(namespace_key(name), record)])
+            .collect();
+        let guards: Vec<Guard<'_>> = keys
+            .iter()
+            .map(|(key, expected)| Guard {
+                key,
+                expected: *expected,
+            })
+            .collect();
+        let changes: Vec<Change> = keys.iter().map(|(key, _)| gone(key.clone())).collect();
+        self.txn(&guards, &changes)
+    }
+
+    /// One rule.
+    pub fn rule(&self, name: &VolumeName) -> Result<Option<Versioned<RuleRecord>>, RegistryError> {
+        self.get(&rule_key(name))
+    }
+
+    /// Writes a rule, and its namespace's record, if it is still at `expected` (`None`: absent).
+    pub fn cas_rule(
+        &self,
+        expected: Option<Revision>,
+        rule: &RuleRecord,
+        namespace: Option<&NamespaceRecord>,
+    ) -> Result<Revision, CasError> {
+        let key = rule_key(&rule.full_name());
+        let mut changes = vec![put(&key, rule)?];
+        changes.extend(put_namespace(namespace)?);
+        let guard = Guard {
+            key: &key,
+            expected,
+        };
+        self.txn(&[guard], &changes)
+    }
+
+    /// Removes a rule if it is still at `expected`.
+    pub fn remove_rule(&self, name: &VolumeName, expected: Revision) -> Result<Revision, CasError> {
+        let key = rule_key(name);
+        self.txn(&[at(&key, expected)], &[gone(key.clone())])
+    }
+
+    /// Takes the name and writes spec, record and the namespace's record in one step. A conflict means that the name is
+    /// taken.
+    pub fn create_volume(
+        &self,
+        spec: &VolumeSpec,
+        record: &Record,
+        namespace: Option<&NamespaceRecord>,
+    ) -> Result<Revision, CasError> {
         let volume = record.volume_id;
         let (name, spec_key, record_key) = (
             name_key(&spec.full_name()),
             volume_key(volume, SPEC),
             volume_key(volume, RECORD),
         );
-        let changes = [
+        let mut changes = vec![
             put(&name, &volume)?,
             put(&spec_key, spec)?,
             put(&record_key, record)?,
         ];
+        changes.extend(put_namespace(namespace)?);
         self.txn(
             &[absent(&name), absent(&spec_key), absent(&record_key)],
             &changes,
@@ -450,6 +531,10 @@ fn put<T: Serialize>(key: &str, value: &T) -> Result<Change, RegistryError> {
         key: key.into(),
         value: Some(bytes),
     })
+}
+
+fn put_namespace(record: Option<&NamespaceRecord>) -> Result<Option<Change>, RegistryError> {
+    record.map(|r| put(&namespace_key(&r.name), r)).transpose()
 }
 
 fn gone(key: String) -> Change {

@@ -1,5 +1,7 @@
 //! A volume's settings change, live; and a volume is removed.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::attach::detach;
@@ -7,9 +9,10 @@ use super::create::abandon;
 use super::events::What;
 use super::fault::Fault;
 use super::labels::{self, Of};
-use super::model::{Labels, VolumeName};
+use super::model::{Labels, RuleRecord, VolumeName, VolumeSpec, values};
 use super::plane::{Found, Plane};
 use super::replicas::{Around, may_serve, resize};
+use super::rules;
 use super::settings::{Wishes, check_size, show_failure_mode};
 use super::store::Race;
 use super::units::{show_size, wall_ms};
@@ -27,10 +30,40 @@ pub struct UpdateRequest {
     pub label_add: Labels,
     /// Labels to take away.
     pub label_rm: Vec<String>,
+    /// Apply the namespace's rules again.
+    pub reapply: bool,
+    /// Only say what would change.
+    pub preview: bool,
 }
 
-/// Changes a volume. All of it happens or nothing.
-pub fn update(plane: &Plane, name: &VolumeName, request: &UpdateRequest) -> Result<(), Fault> {
+/// What came of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Updated {
+    /// `namespace/name`.
+    pub volume: String,
+    /// What changed, or in a preview would change, one clause each.
+    #[serde(default)]
+    pub changes: Vec<String>,
+}
+
+/// Changes a volume, all of it or nothing, and says what changed, one clause each.
+pub fn update(
+    plane: &Plane,
+    name: &VolumeName,
+    request: &UpdateRequest,
+) -> Result<Vec<String>, Fault> {
+    let around = Around::look(plane)?;
+    update_around(plane, name, request, &around, None)
+}
+
+/// The same in a cluster that was looked at before; `rules` are those of the namespace as they would be.
+pub(super) fn update_around(
+    plane: &Plane,
+    name: &VolumeName,
+    request: &UpdateRequest,
+    around: &Around,
+    rules: Option<&[RuleRecord]>,
+) -> Result<Vec<String>, Fault> {
     let added = labels::check(request.label_add.clone(), Of::Volume)?;
     let removed = request
         .label_rm
@@ -42,48 +75,83 @@ pub fn update(plane: &Plane, name: &VolumeName, request: &UpdateRequest) -> Resu
             "label {key} is both added and removed"
         )));
     }
-    // A label that means something takes effect when it is set; flags of the same command win.
-    let wishes = request.wishes.clone().or(Wishes::of_labels(&added)?);
-    if wishes == Wishes::default()
+    let by_label = Wishes::of_labels(&added)?;
+    if request.wishes.is_empty()
         && request.size.is_none()
         && added.is_empty()
         && removed.is_empty()
+        && !request.reapply
     {
         return Err(Fault::input(format!("nothing to change on {name}"))
             .hint("see: lockstep volume update --help"));
     }
-    let around = Around::look(plane)?;
     let changes = plane
         .store
         .retry(|| {
             let mut found = plane.find(name)?;
-            let (record, mut changes) = change_record(&found, &wishes, request.size, &around)?;
-            found.record.0 = record;
-            let spec_labels = &mut found.spec.0.labels;
-            let before = spec_labels.clone();
-            spec_labels.extend(added.clone());
-            spec_labels.retain(|k, _| !removed.contains(k));
-            if *spec_labels != before {
-                changes.push("labels".into());
+            let spec = &mut found.spec.0;
+            let before = (spec.clone(), spec.all_labels());
+            spec.labels.extend(added.clone());
+            spec.labels.retain(|k, _| !removed.contains(k));
+            // People win over rules, until the rules are applied again.
+            spec.from_rules
+                .retain(|k, _| !removed.contains(k) && !added.contains_key(k));
+            // What a label says now is no longer as a flag once said it.
+            let said = request.wishes.clone();
+            spec.flags = said.or(std::mem::take(&mut spec.flags).without(&by_label));
+            // A label that means something takes effect when it is set; flags of the same command win.
+            let mut wishes = request.wishes.clone().or(by_label.clone());
+            if request.reapply {
+                spec.from_rules = match rules {
+                    Some(rules) => rules::evaluate(rules, &spec.labels),
+                    None => {
+                        let rules = rules::of_namespace(&around.snapshot, &name.namespace);
+                        rules::evaluate(&rules, &spec.labels)
+                    }
+                }?;
+                wishes = wishes.or(spec.flags.clone()).or(spoken(spec)?);
             }
-            if changes.is_empty() {
-                return Ok(changes); // it is so already, or our own unknown outcome went through
+            let (record, mut changes) = change_record(&found, &wishes, request.size, around)?;
+            found.record.0 = record;
+            let spec = &found.spec.0;
+            changes.extend(label_changes(&before.1, &spec.all_labels()));
+            // Our own unknown outcome may have gone through, or it was so already.
+            if request.preview || (changes.is_empty() && *spec == before.0) {
+                return Ok(changes);
             }
             // Both keys are guarded: growing a volume that is attached at the same moment loses, or the attach does.
             plane.store.cas_volume(
                 found.id,
-                (&found.spec.0, found.spec.1),
+                (spec, found.spec.1),
                 (&found.record.0, found.record.1),
             )?;
             Ok(changes)
         })
         .map_err(|race: Race| Fault::from(race))?;
-    if !changes.is_empty() {
+    if !changes.is_empty() && !request.preview {
         plane
             .events
             .push(What::volume(name, "", "updated", "update").text(changes.join(", ")));
     }
-    Ok(())
+    Ok(changes)
+}
+
+/// What the labels of a volume say, people's before rules'. What nobody speaks of any more stays as it is.
+fn spoken(spec: &VolumeSpec) -> Result<Wishes, Fault> {
+    let by_rule = Wishes::of_labels(&values(&spec.from_rules))?;
+    Ok(Wishes::of_labels(&spec.labels)?.or(by_rule))
+}
+
+fn label_changes(before: &Labels, after: &Labels) -> Vec<String> {
+    let keys: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    keys.into_iter()
+        .filter_map(|key| match (before.get(key), after.get(key)) {
+            (None, Some(new)) => Some(format!("label {key}={new}")),
+            (Some(_), None) => Some(format!("no label {key}")),
+            (Some(old), Some(new)) if old != new => Some(format!("label {key} {old} -> {new}")),
+            _ => None,
+        })
+        .collect()
 }
 
 /// The record as wished for, and what changed in words.

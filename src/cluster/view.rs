@@ -12,7 +12,7 @@ use super::health::{Facts, Health, assess};
 use super::host::{AttachmentStatus, Capacity, LocalCopy, Phase, SyncProgress};
 use super::labels::{self, PREFIX};
 use super::live::Live;
-use super::model::{Labels, NodeRecord, VolumeSpec};
+use super::model::{Labels, NodeRecord, RuleLabels, VolumeSpec};
 use super::plane::whole_volumes;
 use super::settings::show_failure_mode;
 use super::snapshot::Snapshot;
@@ -36,8 +36,11 @@ pub struct VolumeView {
     pub size: u64,
     /// Logical block size, bytes.
     pub block_size: u32,
-    /// Its labels.
+    /// All its labels.
     pub labels: Labels,
+    /// Those that rules gave it, with the rules' names.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub rules: RuleLabels,
     /// When it was created, UTC.
     pub created: String,
     /// The same in milliseconds since 1970.
@@ -293,7 +296,8 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
         name: spec.name.clone(),
         size: record.size,
         block_size: record.block_size,
-        labels: spec.labels.clone(),
+        labels: spec.all_labels(),
+        rules: spec.from_rules.clone(),
         created: show_time(spec.created),
         created_ms: spec.created,
         replicas: record.replicas_wanted,
