@@ -469,7 +469,14 @@ impl Host for NodeHost {
         // The socket first: it may be taken, and then nothing has happened. A front-end that reconnects finds it; it is
         // answered as soon as its worker knows the volume, which is at once and long before that has taken over.
         let bound = match &request.front {
-            Some(front) => Some(bind(&request.name, record, front)?),
+            Some(front) => {
+                if request.by_turns {
+                    // What its guest negotiated is known on the node that it comes from, and until it is told every write
+                    // is made durable (PROTOCOL 3).
+                    WriteCache::of(&front.socket).set(false);
+                }
+                Some(bind(&request.name, record, front)?)
+            }
             None => None,
         };
         let mine = record
@@ -492,6 +499,7 @@ impl Host for NodeHost {
                 Proof::None
             },
             read_only: request.front.as_ref().is_none_or(|f| f.read_only),
+            by_turns: request.by_turns,
             record: request.record,
         };
         engine.attach(attach).map_err(HostError::Refused)?;
@@ -523,6 +531,18 @@ impl Host for NodeHost {
             log::warn!("volume {volume}: the write-cache switch stays: {e}");
         }
         self.release(volume).map_err(HostError::Io)
+    }
+
+    fn by_turns(&self, volume: VolumeId, on: bool) {
+        self.engine.by_turns(volume, on);
+    }
+
+    fn set_write_cache(&self, volume: VolumeId, writeback: bool) {
+        let served = lock(&self.served);
+        if let Some(front) = served.get(&volume).and_then(|s| s.front.as_ref()) {
+            WriteCache::of(&front.socket).set(writeback);
+            self.engine.write_cache(volume, writeback);
+        }
     }
 
     fn record_changed(&self, volume: VolumeId, record: &Record, revision: Revision) {

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::reply::{Failure, Reply, body, json, name};
 use crate::cluster::attach::{AttachOptions, Attached, attach, detach};
 use crate::cluster::create::{CreateRequest, Created, create};
+use crate::cluster::migrate::{self, MigrateRequest};
 use crate::cluster::plane::Plane;
 use crate::cluster::policy::{ClusterUpdate, update_cluster};
 use crate::cluster::replicas::{MoveRequest, PromoteRequest, move_copy, promote};
@@ -27,6 +28,10 @@ pub(super) fn router() -> Router<Arc<Plane>> {
         .route(
             "/api/v1/volumes/{namespace}/{name}/attach",
             post(attach_volume),
+        )
+        .route(
+            "/api/v1/volumes/{namespace}/{name}/migrate",
+            post(migrate_volume).delete(withdraw_migration),
         )
         .route(
             "/api/v1/volumes/{namespace}/{name}/detach",
@@ -107,6 +112,29 @@ async fn attach_volume(
 ) -> Reply<Attached> {
     let (name, options): (_, AttachOptions) = (name(&path)?, body(&bytes)?);
     json(plane, move |plane| attach(plane, &name, options)).await
+}
+
+async fn migrate_volume(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+    bytes: Bytes,
+) -> Reply<Attached> {
+    let (name, request): (_, MigrateRequest) = (name(&path)?, body(&bytes)?);
+    json(plane, move |plane| migrate::prepare(plane, &name, &request)).await
+}
+
+async fn withdraw_migration(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+) -> Reply<Done> {
+    let name = name(&path)?;
+    json(plane, move |plane| {
+        migrate::withdraw(plane, &name)?;
+        Ok(Done {
+            volume: name.to_string(),
+        })
+    })
+    .await
 }
 
 async fn detach_volume(

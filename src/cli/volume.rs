@@ -17,6 +17,7 @@ use crate::cluster::create::{CreateRequest, Created};
 use crate::cluster::fault::Fault;
 use crate::cluster::host::Phase;
 use crate::cluster::labels::{Of, parse_all};
+use crate::cluster::migrate::MigrateRequest;
 use crate::cluster::model::{VolumeName, check_name};
 use crate::cluster::replicas::{MoveRequest, PromoteRequest};
 use crate::cluster::selector::Selector;
@@ -34,9 +35,10 @@ const INSPECT_EXAMPLE: &str = "Example:\n  lockstep volume inspect vm1";
 const UPDATE_EXAMPLE: &str = "Example:\n  lockstep volume update vm1 --replicas 2\n  \
     lockstep volume update vm1 --failure-mode hard --label-add env=prod --label-rm scratch\n  \
     lockstep volume update vm1 --reapply --preview";
-const ATTACH_EXAMPLE: &str =
-    "Example:\n  lockstep volume attach vm1\n  lockstep volume attach vm1 --print qemu";
-const DETACH_EXAMPLE: &str = "Example:\n  lockstep volume detach vm1";
+const ATTACH_EXAMPLE: &str = "Example:\n  lockstep volume attach vm1\n  lockstep volume attach vm1 --print qemu\n  \
+     lockstep volume attach vm1 --node n2 --incoming   # then migrate the machine to n2";
+const DETACH_EXAMPLE: &str =
+    "Example:\n  lockstep volume detach vm1\n  lockstep volume detach vm1 --incoming";
 const MOVE_EXAMPLE: &str =
     "Example:\n  lockstep volume move vm1 n2 n4\n  lockstep volume move vm1 n2 n4 --async";
 const PROMOTE_EXAMPLE: &str = "Example:\n  lockstep volume promote vm1 --node n2";
@@ -70,6 +72,9 @@ pub(super) enum Command {
         /// Even while a virtual machine is connected, or when the node that serves it is gone
         #[arg(long)]
         force: bool,
+        /// Only take back `attach --incoming`: the machine stays where it is
+        #[arg(long, conflicts_with_all = ["force", "async"])]
+        incoming: bool,
         /// Return at once
         #[arg(long)]
         r#async: bool,
@@ -218,6 +223,9 @@ pub(super) struct Attach {
     /// Print what the virtual machine monitor needs instead of the socket
     #[arg(long, value_enum)]
     print: Option<Frontend>,
+    /// Let the running machine move to NODE: listen there, and take over when it runs there
+    #[arg(long, requires = "node", conflicts_with_all = ["num_queues", "read_only", "async"])]
+    incoming: bool,
     /// Return before it is served
     #[arg(long)]
     r#async: bool,
@@ -250,14 +258,18 @@ pub(super) fn run(command: Command, global: &Global) -> Result<(), Failure> {
         Command::Detach {
             name,
             force,
+            incoming,
             r#async,
         } => {
             let name = global.volume(&name)?;
-            let body = json!({"force": force, "no_wait": r#async});
-            let done: Value =
-                global
-                    .remote()
-                    .send(Method::POST, &format!("{}/detach", path(&name)), &body)?;
+            let remote = global.remote();
+            let done: Value = if incoming {
+                let none = json!({});
+                remote.send(Method::DELETE, &format!("{}/migrate", path(&name)), &none)?
+            } else {
+                let body = json!({"force": force, "no_wait": r#async});
+                remote.send(Method::POST, &format!("{}/detach", path(&name)), &body)?
+            };
             print(global.output, &done, |_| format!("{name}\n"))
         }
         Command::Move {
@@ -402,6 +414,17 @@ fn attach(args: Attach, global: &Global) -> Result<(), Failure> {
         ),
         None => None,
     };
+    if let (true, Some(node)) = (args.incoming, &args.node) {
+        let request = MigrateRequest {
+            node: a_node(node.clone())?,
+            socket,
+        };
+        let attached: Attached =
+            global
+                .remote()
+                .send(Method::POST, &format!("{}/migrate", path(&name)), &request)?;
+        return print_attached(args.print, &attached, global);
+    }
     let options = AttachOptions {
         node: node_name(args.node)?,
         socket,
@@ -416,12 +439,20 @@ fn attach(args: Attach, global: &Global) -> Result<(), Failure> {
     if attached.phase == Some(Phase::Suspended) {
         note(&format!("{name} is suspended: {}", attached.why));
     }
-    match args.print {
+    print_attached(args.print, &attached, global)
+}
+
+fn print_attached(
+    frontend: Option<Frontend>,
+    attached: &Attached,
+    global: &Global,
+) -> Result<(), Failure> {
+    match frontend {
         Some(frontend) if global.output == Format::Table => {
             note(frontend.remark());
-            Ok(write(&frontend.text(&attached))?)
+            Ok(write(&frontend.text(attached))?)
         }
-        _ => print(global.output, &attached, |a| {
+        _ => print(global.output, attached, |a| {
             format!("{}\n", a.socket.display())
         }),
     }

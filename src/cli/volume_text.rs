@@ -39,16 +39,20 @@ fn master(master: &MasterView) -> String {
     format!("{} ({health})", master.node)
 }
 
-fn attachment(a: &AttachmentView) -> String {
-    let phase = match a.phase {
+fn phase(phase: Option<Phase>) -> &'static str {
+    match phase {
         None => "not served",
         Some(Phase::Acquiring) => "acquiring",
         Some(Phase::Recovering) => "recovering",
         Some(Phase::Serving) => "serving",
         Some(Phase::Suspended) => "suspended",
         Some(Phase::Fenced) => "fenced",
-    };
-    let mut text = format!("{} ({phase})", a.node);
+        Some(Phase::Waiting) => "waiting",
+    }
+}
+
+fn attachment(a: &AttachmentView) -> String {
+    let mut text = format!("{} ({})", a.node, phase(a.phase));
     if a.releasing {
         text += ", being released";
     }
@@ -101,6 +105,10 @@ pub(super) fn inspect(v: &VolumeView) -> String {
             lines.push(("Socket", a.socket.display().to_string()));
             lines.push(("Queues", a.num_queues.to_string()));
             lines.push(("Guest", guest(a)));
+            if let Some(s) = &a.successor {
+                let at = format!("{} ({}) at {}", s.node, phase(s.phase), s.socket.display());
+                lines.push(("May move to", at));
+            }
         }
     }
     let mut out = fields(&lines);

@@ -1,7 +1,7 @@
 //! A volume is served, or stops being: the wish goes into the spec, the node named there acts on it, and whoever asked
 //! waits until spec and live status say that it happened.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use super::fault::{Code, Fault};
 use super::host::{AttachmentStatus, Phase};
 use super::live::{LocalStatus, gather};
 use super::model::{Desired, NodeRecord, Release, VolumeName, VolumeSpec};
-use super::plane::{Found, Plane, check_socket};
+use super::plane::{Plane, check_socket};
 use super::settings::{NUM_QUEUES, check_num_queues};
 use super::store::Race;
 use crate::registry::{CasError, Revision};
@@ -74,6 +74,7 @@ pub fn attach(plane: &Plane, name: &VolumeName, options: AttachOptions) -> Resul
         num_queues: check_num_queues(options.num_queues.unwrap_or(NUM_QUEUES))?,
         read_only: options.read_only,
         release: None,
+        successor: None,
     };
     check_socket(&desired.socket)?;
     let (id, revision, desired) = want(plane, name, &desired, &options)?;
@@ -94,7 +95,7 @@ pub fn attach(plane: &Plane, name: &VolumeName, options: AttachOptions) -> Resul
 }
 
 /// The node's record, if it answers.
-fn reachable(plane: &Plane, node: &NodeName) -> Result<NodeRecord, Fault> {
+pub(super) fn reachable(plane: &Plane, node: &NodeName) -> Result<NodeRecord, Fault> {
     let Some((record, _)) = plane.store.node(node)? else {
         return Err(
             Fault::not_found(format!("there is no node {node}")).hint("see: lockstep node ls")
@@ -112,7 +113,7 @@ fn reachable(plane: &Plane, node: &NodeName) -> Result<NodeRecord, Fault> {
 }
 
 /// Another node's run directory is its own business: it says where its sockets are.
-fn default_socket_of(
+pub(super) fn default_socket_of(
     plane: &Plane,
     node: &NodeRecord,
     name: &VolumeName,
@@ -136,25 +137,6 @@ fn want(
     desired: &Desired,
     options: &AttachOptions,
 ) -> Result<(VolumeId, Revision, Desired), Fault> {
-    let socket_taken = |found: &Found| -> Result<(), Fault> {
-        let snapshot = plane.store.snapshot()?;
-        let other = super::plane::whole_volumes(&snapshot).find(|(id, (spec, _), _)| {
-            *id != found.id
-                && spec
-                    .attachment
-                    .as_ref()
-                    .is_some_and(|a| a.node == desired.node && a.socket == desired.socket)
-        });
-        match other {
-            Some((_, (spec, _), _)) => Err(Fault::state(format!(
-                "{} is the socket of volume {} already",
-                desired.socket.display(),
-                spec.full_name()
-            ))
-            .hint("give another --socket")),
-            None => Ok(()),
-        }
-    };
     plane
         .store
         .retry(|| {
@@ -169,7 +151,7 @@ fn want(
                 may_join(name, present, desired, options)?;
                 return Ok((found.id, found.spec.1, present.clone()));
             }
-            socket_taken(&found)?;
+            refuse_taken_socket(plane, found.id, &desired.node, &desired.socket)?;
             let spec = VolumeSpec {
                 attachment: Some(desired.clone()),
                 ..found.spec.0.clone()
@@ -183,6 +165,32 @@ fn want(
             Ok((found.id, revision, desired.clone()))
         })
         .map_err(Race::into)
+}
+
+/// Another volume may not be served there.
+pub(super) fn refuse_taken_socket(
+    plane: &Plane,
+    volume: VolumeId,
+    node: &NodeName,
+    socket: &Path,
+) -> Result<(), Fault> {
+    let snapshot = plane.store.snapshot()?;
+    let takes = |a: &Desired| {
+        let successor = a.successor.as_ref();
+        (a.node == *node && a.socket == socket)
+            || successor.is_some_and(|s| s.node == *node && s.socket == socket)
+    };
+    let other = super::plane::whole_volumes(&snapshot)
+        .find(|(id, (spec, _), _)| *id != volume && spec.attachment.as_ref().is_some_and(takes));
+    match other {
+        Some((_, (spec, _), _)) => Err(Fault::state(format!(
+            "{} is the socket of volume {} already",
+            socket.display(),
+            spec.full_name()
+        ))
+        .hint("give another --socket")),
+        None => Ok(()),
+    }
 }
 
 /// Whether the attachment that stands is what was asked for.
@@ -272,7 +280,7 @@ fn await_serving(
 }
 
 /// The node's failure to do what `revision` of the spec says.
-fn failure(status: &LocalStatus, id: VolumeId, revision: Revision) -> Option<Fault> {
+pub(super) fn failure(status: &LocalStatus, id: VolumeId, revision: Revision) -> Option<Fault> {
     status
         .reports
         .iter()

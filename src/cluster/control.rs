@@ -4,7 +4,7 @@
 //! brought it about, so a lost notice or a restart costs time and nothing else. A watch wakes it, and a tick lists
 //! everything anew. It runs one action after the other on one thread. Each failure is logged once, until it changes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,6 +45,8 @@ pub(super) struct Control {
     pub(super) copies: Copies,
     pub(super) replacements: Replacements,
     pub(super) tending: Tending,
+    /// Volumes whose machines may leave, as the host was told.
+    pub(super) by_turns: BTreeSet<VolumeId>,
     capacity_written: Option<Instant>,
 }
 
@@ -61,6 +63,7 @@ impl Control {
             copies: Copies::default(),
             replacements: Replacements::default(),
             tending: Tending::default(),
+            by_turns: BTreeSet::new(),
             capacity_written: None,
         }
     }

@@ -28,6 +28,7 @@ impl Control {
             serving.into_iter().map(|a| (a.volume, a.phase)).collect();
         self.told_record
             .retain(|id, _| serving.contains_key(id) || tended.contains(id));
+        self.by_turns.retain(|id| serving.contains_key(id));
         self.retry.retain(|id, _| snapshot.volumes.contains_key(id));
         for (id, spec, record) in super::plane::whole_volumes(snapshot) {
             let here = spec
@@ -45,6 +46,14 @@ impl Control {
                 self.let_go(id, spec.0.full_name(), "tended", "attach");
                 continue;
             }
+            let incoming = spec.0.attachment.as_ref().and_then(|desired| {
+                let successor = desired.successor.as_ref()?;
+                (successor.node == self.plane.node).then_some((desired, successor))
+            });
+            if let Some(move_here) = incoming {
+                self.await_machine(id, (spec, record), move_here, phase, snapshot)?;
+                continue;
+            }
             match (here, phase) {
                 (Some(desired), _) if desired.release.is_some() => {
                     self.release(id, spec, desired)?;
@@ -53,8 +62,11 @@ impl Control {
                     // The spec still wants it here: take the dead attachment away, the next round attaches anew.
                     self.let_go(id, spec.0.full_name(), "attached", "fenced");
                 }
-                (Some(_), Some(_)) => self.tell(id, record),
-                (Some(desired), None) => self.serve(id, spec, desired, record),
+                (Some(desired), Some(_)) => {
+                    self.may_leave(id, desired.successor.is_some());
+                    self.tell(id, record);
+                }
+                (Some(desired), None) => self.serve(id, spec, desired, record, false),
                 (None, Some(_)) => {
                     self.let_go(id, spec.0.full_name(), "attached", "not-wanted-here")
                 }
@@ -86,12 +98,14 @@ impl Control {
         }
     }
 
-    fn serve(
+    /// Serves the volume; with `by_turns` only while its machine runs here.
+    pub(super) fn serve(
         &mut self,
         id: VolumeId,
         spec: &Versioned<VolumeSpec>,
         desired: &Desired,
         record: &Versioned<Record>,
+        by_turns: bool,
     ) {
         if record.0.state == State::Creating {
             return;
@@ -115,6 +129,7 @@ impl Control {
                     num_queues: desired.num_queues,
                     read_only: desired.read_only,
                 }),
+                by_turns,
                 peers: self.told_peers.clone(),
             })
         });

@@ -216,6 +216,7 @@ impl Control {
             record: record.0.clone(),
             revision: record.1,
             front: None,
+            by_turns: false,
             peers: self.told_peers.clone(),
         };
         match self.plane.host.attach(request) {

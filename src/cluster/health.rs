@@ -114,6 +114,8 @@ fn attached(record: &Record, attachment: &AttachmentStatus) -> (Health, String) 
             with_waits(why("it is being taken over"), attachment),
         ),
         Phase::Fenced => (Health::Offline, why("another attachment took it over")),
+        // As well as its copies: nobody asks for anything now.
+        Phase::Waiting => by_copies(record, attachment),
         Phase::Suspended => (
             Health::Suspended,
             with_waits(
@@ -304,6 +306,7 @@ mod tests {
             num_queues: 1,
             read_only: false,
             release: None,
+            successor: None,
         };
         let state_of = |i: u8, state: &str| CopyState {
             copy: copy(i),
@@ -322,6 +325,7 @@ mod tests {
             epoch: Epoch(2),
             copies: vec![state_of(1, "in_sync"), state_of(2, second)],
             inflight: 0,
+            writeback: true,
         };
         for (status, expected) in [
             (Ok(Some(status(Phase::Serving, "in_sync"))), Health::Healthy),
@@ -386,6 +390,7 @@ mod tests {
                 state_of(4, "removed", "it moved"),
             ],
             inflight: 0,
+            writeback: true,
         };
         for phase in [Phase::Acquiring, Phase::Suspended] {
             status.phase = phase;

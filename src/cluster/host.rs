@@ -76,6 +76,8 @@ pub struct AttachRequest {
     pub revision: Revision,
     /// What the virtual machine is offered; `None`: no machine is served, only the copies are looked after.
     pub front: Option<Front>,
+    /// The machine may move between nodes: attached only while it runs its rings here (see [`Host::by_turns`]).
+    pub by_turns: bool,
     /// Where each node of the cluster takes replication connections.
     pub peers: Vec<(NodeName, SocketAddr)>,
 }
@@ -95,6 +97,8 @@ pub struct Front {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
+    /// A machine may come here from another node, or may go: not attached while it does not run here.
+    Waiting,
     /// Taking the volume over: promises, lock, record.
     Acquiring,
     /// Serving, while it decides the regions in which copies may differ (PROTOCOL 5.4).
@@ -126,6 +130,9 @@ pub struct AttachmentStatus {
     pub copies: Vec<CopyState>,
     /// Guest requests taken and not completed.
     pub inflight: u32,
+    /// Whether a completed write may be in caches: what the guest negotiated.
+    #[serde(default)]
+    pub writeback: bool,
 }
 
 impl AttachmentStatus {
@@ -204,6 +211,13 @@ pub trait Host: Send + Sync {
     /// Stops serving: flushed, released and the record clean on return. [`HostError::Connected`] while a virtual
     /// machine is connected and `force` is false. `Ok` when it is not attached.
     fn detach(&self, volume: VolumeId, force: bool) -> Result<(), HostError>;
+
+    /// The volume's machine may move to or from another node while it runs (`on`), or does not any more: with `on` the
+    /// volume is attached only while the machine runs its rings here.
+    fn by_turns(&self, volume: VolumeId, on: bool);
+
+    /// What the machine negotiated about its write cache on the node that it came from.
+    fn set_write_cache(&self, volume: VolumeId, writeback: bool);
 
     /// The record of an attached volume is now this.
     fn record_changed(&self, volume: VolumeId, record: &Record, revision: Revision);

@@ -251,6 +251,19 @@ pub struct Desired {
     /// refuses, so that whoever asked learns the outcome from the spec alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release: Option<Release>,
+    /// The machine may move there while it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub successor: Option<Successor>,
+}
+
+/// Where a running machine may move to: the volume is served there, instead of where it is, as soon as the machine runs
+/// there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Successor {
+    /// On this node.
+    pub node: NodeName,
+    /// Listening there.
+    pub socket: PathBuf,
 }
 
 /// A request to stop serving.

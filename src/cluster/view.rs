@@ -100,12 +100,26 @@ pub struct AttachmentView {
     pub read_only: bool,
     /// Whether it is being released.
     pub releasing: bool,
+    /// Where its machine may move to while it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub successor: Option<SuccessorView>,
     /// How far it is; `None`: the node does not serve it (yet) or does not answer.
     pub phase: Option<Phase>,
     /// Whether a virtual machine is connected; `None`: not known.
     pub connected: Option<bool>,
     /// Guest requests taken and not completed.
     pub inflight: Option<u32>,
+}
+
+/// The node that a running machine may move to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SuccessorView {
+    /// The node.
+    pub node: NodeName,
+    /// Its socket there.
+    pub socket: PathBuf,
+    /// How far it is; `None`: the node does not listen (yet) or does not answer.
+    pub phase: Option<Phase>,
 }
 
 /// One copy.
@@ -329,6 +343,13 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
             num_queues: d.num_queues,
             read_only: d.read_only,
             releasing: d.release.is_some(),
+            successor: d.successor.as_ref().map(|s| SuccessorView {
+                node: s.node.clone(),
+                socket: s.socket.clone(),
+                phase: live
+                    .node(&s.node)
+                    .and_then(|n| Some(n.attachment(id)?.phase)),
+            }),
             phase: status.map(|s| s.phase),
             connected: status.map(|s| s.connected),
             inflight: status.map(|s| s.inflight),

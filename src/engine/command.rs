@@ -46,6 +46,8 @@ pub struct AttachVolume {
     pub proof: Proof,
     /// Writes are refused.
     pub read_only: bool,
+    /// The machine may move between nodes: attached only while it runs its rings here.
+    pub by_turns: bool,
 }
 
 /// What a vhost-user control thread asks for; each is answered before the front-end is.
@@ -79,8 +81,8 @@ pub type GuestAnswer = Result<u16, String>;
 pub struct VolumeStatus {
     /// Which.
     pub volume: VolumeId,
-    /// How far it is.
-    pub phase: Phase,
+    /// How far it is; `None`: not attached, it waits for the machine to run its rings here.
+    pub phase: Option<Phase>,
     /// Why no request completes now.
     pub why: Option<String>,
     /// The record's epoch.
@@ -93,6 +95,8 @@ pub struct VolumeStatus {
     pub in_flight: usize,
     /// Chunks in which copies may differ since the last takeover.
     pub undecided: u64,
+    /// Whether a completed write may be in caches: what the guest negotiated.
+    pub writeback: bool,
 }
 
 /// One local copy, for people.
@@ -156,6 +160,8 @@ pub enum Command {
     Attach(Box<AttachVolume>, SyncSender<Result<(), String>>),
     /// Finish what is under way, then detach cleanly; answered when that ended, with the reason if not cleanly.
     Detach(VolumeId, SyncSender<Result<(), String>>),
+    /// The machine may move to another node, or not any more (see [`AttachVolume::by_turns`]).
+    ByTurns(VolumeId, bool),
     /// From a vhost-user control thread.
     Guest(VolumeId, GuestCommand, SyncSender<GuestAnswer>),
     /// The record of an attached volume, as read or watched (`None`: removed).

@@ -20,6 +20,7 @@ use std::sync::mpsc::{Receiver, channel};
 use crate::replication::attachment::Revision;
 use crate::replication::ids::{Nanos, NodeName, VolumeId};
 use crate::replication::record::Record;
+use command::GuestCommand;
 
 pub use command::{
     AttachVolume, Command, CopyStatus, Event, OpenCopy, Records, RegistryRequest, VolumeStatus,
@@ -151,6 +152,18 @@ impl Handle {
         self.owner(volume)
             .ask(DETACH, |reply| Command::Detach(volume, reply))
             .unwrap_or_else(|| Err(silent()))
+    }
+
+    /// The machine of this volume may move to another node, or not any more.
+    pub fn by_turns(&self, volume: VolumeId, on: bool) {
+        self.owner(volume).send(Command::ByTurns(volume, on));
+    }
+
+    /// Whether completed writes of this volume may be in caches, as its machine negotiated elsewhere.
+    pub fn write_cache(&self, volume: VolumeId, writeback: bool) {
+        let command = GuestCommand::Features { writeback };
+        self.owner(volume)
+            .ask(ANSWER, |reply| Command::Guest(volume, command, reply));
     }
 
     /// The data plane for the vhost-user socket of this volume.

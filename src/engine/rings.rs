@@ -115,6 +115,16 @@ impl Rings {
         self.parts.len()
     }
 
+    /// Whether the machine runs a ring.
+    pub fn any_started(&self) -> bool {
+        self.queues.iter().any(|q| q.slot.is_some())
+    }
+
+    /// Whether a completed write may be in caches (PROTOCOL 3).
+    pub fn writeback(&self) -> bool {
+        self.writeback
+    }
+
     /// The kick descriptor of a started ring.
     pub fn kick(&self, index: u16) -> Option<std::os::fd::BorrowedFd<'_>> {
         self.slot(index).map(|s| s.ring.kick_fd())

@@ -11,7 +11,26 @@ use crate::replication::record::CopyStatus;
 
 /// One attachment.
 pub(super) fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStatus {
-    let (phase, why) = match (&status.phase, &status.why) {
+    let (phase, why) = match &status.phase {
+        None => (Phase::Waiting, status.why.clone()),
+        Some(phase) => describe_phase(phase, status),
+    };
+    let present = |c: &&CopyView| c.status != CopyStatus::Removed;
+    AttachmentStatus {
+        volume: status.volume,
+        phase,
+        why: why.unwrap_or_default(),
+        socket: served.front.as_ref().map(|f| f.socket.clone()),
+        connected: served.front.as_ref().is_some_and(|f| f.server.connected()),
+        epoch: status.epoch,
+        copies: status.copies.iter().filter(present).map(copy).collect(),
+        inflight: status.in_flight as u32,
+        writeback: status.writeback,
+    }
+}
+
+fn describe_phase(phase: &Is, status: &VolumeStatus) -> (Phase, Option<String>) {
+    match (phase, &status.why) {
         (Is::Joining | Is::Claiming | Is::Configuring, why) => (Phase::Acquiring, why.clone()),
         (Is::Serving, None) if status.undecided > 0 => (
             Phase::Recovering,
@@ -24,17 +43,6 @@ pub(super) fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStat
         (Is::Serving, why) => (Phase::Suspended, why.clone()),
         (Is::Leaving | Is::Left, _) => (Phase::Serving, Some("it is being detached".into())),
         (Is::Fenced(why), _) => (Phase::Fenced, Some(why.clone())),
-    };
-    let present = |c: &&CopyView| c.status != CopyStatus::Removed;
-    AttachmentStatus {
-        volume: status.volume,
-        phase,
-        why: why.unwrap_or_default(),
-        socket: served.front.as_ref().map(|f| f.socket.clone()),
-        connected: served.front.as_ref().is_some_and(|f| f.server.connected()),
-        epoch: status.epoch,
-        copies: status.copies.iter().filter(present).map(copy).collect(),
-        inflight: status.in_flight as u32,
     }
 }
 

@@ -54,6 +54,8 @@ pub struct Levers {
     pub phase: Option<Phase>,
     pub changes: Vec<(VolumeId, Record)>,
     pub peers: Vec<(NodeName, SocketAddr)>,
+    pub by_turns: BTreeSet<VolumeId>,
+    pub write_caches: BTreeMap<VolumeId, bool>,
     pub free: Option<u64>,
     pub made: BTreeSet<CopyId>,
     pub syncs: BTreeMap<CopyId, SyncProgress>,
@@ -224,6 +226,19 @@ impl Host for TestHost {
         Ok(())
     }
 
+    fn by_turns(&self, volume: VolumeId, on: bool) {
+        let mut levers = self.levers.lock().unwrap();
+        match on {
+            true => levers.by_turns.insert(volume),
+            false => levers.by_turns.remove(&volume),
+        };
+    }
+
+    fn set_write_cache(&self, volume: VolumeId, writeback: bool) {
+        let mut levers = self.levers.lock().unwrap();
+        levers.write_caches.insert(volume, writeback);
+    }
+
     fn record_changed(&self, volume: VolumeId, record: &Record, _revision: Revision) {
         if let Some(served) = self.served.lock().unwrap().get_mut(&volume) {
             served.record = record.clone();
@@ -271,6 +286,7 @@ impl Host for TestHost {
                     })
                     .collect(),
                 inflight: 0,
+                writeback: true,
             })
             .collect()
     }

@@ -169,7 +169,9 @@ impl Volume {
                 status,
             } => match (local, &mut self.serving) {
                 (Some((mine, link)), Some(s)) if mine == session => {
-                    s.attachment.on_ack(ctx.now, link, seq, status)
+                    if let Some(a) = &mut s.attachment {
+                        a.on_ack(ctx.now, link, seq, status);
+                    }
                 }
                 _ => ctx.ack(session, seq, status),
             },
@@ -179,7 +181,9 @@ impl Volume {
                 data,
             } => match (local, &mut self.serving) {
                 (Some((mine, link)), Some(s)) if mine == session => {
-                    s.attachment.on_message(ctx.now, link, message, data);
+                    if let Some(a) = &mut s.attachment {
+                        a.on_message(ctx.now, link, message, data);
+                    }
                 }
                 _ => {
                     if let Some(token) = ctx.sessions.get(&session).copied() {
@@ -190,11 +194,9 @@ impl Volume {
             CopyDo::Close(session) => match (local, &mut self.serving) {
                 (Some((mine, link)), Some(s)) if mine == session => {
                     s.local = None;
-                    s.attachment.on_disconnected(
-                        ctx.now,
-                        link,
-                        "the copy on this node ended the session",
-                    );
+                    if let Some(a) = &mut s.attachment {
+                        a.on_disconnected(ctx.now, link, "the copy on this node ended the session");
+                    }
                 }
                 _ => ctx.close_session(session),
             },

@@ -3,6 +3,7 @@
 
 mod copy;
 mod serving;
+mod turns;
 
 use std::collections::HashMap;
 use std::sync::mpsc::SyncSender;
@@ -14,7 +15,7 @@ use super::disk::DataFile;
 use super::rings::Rings;
 use crate::cluster::metrics::{Layer, VolumeMetrics};
 use crate::copy::{MetaWrite, Metadata, Store};
-use crate::replication::attachment::{Attachment, Phase};
+use crate::replication::attachment::{Action, Attachment, Phase};
 use crate::replication::ids::{LINKS_MAX, Nanos, VolumeId};
 use crate::replication::replica::{Replica, SessionId, Ticket};
 
@@ -53,8 +54,9 @@ struct Batch {
 
 /// The volume served from here.
 pub struct Serving {
-    /// Its state machine.
-    pub attachment: Attachment<Bytes>,
+    /// Its state machine; `None` while the machine runs, or may run, on another node.
+    pub attachment: Option<Attachment<Bytes>>,
+    seat: turns::Seat,
     /// The guest's rings.
     pub rings: Rings,
     name: String,
@@ -107,7 +109,9 @@ impl Volume {
     /// Time passed.
     pub fn on_tick(&mut self, ctx: &mut Context) {
         if let Some(s) = &mut self.serving {
-            s.attachment.on_tick(ctx.now);
+            if let Some(attachment) = &mut s.attachment {
+                attachment.on_tick(ctx.now);
+            }
         }
         if let Some(copy) = &mut self.copy
             && ctx.now.since(copy.looked) >= IDLE_LOOK
@@ -122,11 +126,13 @@ impl Volume {
     pub fn settle(&mut self, ctx: &mut Context) {
         if let Some(s) = &mut self.serving {
             let direct = s.is_direct(self.copy.is_some());
-            s.rings.take(ctx.now, &mut s.attachment, direct);
+            if let Some(attachment) = &mut s.attachment {
+                s.rings.take(ctx.now, attachment, direct);
+            }
         }
         loop {
             let mut any = false;
-            while let Some(action) = self.serving.as_mut().and_then(|s| s.attachment.poll()) {
+            while let Some(action) = self.decision() {
                 any = true;
                 self.on_attachment_action(ctx, action);
             }
@@ -163,7 +169,13 @@ impl Volume {
         more
     }
 
+    /// What the attachment decided next.
+    fn decision(&mut self) -> Option<Action<Bytes>> {
+        self.serving.as_mut()?.attachment.as_mut()?.poll()
+    }
+
     fn housekeeping(&mut self, ctx: &mut Context) {
+        self.take_turns(ctx);
         let Some(s) = &mut self.serving else { return };
         let Some(detaching) = &mut s.detaching else {
             return;
@@ -171,14 +183,16 @@ impl Volume {
         let quiet = s.rings.in_flight() == 0 || ctx.now >= detaching.deadline;
         if !detaching.told && quiet {
             detaching.told = true;
-            s.attachment.detach(ctx.now);
-            return;
+            if let Some(attachment) = &mut s.attachment {
+                attachment.detach(ctx.now);
+                return;
+            }
         }
-        let end = match s.attachment.phase() {
-            Phase::Left => Ok(()),
-            Phase::Fenced(why) => Err(why.clone()),
+        let end = match s.attachment.as_ref().map(Attachment::phase) {
+            None | Some(Phase::Left) => Ok(()),
+            Some(Phase::Fenced(why)) => Err(why.clone()),
             _ if ctx.now < detaching.deadline.after(QUIESCE) => return,
-            phase => Err(format!(
+            Some(phase) => Err(format!(
                 "it could not be left cleanly in time (it is {phase:?}); the next attach reconciles"
             )),
         };
@@ -193,12 +207,7 @@ impl Volume {
             return;
         };
         s.drop_rings(ctx);
-        for token in s.links.iter().flatten() {
-            ctx.remove(*token);
-        }
-        if let (Some((session, _)), Some(copy)) = (s.local, &mut self.copy) {
-            copy.replica.on_close(ctx.now, session);
-        }
+        s.end_links(ctx, &mut self.copy);
     }
 
     /// Something waits for time to pass.
@@ -215,16 +224,31 @@ impl Volume {
     /// The attachment here.
     pub fn status(&self) -> Option<VolumeStatus> {
         let s = self.serving.as_ref()?;
-        let status = s.attachment.status();
+        let writeback = s.rings.writeback();
+        let Some(attachment) = &s.attachment else {
+            return Some(VolumeStatus {
+                volume: self.id,
+                phase: None,
+                why: Some("it waits for the machine to run here".into()),
+                epoch: s.seat.record.epoch,
+                record: s.seat.record.clone(),
+                copies: s.seat.copies(),
+                in_flight: 0,
+                undecided: 0,
+                writeback,
+            });
+        };
+        let status = attachment.status();
         Some(VolumeStatus {
             volume: self.id,
-            phase: status.phase,
-            why: s.attachment.why_not_serving(),
-            epoch: s.attachment.record().epoch,
-            record: s.attachment.record().clone(),
+            phase: Some(status.phase),
+            why: attachment.why_not_serving(),
+            epoch: attachment.record().epoch,
+            record: attachment.record().clone(),
             copies: status.copies,
             in_flight: status.in_flight,
             undecided: status.undecided,
+            writeback,
         })
     }
 
@@ -254,7 +278,7 @@ impl Volume {
                 .map(|c| c.stats.clone())
                 .unwrap_or_default(),
             inflight: s.rings.in_flight() as u64,
-            sync_remaining: s.attachment.sync_remaining(),
+            sync_remaining: (s.attachment.as_ref()).map_or(0, Attachment::sync_remaining),
         })
     }
 }

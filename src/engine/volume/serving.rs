@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::sync::mpsc::SyncSender;
 
-use super::{Detaching, QUIESCE, Serving, Volume, seconds};
+use super::turns::Seat;
+use super::{Detaching, LocalCopy, QUIESCE, Serving, Volume, seconds};
 use crate::cluster::metrics::Layer;
 use crate::engine::buffer::Bytes;
 use crate::engine::command::{AttachVolume, Event, GuestAnswer, GuestCommand, RegistryRequest};
@@ -13,7 +14,6 @@ use crate::guest::Serial;
 use crate::replication::attachment::{Action as Do, Attachment, Op};
 use crate::replication::ids::{COPIES_MAX, CopyId, LINKS_MAX, Nanos, Seq};
 use crate::replication::message::{Message, Refusal, Status};
-use crate::replication::timing::Timing;
 
 impl Volume {
     /// Serves the volume from here.
@@ -21,27 +21,17 @@ impl Volume {
         if self.serving.is_some() {
             return Err(format!("volume {} is attached here already", attach.name));
         }
-        let mut seed = [0; 8];
-        getrandom::fill(&mut seed)
-            .map_err(|e| format!("no random numbers from the kernel: {e}"))?;
         let serial = Serial::new(&self.id.to_string());
-        let rings = Rings::new(
-            attach.name.clone(),
-            serial,
-            attach.record.size,
-            attach.read_only,
-        );
-        let attachment = Attachment::new(
-            attach.me,
-            attach.record,
-            attach.revision,
-            attach.proof,
-            Timing::DEFAULT,
-            u64::from_le_bytes(seed),
-            ctx.now,
-        );
+        let (size, read_only) = (attach.record.size, attach.read_only);
+        let rings = Rings::new(attach.name.clone(), serial, size, read_only);
+        let seat = Seat::new(attach.me, attach.record, attach.revision, attach.by_turns);
+        let attachment = match attach.by_turns {
+            true => None,
+            false => Some(seat.attach(attach.proof, ctx.now)?),
+        };
         self.serving = Some(Serving {
             attachment,
+            seat,
             rings,
             name: attach.name,
             links: [None; LINKS_MAX],
@@ -73,7 +63,9 @@ impl Volume {
     pub fn copy_says(&mut self, ctx: &Context, link: usize, message: Message, data: Option<Bytes>) {
         if let Some(s) = &mut self.serving {
             s.count_answered(ctx.now, &message);
-            s.attachment.on_message(ctx.now, link, message, data);
+            if let Some(attachment) = &mut s.attachment {
+                attachment.on_message(ctx.now, link, message, data);
+            }
         }
     }
 
@@ -89,12 +81,15 @@ impl Volume {
         if s.links[link] != Some(token) {
             return;
         }
+        if state.is_err() {
+            s.links[link] = None;
+        }
+        let Some(attachment) = &mut s.attachment else {
+            return;
+        };
         match state {
-            Ok(boot_id) => s.attachment.on_connected(ctx.now, link, boot_id),
-            Err(why) => {
-                s.links[link] = None;
-                s.attachment.on_disconnected(ctx.now, link, why);
-            }
+            Ok(boot_id) => attachment.on_connected(ctx.now, link, boot_id),
+            Err(why) => attachment.on_disconnected(ctx.now, link, why),
         }
     }
 
@@ -104,14 +99,19 @@ impl Volume {
             && s.links[link] == Some(token)
         {
             s.links[link] = None;
-            s.attachment
-                .on_disconnected(ctx.now, link, &Refusal::UnknownCopy.to_string());
-            s.attachment.on_refused(ctx.now, link, Refusal::UnknownCopy);
+            let Some(attachment) = &mut s.attachment else {
+                return;
+            };
+            attachment.on_disconnected(ctx.now, link, &Refusal::UnknownCopy.to_string());
+            attachment.on_refused(ctx.now, link, Refusal::UnknownCopy);
         }
     }
 
     pub(super) fn on_attachment_action(&mut self, ctx: &mut Context, action: Do<Bytes>) {
         let Some(s) = &mut self.serving else { return };
+        let Some(attachment) = &mut s.attachment else {
+            return;
+        };
         match action {
             Do::Send { to, message, data } => {
                 let mut remote = to;
@@ -129,7 +129,7 @@ impl Volume {
                         .on_message(ctx.now, session, message.clone(), data.clone());
                 }
                 if !remote.is_empty() {
-                    let compress = s.attachment.record().compress;
+                    let compress = attachment.record().compress;
                     ctx.send_set(remote, &s.links, &message, data.as_ref(), compress);
                 }
             }
@@ -171,7 +171,7 @@ impl Volume {
                     }
                     _ => {}
                 }
-                let epoch = s.attachment.record().epoch;
+                let epoch = attachment.record().epoch;
                 log::info!("volume {}: [{rule}] {text}", s.name);
                 let _ = ctx.events.send(Event {
                     volume: self.id,
@@ -198,24 +198,26 @@ impl Volume {
         if let Some(former) = s.links[link].take() {
             ctx.remove(former);
         }
+        let Some(attachment) = &mut s.attachment else {
+            return;
+        };
         if *node == ctx.me.node {
             if here != Some(copy_id) {
                 let unknown = Refusal::UnknownCopy;
-                s.attachment
-                    .on_disconnected(ctx.now, link, &unknown.to_string());
-                s.attachment.on_refused(ctx.now, link, unknown);
+                attachment.on_disconnected(ctx.now, link, &unknown.to_string());
+                attachment.on_refused(ctx.now, link, unknown);
             } else if link >= COPIES_MAX {
                 let why = "the copy of this process takes everything over one session";
-                s.attachment.on_disconnected(ctx.now, link, why);
+                attachment.on_disconnected(ctx.now, link, why);
             } else {
                 s.local = Some((ctx.session(), link));
-                s.attachment.on_connected(ctx.now, link, ctx.me.boot_id);
+                attachment.on_connected(ctx.now, link, ctx.me.boot_id);
             }
             return;
         }
         match ctx.dial(node, self.id, copy_id, self.at, link) {
             Ok(token) => s.links[link] = Some(token),
-            Err(why) => s.attachment.on_disconnected(ctx.now, link, &why),
+            Err(why) => attachment.on_disconnected(ctx.now, link, &why),
         }
     }
 
@@ -273,7 +275,8 @@ impl Volume {
 impl Serving {
     /// A volume whose only copy is here: writes go straight from guest memory (PROTOCOL 2.1).
     pub(super) fn is_direct(&self, copy_here: bool) -> bool {
-        copy_here && self.local.is_some() && !self.attachment.record().logged()
+        let unlogged = |a: &Attachment<Bytes>| !a.record().logged();
+        copy_here && self.local.is_some() && self.attachment.as_ref().is_some_and(unlogged)
     }
 
     fn watch(&mut self, ctx: &mut Context, volume: usize, index: u16) -> GuestAnswer {
@@ -288,6 +291,16 @@ impl Serving {
     fn unwatch(&mut self, ctx: &mut Context, index: u16) {
         if let (Some(token), Some(kick)) = (self.kicks.remove(&index), self.rings.kick(index)) {
             ctx.unwatch(kick, token);
+        }
+    }
+
+    /// Ends all sessions with copies.
+    pub(super) fn end_links(&mut self, ctx: &mut Context, copy: &mut Option<LocalCopy>) {
+        for token in self.links.iter_mut().filter_map(Option::take) {
+            ctx.remove(token);
+        }
+        if let (Some((session, _)), Some(copy)) = (self.local.take(), copy) {
+            copy.replica.on_close(ctx.now, session);
         }
     }
 
@@ -312,7 +325,8 @@ impl Serving {
     }
 
     fn count_answer(&mut self, now: Nanos, seq: Seq, status: Status) {
-        let Some((op, submitted)) = self.attachment.under_way(seq) else {
+        let asked = self.attachment.as_mut().and_then(|a| a.under_way(seq));
+        let Some((op, submitted)) = asked else {
             return;
         };
         let (counter, bytes) = match op {

@@ -530,8 +530,15 @@ impl Loop {
                 self.volumes[at].on_guest(&mut self.ctx, command, reply);
                 self.touch(at);
             }
+            Command::ByTurns(volume, on) => {
+                let at = self.place(volume);
+                self.volumes[at].by_turns(on);
+                self.touch(at);
+            }
             Command::Record(volume, found) => {
-                self.with_attachment(volume, |a, now| a.on_record(now, found))
+                let at = self.place(volume);
+                self.volumes[at].on_record(&self.ctx, found);
+                self.touch(at);
             }
             Command::RecordUnavailable(volume) => {
                 self.with_attachment(volume, |a, now| a.on_record_unavailable(now))
@@ -578,8 +585,10 @@ impl Loop {
         let Some(&at) = self.by_id.get(&volume) else {
             return;
         };
-        if let Some(s) = &mut self.volumes[at].serving {
-            f(&mut s.attachment, self.ctx.now);
+        if let Some(s) = &mut self.volumes[at].serving
+            && let Some(attachment) = &mut s.attachment
+        {
+            f(attachment, self.ctx.now);
             self.touch(at);
         }
     }

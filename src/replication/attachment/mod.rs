@@ -523,6 +523,11 @@ impl<D: Payload> Attachment<D> {
         &self.record
     }
 
+    /// The revision of [`record`](Self::record) in the registry.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
     /// Nothing of the guest is under way.
     pub fn is_idle(&self) -> bool {
         self.pending.is_empty()
