@@ -108,10 +108,8 @@ impl Volume {
 
     /// Time passed.
     pub fn on_tick(&mut self, ctx: &mut Context) {
-        if let Some(s) = &mut self.serving {
-            if let Some(attachment) = &mut s.attachment {
-                attachment.on_tick(ctx.now);
-            }
+        if let Some(attachment) = self.serving.as_mut().and_then(|s| s.attachment.as_mut()) {
+            attachment.on_tick(ctx.now);
         }
         if let Some(copy) = &mut self.copy
             && ctx.now.since(copy.looked) >= IDLE_LOOK
