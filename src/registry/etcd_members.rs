@@ -38,6 +38,8 @@ const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// … to this, which is also how late a registry that is back is noticed.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
+const NO_LEADER: &str = "it has no leader: half of etcd's members or more are down or cut off";
+
 /// Whether a call changes something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -208,13 +210,18 @@ impl Members {
             let status = channel.call::<_, StatusResponse>(STATUS, &StatusRequest {}, CONNECT);
             match status.await {
                 Ok(status) if status.leader == 0 => {
-                    return Err(Trouble::Unreachable(
-                        "it has no leader: half of etcd's members or more are down or cut off"
-                            .into(),
-                    ));
+                    return Err(Trouble::Unreachable(NO_LEADER.into()));
                 }
                 Ok(status) => log::debug!("{endpoint} answers: etcd {}", status.version),
-                // Whoever refuses to say how it is, is alive.
+                Err(Failure::Refused(Code::UNAVAILABLE, why)) => {
+                    let hint = if why.contains("no leader") {
+                        NO_LEADER
+                    } else {
+                        &why
+                    };
+                    return Err(Trouble::Unreachable(hint.into()));
+                }
+                // Whoever may not tell us how it is, is alive.
                 Err(Failure::Refused(..)) => {}
                 Err(Failure::Unsent(why) | Failure::Lost(why)) => {
                     return Err(Trouble::Unreachable(why));

@@ -55,6 +55,7 @@ impl Code {
     pub const FAILED_PRECONDITION: Self = Self(9);
     pub const OUT_OF_RANGE: Self = Self(11);
     pub const UNIMPLEMENTED: Self = Self(12);
+    pub const UNAVAILABLE: Self = Self(14);
     pub const UNAUTHENTICATED: Self = Self(16);
 }
 

@@ -138,25 +138,29 @@ impl Etcd {
         assert!(old.is_none(), "m{m} ran already");
     }
 
-    /// Waits until member m takes connections.
+    /// Waits until member m serves: it takes connections and knows a leader.
     pub fn await_member(&mut self, m: usize) {
-        let Some(launch) = &self.launch else {
-            let address = format!("{}:2379", self.addresses[m - 1]);
-            eventually(&format!("m{m} listens"), || {
-                let child = self.children[m - 1].as_mut().unwrap();
-                let ended = child.try_wait().unwrap();
-                assert!(ended.is_none(), "m{m} ended: {ended:?}");
-                std::net::TcpStream::connect(&address).ok()
-            });
-            return;
-        };
-        let health = ["endpoint", "status", "--endpoints"];
-        let url = self.url(m);
-        eventually(&format!("m{m} answers"), || {
-            let mut command = launch(m, Path::new("etcdctl"));
-            let done = command.args(health).arg(&url).output().unwrap();
-            done.status.success().then_some(())
+        eventually(&format!("m{m} serves"), || {
+            let child = self.children[m - 1].as_mut().unwrap();
+            let ended = child.try_wait().unwrap();
+            assert!(ended.is_none(), "m{m} ended: {ended:?}");
+            // etcdctl has no certificates for one that speaks TLS.
+            if self.scheme == "https" {
+                let address = format!("{}:2379", self.addresses[m - 1]);
+                return std::net::TcpStream::connect(&address).ok().map(drop);
+            }
+            self.status(m)?["leader"]
+                .as_u64()
+                .filter(|l| *l != 0)
+                .map(drop)
         });
+    }
+
+    /// What member m says of itself.
+    fn status(&self, m: usize) -> Option<serde_json::Value> {
+        let done = self.ctl(m, &["endpoint", "status", "-w", "json"]);
+        let status: serde_json::Value = serde_json::from_slice(&done.stdout).ok()?;
+        Some(status[0]["Status"].clone())
     }
 
     /// Where member m takes clients.
@@ -250,15 +254,11 @@ impl Etcd {
     pub fn leader(&self) -> usize {
         eventually("a member leads", || {
             (1..=self.addresses.len()).find(|m| {
-                if !self.is_running(*m) {
-                    return false;
-                }
-                let done = self.ctl(*m, &["endpoint", "status", "-w", "json"]);
-                let text = String::from_utf8_lossy(&done.stdout);
-                let status: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-                let status = &status[0]["Status"];
-                let me = &status["header"]["member_id"];
-                me.is_number() && status["leader"] == *me
+                let status = self.is_running(*m).then(|| self.status(*m)).flatten();
+                status.is_some_and(|s| {
+                    let me = &s["header"]["member_id"];
+                    me.is_number() && s["leader"] == *me
+                })
             })
         })
     }
@@ -271,7 +271,7 @@ impl Etcd {
             None => Command::new(program),
         };
         command
-            .args(["--endpoints", &self.url(m), "--command-timeout", "20s"])
+            .args(["--endpoints", &self.url(m), "--command-timeout", "5s"])
             .args(arguments)
             .env("ETCDCTL_API", "3")
             .output()
