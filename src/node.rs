@@ -55,6 +55,10 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
     let mut signals = Signals::new([SIGTERM, SIGINT])
         .map_err(|e| Fault::internal(format!("signals cannot be handled: {e}")))?;
     let registry = cluster::join::open_registry(&config)?;
+    let asked_to_end = || signals.pending().next().is_some();
+    if !cluster::join::await_registry(&*registry, asked_to_end)? {
+        return Ok(());
+    }
     let mut dir = NodeDir::open(&config.data_dir, &config.name, None).map_err(dir_fault)?;
     let membership = cluster::join::join(config, registry)?;
     dir.join(membership.cluster).map_err(dir_fault)?;

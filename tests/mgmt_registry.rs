@@ -1,4 +1,6 @@
-//! What every registry promises, as tests generic over the trait, and what SQLite's adds.
+//! What every registry promises, as tests generic over the trait and run on SQLite and on etcd, and what SQLite's adds.
+
+mod etcd_support;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,6 +10,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use etcd_support::Etcd;
 use lockstep::registry::{
     CasError, Change, Event, Guard, Location, Registry, RegistryError, Revision, Sqlite, VALUE_MAX,
     Watch, WatchError,
@@ -264,16 +267,32 @@ mod suite {
     }
 }
 
-/// Runs each promise on a new SQLite file.
+/// Runs each promise on a new SQLite file and on a new etcd.
 macro_rules! promises {
-    ($($name:ident),* $(,)?) => {$(
-        #[test]
-        fn $name() {
-            let dir = tempfile::tempdir().unwrap();
-            let path = dir.path().join("registry.db");
-            suite::$name(&|| Arc::new(Sqlite::open(&path).unwrap()));
+    ($($name:ident),* $(,)?) => {
+        mod sqlite {
+            use super::*;
+            $(
+                #[test]
+                fn $name() {
+                    let dir = tempfile::tempdir().unwrap();
+                    let path = dir.path().join("registry.db");
+                    suite::$name(&|| Arc::new(Sqlite::open(&path).unwrap()));
+                }
+            )*
         }
-    )*};
+
+        mod etcd {
+            use super::*;
+            $(
+                #[test]
+                fn $name() {
+                    let etcd = Etcd::start(1);
+                    suite::$name(&|| etcd.open());
+                }
+            )*
+        }
+    };
 }
 
 promises!(

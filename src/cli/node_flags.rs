@@ -11,7 +11,7 @@ use super::Failure;
 use crate::cluster::config::{DATA_DIR, HTTP, LISTEN, NodeConfig, RUN_DIR, Serve};
 use crate::cluster::fault::Fault;
 use crate::cluster::labels::{Of, parse_all};
-use crate::registry::Location;
+use crate::registry::{Access, Location};
 use crate::replication::ids::NodeName;
 
 /// What a node may be told. The same names, in kebab case, are the keys of the file.
@@ -37,8 +37,17 @@ pub(super) struct Flags {
     #[arg(long, value_name = "IP:PORT")]
     http: Option<SocketAddr>,
     /// The cluster's registry [default: sqlite:<data-dir>/registry.db]
-    #[arg(long, value_name = "sqlite:PATH")]
+    #[arg(long, value_name = "sqlite:PATH|etcd:http://H:2379[,http://H2:2379]")]
     registry: Option<String>,
+    /// A file with USER:PASSWORD for etcd
+    #[arg(long, value_name = "FILE")]
+    etcd_credentials: Option<PathBuf>,
+    /// For etcd over https: etcd-ca.pem (or ca.pem), and etcd.pem with etcd-key.pem if etcd asks for a certificate
+    #[arg(long, value_name = "DIR")]
+    tls_dir: Option<PathBuf>,
+    /// Let replication cross the network unencrypted, where others could read and change it
+    #[arg(long)]
+    insecure_plaintext: bool,
     /// A label of the node; may be repeated
     #[arg(long, value_name = "K=V")]
     label: Vec<String>,
@@ -72,6 +81,9 @@ impl Flags {
             advertise: self.advertise.or(file.advertise),
             http: self.http.or(file.http),
             registry: self.registry.or(file.registry),
+            etcd_credentials: self.etcd_credentials.or(file.etcd_credentials),
+            tls_dir: self.tls_dir.or(file.tls_dir),
+            insecure_plaintext: self.insecure_plaintext || file.insecure_plaintext,
             label: merge(self.label, file.label, '='),
             vhost_user_blk: merge(self.vhost_user_blk, file.vhost_user_blk, ','),
         }
@@ -110,6 +122,11 @@ impl Flags {
             advertise: self.advertise,
             http: self.http.map_or_else(|| default(HTTP), Ok)?,
             registry,
+            access: Access {
+                tls_dir: self.tls_dir,
+                credentials: self.etcd_credentials,
+            },
+            insecure_plaintext: self.insecure_plaintext,
             labels: parse_all(&self.label, Of::Node)?,
             serve,
         };

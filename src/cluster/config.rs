@@ -9,7 +9,7 @@ use super::labels::{Of, check};
 use super::model::{Labels, VolumeName, check_name};
 use super::settings::{check_num_queues, check_size, parse_failure_mode};
 use super::units::parse_size;
-use crate::registry::Location;
+use crate::registry::{Access, Location};
 use crate::replication::ids::NodeName;
 
 /// Default of `--data-dir`.
@@ -40,6 +40,10 @@ pub struct NodeConfig {
     pub http: SocketAddr,
     /// The cluster's registry.
     pub registry: Location,
+    /// What proves to it who we are, and to us who it is.
+    pub access: Access,
+    /// Replication may be read and changed by whoever is on the network.
+    pub insecure_plaintext: bool,
     /// Its labels.
     pub labels: Labels,
     /// Volumes to create when absent and to serve from here.
@@ -51,12 +55,23 @@ impl NodeConfig {
     pub fn check(mut self) -> Result<Self, Fault> {
         check_name(&self.name.0)?;
         self.labels = check(self.labels, Of::Node)?;
-        if self.registry.is_of_one_machine() && !self.listen.ip().is_loopback() {
+        let is_public = !self.listen.ip().is_loopback();
+        if self.registry.is_of_one_machine() && is_public {
             return Err(Fault::input(format!(
                 "--listen {} can be reached from other machines, and the registry {} serves the nodes of this one only",
                 self.listen, self.registry
             ))
-            .hint("listen on a loopback address (127.0.0.1, 127.0.0.2, …)"));
+            .hint(
+                "listen on a loopback address (127.0.0.1, 127.0.0.2, …), or use etcd: --registry etcd:http://HOST:2379",
+            ));
+        }
+        if is_public && !self.insecure_plaintext {
+            return Err(Fault::input(format!(
+                "--listen {} can be reached from other machines, and replication is not encrypted (--tls-dir is for \
+                 the connection to etcd only)",
+                self.listen
+            ))
+            .hint("give --insecure-plaintext if nobody else is on the network between the nodes"));
         }
         if let Some(advertise) = &self.advertise {
             let port = advertise
@@ -192,6 +207,8 @@ mod tests {
             advertise: None,
             http: HTTP.parse().unwrap(),
             registry: Location::embedded("/d".as_ref()),
+            access: Access::default(),
+            insecure_plaintext: false,
             labels: Labels::new(),
             serve: Vec::new(),
         }
@@ -204,6 +221,28 @@ mod tests {
         for public in ["0.0.0.0:5703", "10.0.0.1:5703", "[::]:5703"] {
             let fault = config(public).check().unwrap_err();
             assert!(fault.message.contains("--listen"), "{fault}");
+            let plain = NodeConfig {
+                insecure_plaintext: true,
+                ..config(public)
+            };
+            assert!(plain.check().is_err());
         }
+    }
+
+    #[test]
+    fn with_etcd_a_node_listens_to_others_if_told_that_all_can_listen_in() {
+        let etcd = |listen: &str| NodeConfig {
+            registry: "etcd:http://10.0.0.9:2379".parse().unwrap(),
+            ..config(listen)
+        };
+        assert!(etcd("127.0.0.2:5703").check().is_ok());
+        let fault = etcd("10.0.0.1:5703").check().unwrap_err();
+        let hint = fault.hint.unwrap_or_default();
+        assert!(hint.contains("--insecure-plaintext"), "{hint}");
+        let told = NodeConfig {
+            insecure_plaintext: true,
+            ..etcd("10.0.0.1:5703")
+        };
+        assert!(told.check().is_ok());
     }
 }

@@ -17,7 +17,7 @@ use super::model::{ClusterRecord, NodeRecord};
 use super::store::{Race, Store};
 use super::units::wall_ms;
 use crate::api::client::{ClientError, Target, ask, runtime};
-use crate::registry::Registry;
+use crate::registry::{Registry, RegistryError};
 use crate::replication::ids::{BootId, ClusterId, Instance, NodeName};
 
 /// How long a running process of the same name has to answer. A node answers in milliseconds; a stopped or hung one
@@ -25,6 +25,8 @@ use crate::replication::ids::{BootId, ClusterId, Instance, NodeName};
 const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 /// Mode of the API's socket: its owner and group manage the node.
 const API_SOCKET_MODE: u32 = 0o660;
+/// Pause before a registry that does not answer is asked again.
+const REGISTRY_PAUSE: Duration = Duration::from_millis(500);
 /// The kernel's name of this boot.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -63,7 +65,35 @@ pub(super) fn random<const N: usize>() -> Result<[u8; N], Fault> {
 /// Opens the configured registry; the embedded one lives in the data directory, which is made when it is absent.
 pub fn open_registry(config: &NodeConfig) -> Result<Arc<dyn Registry>, Fault> {
     make_dir("--data-dir", &config.data_dir)?;
-    Ok(config.registry.open()?)
+    Ok(config.registry.open(&config.access)?)
+}
+
+/// Waits until the registry answers, for as long as it takes: machines that lost power together come back in any order.
+/// `false`: `give_up` said so.
+pub fn await_registry(
+    registry: &dyn Registry,
+    mut give_up: impl FnMut() -> bool,
+) -> Result<bool, Fault> {
+    let mut said = String::new();
+    loop {
+        match registry.get(super::store::CLUSTER) {
+            Err(e @ RegistryError::Unavailable { .. }) => {
+                let text = e.to_string();
+                if text != said {
+                    log::warn!("{text}; waiting for it");
+                    said = text;
+                }
+            }
+            other => {
+                other?;
+                return Ok(true);
+            }
+        }
+        if give_up() {
+            return Ok(false);
+        }
+        std::thread::sleep(REGISTRY_PAUSE);
+    }
 }
 
 /// Takes ports and name. Refuses when another process has them.

@@ -7,6 +7,12 @@
 //!
 //! What an implementation promises is written as tests in `tests/mgmt_registry.rs`, generic over this trait.
 
+mod etcd;
+mod etcd_location;
+mod etcd_members;
+mod etcd_proto;
+mod etcd_rpc;
+mod etcd_watch;
 mod sqlite;
 mod sqlite_watch;
 
@@ -19,6 +25,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use etcd::Etcd;
+pub use etcd_location::{Access, Endpoint, EtcdLocation};
 pub use sqlite::Sqlite;
 
 /// The longest key, in bytes. Ours are names of at most 63 bytes and ids; anything longer is a mistake.
@@ -222,22 +230,35 @@ impl Watch {
 pub enum Location {
     /// `sqlite:PATH`: a file shared by all nodes of one machine.
     Sqlite(PathBuf),
+    /// `etcd:http://H:2379[,…]`: etcd, for nodes on several machines.
+    Etcd(EtcdLocation),
 }
 
 /// A `--registry` that names no known kind.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "'{0}' is not a registry: use sqlite:PATH, for example sqlite:/var/lib/lockstep/registry.db"
+    "'{text}' is not a registry: {why}; use sqlite:PATH, for example sqlite:/var/lib/lockstep/registry.db, \
+     or etcd:http://HOST:2379[,http://HOST2:2379]"
 )]
-pub struct BadLocation(String);
+pub struct BadLocation {
+    text: String,
+    why: String,
+}
 
 impl FromStr for Location {
     type Err = BadLocation;
 
     fn from_str(text: &str) -> Result<Self, BadLocation> {
+        let bad = |why: String| BadLocation {
+            // What may hold a password is not shown again.
+            text: text.split('@').next_back().unwrap_or_default().into(),
+            why,
+        };
         match text.split_once(':') {
             Some(("sqlite", path)) if !path.is_empty() => Ok(Self::Sqlite(path.into())),
-            _ => Err(BadLocation(text.into())),
+            Some(("sqlite", _)) => Err(bad("it names no file".into())),
+            Some(("etcd", members)) => EtcdLocation::parse(members).map(Self::Etcd).map_err(bad),
+            _ => Err(bad("it begins neither with sqlite: nor with etcd:".into())),
         }
     }
 }
@@ -246,6 +267,7 @@ impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
+            Self::Etcd(location) => location.fmt(f),
         }
     }
 }
@@ -260,13 +282,15 @@ impl Location {
     pub fn is_of_one_machine(&self) -> bool {
         match self {
             Self::Sqlite(_) => true,
+            Self::Etcd(_) => false,
         }
     }
 
     /// Opens it, creating it when it is absent and can be.
-    pub fn open(&self) -> Result<Arc<dyn Registry>, RegistryError> {
+    pub fn open(&self, access: &Access) -> Result<Arc<dyn Registry>, RegistryError> {
         match self {
             Self::Sqlite(path) => Ok(Arc::new(Sqlite::open(path)?)),
+            Self::Etcd(location) => Ok(Arc::new(Etcd::open(location, access)?)),
         }
     }
 }

@@ -116,6 +116,8 @@ pub struct Cluster {
     nodes: BTreeMap<usize, Node>,
     /// Their own, if they have one. After the processes in it have gone, so is it.
     pub network: Option<Network>,
+    /// `--registry` when it is not the file in `dir`.
+    pub registry_at: Option<String>,
 }
 
 impl Cluster {
@@ -144,14 +146,21 @@ impl Cluster {
                 .unwrap(),
             nodes: BTreeMap::new(),
             network: None,
+            registry_at: None,
         }
     }
 
-    /// Nodes with a network of their own, in which ways between them can be cut.
-    pub fn start_on_a_network(parent: &Path, nodes: usize) -> Cluster {
+    /// No node yet, and places for this many on a network of their own, in which ways between them can be cut.
+    pub fn empty_on_a_network(parent: &Path, places: usize) -> Cluster {
         let mut cluster = Cluster::empty(parent);
         let net = format!("127.{}.{}", cluster.block.a, cluster.block.b);
-        cluster.network = Some(Network::new(&net, nodes));
+        cluster.network = Some(Network::new(&net, places));
+        cluster
+    }
+
+    /// Nodes with a network of their own.
+    pub fn start_on_a_network(parent: &Path, nodes: usize) -> Cluster {
+        let mut cluster = Cluster::empty_on_a_network(parent, nodes);
         for n in 1..=nodes {
             cluster.start_node(n);
         }
@@ -219,7 +228,10 @@ impl Cluster {
             "--run-dir".into(),
             self.run_dir(n).display().to_string(),
             "--registry".into(),
-            format!("sqlite:{}", self.registry().display()),
+            match &self.registry_at {
+                Some(location) => location.clone(),
+                None => format!("sqlite:{}", self.registry().display()),
+            },
         ]
         .into()
     }

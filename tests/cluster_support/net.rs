@@ -83,7 +83,8 @@ impl Network {
         format!("{}{what}", self.prefix)
     }
 
-    fn namespace(&self, n: usize) -> String {
+    /// The name of node n's namespace.
+    pub fn namespace(&self, n: usize) -> String {
         assert!((1..=self.nodes).contains(&n), "n{n} has no namespace");
         self.name(&format!("n{n}"))
     }

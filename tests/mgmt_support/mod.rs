@@ -25,7 +25,7 @@ use lockstep::cluster::metrics::{Metrics, VolumeMetrics};
 use lockstep::cluster::model::Labels;
 use lockstep::cluster::store::{Registrar, Store};
 use lockstep::cluster::{Cluster, start};
-use lockstep::registry::{Location, Revision};
+use lockstep::registry::{Access, Location, Revision};
 use lockstep::replication::ids::{BootId, CopyId, Instance, NodeName, Tag, VolumeId};
 use lockstep::replication::record::{Attachment, Base, CopyEntry, CopyStatus, Record, State};
 use serde_json::Value;
@@ -479,6 +479,8 @@ impl Lab {
             advertise: None,
             http: any,
             registry: Location::Sqlite(self.registry()),
+            access: Access::default(),
+            insecure_plaintext: false,
             labels: Labels::new(),
             serve: Vec::new(),
         }
