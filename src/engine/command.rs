@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
 use crate::cluster::metrics::VolumeMetrics;
 use crate::copy::{Metadata, Store};
-use crate::guest::{GuestMem, RingStart};
+use crate::guest::{GuestMem, RingLog, RingStart};
 use crate::replication::attachment::{CasOutcome, CopyView, Phase, Revision};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState};
 use crate::replication::dirty_map::DirtyMap;
@@ -64,6 +64,8 @@ pub enum GuestCommand {
     Enabled(u16, bool),
     /// See [`crate::guest::DataPlane`].
     Memory(Arc<GuestMem>),
+    /// See [`crate::guest::DataPlane`].
+    Log(u16, Option<RingLog>),
     /// Writes complete when they are durable, unless `writeback`.
     Features {
         /// The guest can flush and left the write cache on.

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use super::command::{Command, GuestAnswer, GuestCommand, Mailbox};
 use super::write_cache::WriteCache;
-use crate::guest::{DataPlane, GuestMem, RingStart};
+use crate::guest::{DataPlane, GuestMem, RingLog, RingStart};
 use crate::replication::ids::{Nanos, VolumeId};
 
 /// Longest wait for a worker's answer. Above the time a ring may take to drain ([`super::rings::DRAIN`]); QEMU holds
@@ -62,6 +62,10 @@ impl DataPlane for Plane {
 
     fn set_memory(&mut self, mem: Arc<GuestMem>) {
         self.tell(GuestCommand::Memory(mem));
+    }
+
+    fn set_log(&mut self, index: u16, log: Option<RingLog>) {
+        self.tell(GuestCommand::Log(index, log));
     }
 
     fn set_features(&mut self, acked: u64, writeback: bool) {

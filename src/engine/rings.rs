@@ -8,7 +8,7 @@ use super::buffer::{Buffer, Bytes, GuestPart, GuestRequest};
 use super::command::GuestAnswer;
 use crate::cluster::metrics::Layer;
 use crate::guest::{
-    GuestMem, Kind, Limits, Parsed, Request, Ring, RingStart, Serial, Status, Used,
+    GuestMem, Kind, Limits, Parsed, Request, Ring, RingLog, RingStart, Serial, Status, Used,
     copy_from_guest, copy_to_guest,
 };
 use crate::replication::attachment::{Attachment, Op, Outcome, RequestId};
@@ -52,6 +52,8 @@ struct Queue {
     /// answered meanwhile, the guest would have other things in that memory by then: so nothing is taken before the
     /// last of them has ended.
     orphans: usize,
+    /// The log of the virtual machine's memory. Also when the ring has stopped: an orphan may still write.
+    log: Option<RingLog>,
 }
 
 impl Queue {
@@ -146,7 +148,7 @@ impl Rings {
 
     /// Takes a ring over. The caller watches its kick.
     pub fn start(&mut self, start: RingStart) -> Result<u16, String> {
-        let (index, enabled) = (start.index, start.enabled);
+        let (index, enabled, log) = (start.index, start.enabled, start.log.clone());
         if self.slot(index).is_some() {
             return Err(format!("queue {index} was started twice"));
         }
@@ -169,6 +171,7 @@ impl Rings {
             );
         }
         self.lives += 1;
+        self.queues[at].log = log;
         // A kick may have been consumed by an earlier process: look once without one.
         self.queues[at].slot = Some(Slot {
             ring,
@@ -214,6 +217,16 @@ impl Rings {
                 .map_err(|e| format!("queue {index}: {e}"))?;
         }
         Ok(())
+    }
+
+    /// Starts, changes or ends the log of what a ring writes into guest memory.
+    pub fn set_log(&mut self, index: u16, log: Option<RingLog>) {
+        if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+            queue.log.clone_from(&log);
+            if let Some(slot) = &mut queue.slot {
+                slot.ring.set_log(log);
+            }
+        }
     }
 
     /// Whether a completed write may be in caches (PROTOCOL 3).
@@ -312,7 +325,11 @@ impl Rings {
                 true
             }
             None => {
-                self.queues[usize::from(guest.ring)].orphans -= 1;
+                let queue = &mut self.queues[usize::from(guest.ring)];
+                queue.orphans -= 1;
+                if let Some(log) = queue.log.as_ref().filter(|_| part.kind == Kind::In) {
+                    guest.with(|request| request.mark(log));
+                }
                 false
             }
         };

@@ -13,6 +13,7 @@ use thiserror::Error;
 use vm_memory::GuestAddress;
 
 use super::IoVec;
+use super::dirty::DirtyLog;
 use super::memory::MemMap;
 use super::ring::{MAX_RING_SIZE, RingError};
 
@@ -84,6 +85,38 @@ pub struct Used {
     pub(super) head: u16,
     pub(super) len: u32,
     pub(super) iovecs: Vec<IoVec>,
+    pub(super) written: Written,
+}
+
+/// Which bytes of a chain's memory were written, for the log of a migration.
+#[derive(Debug)]
+pub(super) struct Written {
+    /// Which of the chain's pieces, and how many bytes of them.
+    pub(super) data: (usize, usize),
+    pub(super) len: usize,
+    /// The status byte, if it is none of those.
+    pub(super) status: Option<*mut u8>,
+    /// The memory in which all of that lies.
+    pub(super) mem: Rc<MemMap>,
+}
+
+impl Written {
+    /// Marks it. `iovecs` are the chain's.
+    #[inline(never)]
+    pub(super) fn mark(&self, iovecs: &[IoVec], log: &DirtyLog) {
+        let mut left = self.len;
+        for piece in &iovecs[self.data.0..self.data.1] {
+            let n = piece.len.min(left);
+            if n == 0 {
+                break;
+            }
+            self.mem.mark(log, piece.ptr, n);
+            left -= n;
+        }
+        if let Some(status) = self.status {
+            self.mem.mark(log, status, 1);
+        }
+    }
 }
 
 impl Used {
@@ -129,8 +162,22 @@ impl Chain {
         Used {
             head: self.head,
             len,
+            written: Written {
+                data: (self.readable, self.iovecs.len()),
+                len: len as usize,
+                status: None,
+                mem: self.mem,
+            },
             iovecs: self.iovecs,
         }
+    }
+
+    /// Gives the chain back with nothing written but its status byte.
+    pub(super) fn refuse(self, status: *mut u8) -> Used {
+        let mut used = self.complete(1);
+        used.written.len = 0;
+        used.written.status = Some(status);
+        used
     }
 }
 

@@ -19,6 +19,8 @@ const BLK_F_MQ: u64 = 1 << 12;
 pub(super) const RING_F_INDIRECT_DESC: u64 = 1 << 28;
 pub(super) const RING_F_EVENT_IDX: u64 = 1 << 29;
 const F_VERSION_1: u64 = 1 << 32;
+/// VHOST_F_LOG_ALL: not for the guest, but how a front-end switches the dirty log.
+pub(super) const F_LOG_ALL: u64 = 1 << 26;
 /// VHOST_USER_F_PROTOCOL_FEATURES
 pub(super) const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
@@ -159,6 +161,7 @@ impl Device {
             | RING_F_INDIRECT_DESC
             | RING_F_EVENT_IDX
             | F_VERSION_1
+            | F_LOG_ALL
             | F_PROTOCOL_FEATURES;
         if self.config.read_only {
             features |= BLK_F_RO;
@@ -174,6 +177,7 @@ impl Device {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD
     }
 
     /// Whether a write may complete before it is durable: the guest can flush, and left the write cache on (5.2.6.2).

@@ -135,6 +135,14 @@ fn cannot(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> InflightError
     }
 }
 
+/// Whether no access to a mapping of `file` can fault: it could if the file were shrunk, which a seal prevents, and if a
+/// huge page were needed that the machine has not got.
+pub(super) fn keeps_its_size(file: &File) -> io::Result<bool> {
+    // What cannot have seals says EINVAL.
+    let sealed = rustix::fs::fcntl_get_seals(file).is_ok_and(|s| s.contains(SealFlags::SHRINK));
+    Ok(sealed && rustix::fs::fstatfs(file)?.f_type == libc::TMPFS_MAGIC)
+}
+
 /// Bytes of one queue's part.
 fn stride(entries: u16) -> usize {
     (HEADER + ENTRY * usize::from(entries)).next_multiple_of(ALIGN)
@@ -198,11 +206,11 @@ impl Region {
         queues: u16,
     ) -> Result<Region, InflightError> {
         let needed = needed(info, queues)?;
-        // Were it shrunk under the mapping, the next access would end this process; so would one to a huge page that
-        // the machine has not got.
-        let seals = rustix::fs::fcntl_get_seals(&file).map_err(|_| InflightError::NotSealed)?;
-        let of = rustix::fs::fstatfs(&file).map_err(cannot("inspected"))?;
-        if !seals.contains(SealFlags::SHRINK) || of.f_type != libc::TMPFS_MAGIC {
+        let sealed = keeps_its_size(&file).map_err(|source| InflightError::Io {
+            what: "inspected",
+            source,
+        })?;
+        if !sealed {
             return Err(InflightError::NotSealed);
         }
         let stat = rustix::fs::fstat(&file).map_err(cannot("inspected"))?;

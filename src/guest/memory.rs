@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::dirty::DirtyLog;
 use super::{GuestMem, IoVec};
 
 /// A guest-physical range that is not, or not wholly, backed by a region.
@@ -59,6 +60,17 @@ impl MemMap {
         match self.locate(addr.0)? {
             (host, room) if len <= room => Ok(host),
             _ => Err(Unmapped),
+        }
+    }
+
+    /// Marks bytes of guest memory as written, by their host address. The other way round than all else here, and only
+    /// while a log is kept.
+    pub(super) fn mark(&self, log: &DirtyLog, host: *mut u8, len: usize) {
+        let at = |span: &Span| host.addr().wrapping_sub(span.host.addr()) as u64;
+        let span = self.spans.iter().find(|span| at(span) < span.len);
+        debug_assert!(span.is_some(), "a piece lies within one region");
+        if let Some(span) = span {
+            log.mark(span.start + at(span), len as u64);
         }
     }
 

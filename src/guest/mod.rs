@@ -21,6 +21,7 @@
 //! | `memory` | guest memory as host pointers, looked up fast and never beyond a region |
 //! | `ring` | the checked split-ring reader and writer |
 //! | `inflight` | which requests are in flight, in memory that survives this process |
+//! | `dirty` | which pages were written, for a live migration |
 //! | `chain` | one descriptor chain, walked with every bound checked |
 //! | `request` | one virtio-blk request: parsed, refused, or completed exactly once |
 //! | `iovec` | pieces of guest memory, and copying to and from them |
@@ -30,6 +31,7 @@
 
 mod chain;
 mod config;
+mod dirty;
 mod inflight;
 mod iovec;
 mod memory;
@@ -43,6 +45,7 @@ mod table;
 
 pub use chain::{Chain, ChainFault, MAX_DATA_SEGMENTS, Used};
 pub use config::{BlockSize, ConfigError, DeviceConfig, Serial};
+pub use dirty::{DirtyLog, RingLog};
 pub use inflight::{InflightError, InflightQueue, Region as InflightRegion};
 pub use iovec::{IoVec, copy_from_guest, copy_to_guest, total_len};
 pub use plane::{DataPlane, RingStart};
@@ -51,5 +54,5 @@ pub use ring::{MAX_RING_SIZE, Ring, RingError};
 pub use server::{Bound, Server};
 pub use socket::ServeError;
 
-/// Guest memory as the front-end shared it, with the dirty bitmap that live migration needs.
-pub type GuestMem = vm_memory::GuestMemoryMmap<vhost_user_backend::bitmap::BitmapMmapRegion>;
+/// Guest memory as the front-end shared it. Its own dirty bitmap is not in use: see `dirty`.
+pub type GuestMem = vm_memory::GuestMemoryMmap<()>;

@@ -7,6 +7,7 @@ use vm_memory::GuestAddress;
 
 use super::GuestMem;
 use super::config::{RING_F_EVENT_IDX, RING_F_INDIRECT_DESC};
+use super::dirty::RingLog;
 use super::inflight::InflightQueue;
 
 /// What the engine implements. The control thread hands ring state over and waits for each call to return, so that a
@@ -51,6 +52,10 @@ pub trait DataPlane: Send {
     /// A new memory table, while rings may run. Requests in flight keep the table that they were resolved with.
     fn set_memory(&mut self, mem: Arc<GuestMem>);
 
+    /// Starts, changes or ends (`None`) the log of what a running ring writes into guest memory. From the return of this
+    /// call on every write is marked there, and none in the log before.
+    fn set_log(&mut self, index: u16, log: Option<RingLog>);
+
     /// The features in force and the write cache. `writeback` false means that a write may complete only when it is
     /// durable: either the guest cannot flush, or it switched the write cache off.
     fn set_features(&mut self, acked: u64, writeback: bool);
@@ -89,6 +94,8 @@ pub struct RingStart {
     pub mem: Arc<GuestMem>,
     /// Where requests in flight are written down for the next process; `None` when the front-end keeps no such memory.
     pub inflight: Option<InflightQueue>,
+    /// Where writes into guest memory are marked; `None` when the virtual machine is not migrated.
+    pub log: Option<RingLog>,
 }
 
 impl RingStart {

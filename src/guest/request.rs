@@ -8,8 +8,9 @@ use std::rc::Rc;
 
 use thiserror::Error;
 
-use super::chain::{Chain, ChainFault, MAX_DATA_SEGMENTS, Used};
+use super::chain::{Chain, ChainFault, MAX_DATA_SEGMENTS, Used, Written};
 use super::config::Serial;
+use super::dirty::RingLog;
 use super::iovec::{IoVec, copy_from_guest, copy_to_guest, total_len};
 use super::memory::MemMap;
 use super::ring::RingError;
@@ -135,7 +136,7 @@ pub struct Request {
     iovecs: Vec<IoVec>,
     status: *mut u8,
     /// Keeps `iovecs` and `status` mapped.
-    _mem: Rc<MemMap>,
+    mem: Rc<MemMap>,
     ended: bool,
 }
 
@@ -157,7 +158,7 @@ impl Request {
             Err(reason) => {
                 // SAFETY: `chain` is alive, and with it the mapping that `status` points into.
                 unsafe { status.write_volatile(reason.status() as u8) };
-                let used = chain.complete(1);
+                let used = chain.refuse(status);
                 return Ok(Parsed::Refused(Refused { used, reason }));
             }
         };
@@ -170,7 +171,7 @@ impl Request {
             data: plan.data,
             iovecs,
             status,
-            _mem: mem,
+            mem,
             ended: false,
         }))
     }
@@ -246,6 +247,29 @@ impl Request {
             head: self.head,
             len: written + 1,
             iovecs: std::mem::take(&mut self.iovecs),
+            written: self.written(),
+        }
+    }
+
+    /// What was or may have been written: of a read that failed nobody knows how far it came.
+    fn written(&self) -> Written {
+        let len = match self.kind {
+            Kind::In => self.data_len as usize,
+            Kind::GetId => Serial::LEN,
+            _ => 0,
+        };
+        Written {
+            data: self.data,
+            len,
+            status: Some(self.status),
+            mem: Rc::clone(&self.mem),
+        }
+    }
+
+    /// Marks what was written for a request that will not be answered, because its ring has stopped meanwhile.
+    pub fn mark(&self, log: &RingLog) {
+        if log.all {
+            self.written().mark(&self.iovecs, &log.log);
         }
     }
 

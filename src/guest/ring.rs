@@ -27,6 +27,7 @@ use thiserror::Error;
 use vm_memory::GuestAddress;
 
 use super::chain::{Chain, DESC_SIZE, Used, Walk};
+use super::dirty::RingLog;
 use super::inflight::{Resumed, Tracker, before_store};
 use super::memory::MemMap;
 use super::request::{Limits, Parsed, Request};
@@ -219,7 +220,7 @@ impl Layout {
         };
         // The last two bytes of both rings are the event index; drivers reserve them whether or not it is in use.
         let avail_len = (AVAIL_RING + 2) as u64 + AVAIL_ENTRY as u64 * size;
-        let used_len = (USED_RING + 2) as u64 + USED_ENTRY as u64 * size;
+        let used_len = Ring::used_len(self.size);
         Ok(Parts {
             desc: part(
                 "descriptor table",
@@ -259,6 +260,8 @@ pub struct Ring {
     in_flight_count: u16,
     /// Writes down what is in flight, for the next process.
     tracker: Option<Tracker>,
+    /// Where writes are marked, while the virtual machine is migrated.
+    log: Option<RingLog>,
     /// What an earlier process left, the oldest last.
     resubmit: Vec<u16>,
     discarded: u16,
@@ -300,6 +303,7 @@ impl Ring {
             in_flight: vec![0; usize::from(start.size).div_ceil(64)].into(),
             in_flight_count: 0,
             tracker: None,
+            log: start.log,
             resubmit: Vec::new(),
             discarded: 0,
             broken: false,
@@ -333,6 +337,11 @@ impl Ring {
         self.tracker = Some(tracker);
         self.resubmit = heads;
         self.discarded = discarded;
+    }
+
+    /// Bytes of a used ring of `size` entries.
+    pub(super) fn used_len(size: u16) -> u64 {
+        (USED_RING + 2) as u64 + USED_ENTRY as u64 * u64::from(size)
     }
 
     /// Which queue of the device this is.
@@ -493,6 +502,11 @@ impl Ring {
             self.in_flight.get(word).is_some_and(|w| w & bit != 0),
             "chain {head} is not in flight in this ring"
         );
+        if let Some(log) = &self.log
+            && log.all
+        {
+            used.written.mark(&used.iovecs, &log.log);
+        }
         let slot = usize::from(self.next_used & (self.size() - 1));
         // SAFETY: the used ring was resolved for all `size` entries, 4-aligned, and `slot < size`.
         unsafe {
@@ -520,14 +534,47 @@ impl Ring {
     /// Lets the guest see everything pushed so far, with one store. Release: entries, status bytes and data first.
     pub fn publish(&mut self) {
         if self.published != self.next_used {
-            self.published = self.next_used;
+            let from = std::mem::replace(&mut self.published, self.next_used);
             before_store();
             self.used_u16(USED_IDX)
                 .store(self.next_used.to_le(), Ordering::Release);
+            self.mark_published(from);
             if let Some(tracker) = &mut self.tracker {
                 tracker.published(self.next_used);
             }
         }
+    }
+
+    /// Marks the used entries from `from` on, and the index.
+    #[inline]
+    fn mark_published(&self, from: u16) {
+        if self.log.is_none() {
+            return;
+        }
+        let (size, count) = (self.size(), self.next_used.wrapping_sub(from));
+        let first = from & (size - 1);
+        // At most one lap, in two pieces where it goes over the end.
+        let to_end = count.min(size - first);
+        for (slot, n) in [(first, to_end), (0, count - to_end)] {
+            let at = USED_RING + usize::from(slot) * USED_ENTRY;
+            self.mark_used(at, usize::from(n) * USED_ENTRY);
+        }
+        self.mark_used(USED_IDX, 2);
+    }
+
+    /// Marks a part of the used ring as written.
+    #[inline]
+    fn mark_used(&self, offset: usize, len: usize) {
+        if let Some(log) = &self.log {
+            let base = log.used.unwrap_or(self.layout.used);
+            log.log.mark(base.0 + offset as u64, len as u64);
+        }
+    }
+
+    /// Starts, changes or ends the log of what is written to guest memory. What is in flight is marked in the one that is
+    /// in force when it is answered.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.log = log;
     }
 
     /// Whether the guest wants to hear of what was published since the last time this was asked (2.7.7, 2.7.10).
@@ -574,6 +621,7 @@ impl Ring {
         if !self.event_idx {
             self.used_u16(0)
                 .store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
+            self.mark_used(0, 2);
         }
         // With event indices the old one stays behind and does not match again for a whole lap.
     }
@@ -586,8 +634,10 @@ impl Ring {
             let at = USED_RING + usize::from(self.size()) * USED_ENTRY;
             self.used_u16(at)
                 .store(self.next_avail.to_le(), Ordering::Relaxed);
+            self.mark_used(at, 2);
         } else {
             self.used_u16(0).store(0, Ordering::Relaxed);
+            self.mark_used(0, 2);
         }
         // As in `needs_notify`, for the other direction.
         fence(Ordering::SeqCst);

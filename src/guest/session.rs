@@ -21,12 +21,14 @@ use vhost::vhost_user::{
 
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::QueueT;
-use vm_memory::GuestMemoryAtomic;
+use vm_memory::{GuestAddress, GuestMemoryAtomic};
 
 use super::GuestMem;
-use super::config::{Device, F_PROTOCOL_FEATURES};
+use super::config::{Device, F_LOG_ALL, F_PROTOCOL_FEATURES};
+use super::dirty::{DirtyLog, RingLog};
 use super::inflight::{InflightQueue, Region};
 use super::plane::{DataPlane, RingStart};
+use super::ring::Ring;
 use super::table::{MAX_MEM_SLOTS, MemTable, SHARE_HINT, TableError};
 
 /// Where the front-end says that a ring is, in its own address space.
@@ -45,6 +47,8 @@ struct Vring {
     sized: bool,
     /// Not translated before the ring starts: the memory table may come later.
     addrs: Option<UserAddrs>,
+    /// Where the used ring is in the dirty log, if it is to be logged (VHOST_VRING_F_LOG).
+    log_used: Option<GuestAddress>,
     /// The engine has it.
     running: bool,
 }
@@ -59,6 +63,7 @@ impl Vring {
             state,
             sized: false,
             addrs: None,
+            log_used: None,
             running: false,
         }
     }
@@ -112,6 +117,8 @@ pub(super) struct Session<'a> {
     inflight: Option<Arc<Region>>,
     /// It was said that there is none.
     untracked: bool,
+    /// What SET_LOG_BASE brought. In use while the features or a ring's flags say so.
+    log: Option<Arc<DirtyLog>>,
 }
 
 /// An error with a reason for the log, which ends the connection.
@@ -133,6 +140,7 @@ impl<'a> Session<'a> {
             protocol: VhostUserProtocolFeatures::empty(),
             inflight: None,
             untracked: false,
+            log: None,
         }
     }
 
@@ -160,8 +168,73 @@ impl<'a> Session<'a> {
 
     fn memory_changed(&mut self, outcome: std::result::Result<(), TableError>) -> Result<()> {
         outcome.map_err(|e| refuse(e.to_string()))?;
+        self.check_log()?;
         self.plane.set_memory(self.table.mem());
         Ok(())
+    }
+
+    fn logs_all(&self) -> bool {
+        self.acked & F_LOG_ALL != 0
+    }
+
+    /// A write for which the log has no bit would be missing at the virtual machine's new place, and nobody would know:
+    /// then rather no connection. QEMU sends a larger log before it adds memory.
+    fn check_log(&self) -> Result<()> {
+        let Some(log) = &self.log else {
+            return Ok(());
+        };
+        let end = self.table.end();
+        if self.logs_all() && !log.covers(end) {
+            return Err(refuse(format!(
+                "the dirty log is too small for guest memory, which ends at {end:#x}"
+            )));
+        }
+        let mut running = self.vrings.iter().enumerate().filter(|(_, v)| v.running);
+        running.try_for_each(|(index, vring)| self.check_used_log(index, vring))
+    }
+
+    fn check_used_log(&self, index: usize, vring: &Vring) -> Result<()> {
+        let (Some(log), Some(used)) = (&self.log, vring.log_used) else {
+            return Ok(());
+        };
+        let end = used.0.checked_add(Ring::used_len(vring.size()));
+        if end.is_some_and(|end| log.covers(end)) {
+            return Ok(());
+        }
+        Err(refuse(format!(
+            "the used ring of queue {index} is to be logged at {:#x}, beyond the dirty log",
+            used.0
+        )))
+    }
+
+    /// What is logged of a ring: data by LOG_ALL, the used ring by the ring's own flag, and by LOG_ALL, too.
+    fn ring_log(&self, vring: &Vring) -> Option<RingLog> {
+        let (all, used) = (self.logs_all(), vring.log_used);
+        let log = self.log.as_ref().filter(|_| all || used.is_some())?;
+        Some(RingLog {
+            log: Arc::clone(log),
+            all,
+            used,
+        })
+    }
+
+    /// Tells the running rings what is logged from now on. Returned from, it is so.
+    fn send_log(&mut self) -> Result<()> {
+        self.check_log()?;
+        for (at, number) in (0..self.vrings.len()).zip(0u16..) {
+            if self.vrings[at].running {
+                let log = self.ring_log(&self.vrings[at]);
+                self.plane.set_log(number, log);
+            }
+        }
+        Ok(())
+    }
+
+    /// LOG_ALL came, and the log is still to come: QEMU sends it last when it starts a device in the middle of a migration.
+    /// Until then a ring must not write.
+    fn awaits_log(&self) -> bool {
+        let can_come = self.protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD);
+        self.logs_all() && can_come && self.log.is_none()
     }
 
     /// Starts the ring if it has a kick descriptor and a place. Asked at KICK, and at ENABLE for a front-end that
@@ -172,6 +245,13 @@ impl<'a> Session<'a> {
         let (false, true, Some(addrs)) = (vring.running, vring.has_kick(), vring.addrs) else {
             return Ok(());
         };
+        if self.awaits_log() {
+            log::debug!(
+                "volume {}: queue {index} starts when the dirty log has come",
+                self.volume()
+            );
+            return Ok(());
+        }
         if self.table.is_empty() {
             return Err(refuse(format!(
                 "queue {index} is started, but no memory was shared; {SHARE_HINT}"
@@ -194,6 +274,8 @@ impl<'a> Session<'a> {
         let inflight = self.tracked_by(number)?;
 
         let vring = &self.vrings[at];
+        self.check_used_log(at, vring)?;
+        let log = self.ring_log(vring);
         let notifiers = vring.take_notifiers();
         let (Some(kick), call) = notifiers.map_err(|e| refuse(format!("queue {index}: {e}")))?
         else {
@@ -212,6 +294,7 @@ impl<'a> Session<'a> {
             call,
             mem,
             inflight,
+            log,
         };
         log::debug!(
             "volume {}: queue {index} starts with {} entries, the front-end says at {}",
@@ -224,6 +307,11 @@ impl<'a> Session<'a> {
             self.vrings[at].running = false;
             refuse(format!("queue {index} cannot start: {e}"))
         })
+    }
+
+    /// Starts all rings that only waited for something else.
+    fn start_complete(&mut self) -> Result<()> {
+        (0..self.vrings.len() as u32).try_for_each(|index| self.start_if_complete(index))
     }
 
     /// The part of the in-flight region for a queue that starts.
@@ -343,8 +431,24 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
                 "features {unknown:#x} were acknowledged but never offered"
             )));
         }
+        let switched = (self.acked ^ features) & F_LOG_ALL != 0;
         self.acked = features;
         self.send_features();
+        if switched {
+            let (on, volume) = (self.logs_all(), self.volume());
+            log::info!(
+                "volume {volume}: logging of writes to guest memory is {}",
+                if on { "on" } else { "off" }
+            );
+            if on && self.log.is_none() && self.vrings.iter().any(|vring| vring.running) {
+                log::warn!(
+                    "volume {volume}: there is no log yet, and rings run: what they write meanwhile is not logged"
+                );
+            }
+            self.send_log()?;
+            // One may have waited for a log that is not to come any more.
+            self.start_complete()?;
+        }
         if features & F_PROTOCOL_FEATURES == 0 {
             // Such a front-end cannot send ENABLE: its rings are enabled from the start.
             for (at, number) in (0..self.vrings.len()).zip(0u16..) {
@@ -408,13 +512,13 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
-        let (at, _) = self.queue(index)?;
+        let (at, number) = self.queue(index)?;
         let addrs = UserAddrs {
             desc: descriptor,
             avail: available,
@@ -427,6 +531,13 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         }
         // Translated when the ring starts, because the memory table may come later.
         vring.addrs = Some(addrs);
+        let logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+        vring.log_used = logged.then_some(GuestAddress(log));
+        self.check_log()?;
+        if self.vrings[at].running {
+            let log = self.ring_log(&self.vrings[at]);
+            self.plane.set_log(number, log);
+        }
         Ok(())
     }
 
@@ -566,6 +677,15 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         Ok(())
     }
 
+    /// Answered, also without REPLY_ACK, by the message layer when this returns: from then on nothing is written to the
+    /// log before, so that the front-end may take what is in that and give it away.
+    fn set_log_base(&mut self, info: &VhostUserLog, file: File) -> Result<()> {
+        let log = DirtyLog::open(info, file).map_err(|e| refuse(e.to_string()))?;
+        self.log = Some(Arc::new(log));
+        self.send_log()?;
+        self.start_complete()
+    }
+
     // What follows is never offered. The message layer refuses most of it by itself.
 
     fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
@@ -591,9 +711,5 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         Err(Error::InvalidOperation("no shared memory regions"))
-    }
-
-    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
-        Err(Error::InvalidOperation("dirty logging was not offered"))
     }
 }

@@ -10,7 +10,7 @@ use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::GuestMem;
 
-type Region = GuestRegionMmap<vhost_user_backend::bitmap::BitmapMmapRegion>;
+type Region = GuestRegionMmap<()>;
 
 /// Regions that a front-end may add. Kernel vhost has had this limit for long, so front-ends expect no more, and it
 /// bounds the mappings that one connection can make.
@@ -129,6 +129,14 @@ impl MemTable {
     /// Whether no memory was sent yet.
     pub(super) fn is_empty(&self) -> bool {
         self.slots.is_empty()
+    }
+
+    /// The first guest-physical address beyond all memory.
+    pub(super) fn end(&self) -> u64 {
+        // Sorted; the sum was checked when the region was mapped.
+        self.slots
+            .last()
+            .map_or(0, |slot| slot.guest_addr + slot.size)
     }
 
     /// Translates an address of the front-end's.

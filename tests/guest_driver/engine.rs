@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use lockstep::guest::{
-    DataPlane, GuestMem, Kind, Limits, Parsed, Request, Ring, RingStart, Serial, Status,
+    DataPlane, GuestMem, Kind, Limits, Parsed, Request, Ring, RingLog, RingStart, Serial, Status,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -51,6 +51,7 @@ enum Command {
     Stop(u16),
     Enable(u16, bool),
     Memory(Arc<GuestMem>),
+    Log(u16, Option<RingLog>),
     Disconnected,
 }
 
@@ -130,6 +131,12 @@ impl DataPlane for Engine {
     fn set_memory(&mut self, mem: Arc<GuestMem>) {
         self.world.note("memory".into());
         self.ask(Command::Memory(mem)).unwrap();
+    }
+
+    fn set_log(&mut self, index: u16, log: Option<RingLog>) {
+        let on = if log.is_some() { "on" } else { "off" };
+        self.world.note(format!("log {index} {on}"));
+        self.ask(Command::Log(index, log)).unwrap();
     }
 
     fn set_features(&mut self, acked: u64, writeback: bool) {
@@ -214,6 +221,7 @@ fn obey(rings: &mut BTreeMap<u16, Running>, command: Command) -> Answer {
                     .map_err(|e| e.to_string())?;
             }
         }
+        Command::Log(index, log) => rings.get_mut(&index).unwrap().ring.set_log(log),
         Command::Disconnected => rings.clear(),
     }
     Ok(0)

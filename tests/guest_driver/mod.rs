@@ -120,6 +120,7 @@ impl Driver {
             call: Some(owned(&self.call)),
             mem: Arc::clone(&self.mem),
             inflight: None,
+            log: None,
         }
     }
 

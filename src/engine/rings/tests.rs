@@ -110,6 +110,7 @@ impl World {
             call: None,
             mem: Arc::clone(&self.mem),
             inflight: self.inflight.clone(),
+            log: None,
         };
         assert_eq!(self.rings.start(start), Ok(0));
     }

@@ -252,6 +252,10 @@ impl Volume {
                 Ok(0)
             }
             GuestCommand::Memory(mem) => s.rings.set_memory(&mem).map(|()| 0),
+            GuestCommand::Log(index, log) => {
+                s.rings.set_log(index, log);
+                Ok(0)
+            }
             GuestCommand::Features { writeback } => {
                 s.rings.set_writeback(writeback);
                 Ok(0)

@@ -158,6 +158,7 @@ impl Guest {
             call: None,
             mem: Arc::clone(&self.mem),
             inflight: InflightQueue::of(&Arc::new(self.region()), QUEUE),
+            log: None,
         })
     }
 
