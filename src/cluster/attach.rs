@@ -170,6 +170,7 @@ fn want(
                 return Ok((found.id, found.spec.1, present.clone()));
             }
             socket_taken(&found)?;
+            not_drained(plane, &desired.node)?;
             let spec = VolumeSpec {
                 attachment: Some(desired.clone()),
                 ..found.spec.0.clone()
@@ -183,6 +184,19 @@ fn want(
             Ok((found.id, revision, desired.clone()))
         })
         .map_err(Race::into)
+}
+
+/// A node that is emptied so that it can go serves no more machines.
+fn not_drained(plane: &Plane, node: &NodeName) -> Result<(), Fault> {
+    let record = plane.store.node(node)?.map(|(record, _)| record);
+    match record.is_some_and(|n| n.draining.is_some()) {
+        true => Err(
+            Fault::state(format!("node {node} is drained")).hint(format!(
+                "name another --node, or first: lockstep node undrain {node}"
+            )),
+        ),
+        false => Ok(()),
+    }
 }
 
 /// Whether the attachment that stands is what was asked for.

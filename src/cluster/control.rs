@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::control_copies::Copies;
 use super::control_creation::Creations;
+use super::control_drain::Drains;
 use super::control_replace::Replacements;
 use super::control_tend::Tending;
 use super::host::Capacity;
@@ -45,6 +46,7 @@ pub(super) struct Control {
     pub(super) copies: Copies,
     pub(super) replacements: Replacements,
     pub(super) tending: Tending,
+    pub(super) drains: Drains,
     capacity_written: Option<Instant>,
 }
 
@@ -61,6 +63,7 @@ impl Control {
             copies: Copies::default(),
             replacements: Replacements::default(),
             tending: Tending::default(),
+            drains: Drains::default(),
             capacity_written: None,
         }
     }
@@ -126,7 +129,8 @@ impl Control {
                 || self.creations.due(now)
                 || self.copies.due(now)
                 || self.replacements.due(now)
-                || self.tending.due(now);
+                || self.tending.due(now)
+                || self.drains.due(now);
             if changed || due {
                 self.reconcile(&snapshot)?;
             }
@@ -165,6 +169,7 @@ impl Control {
         self.attachments(snapshot)?;
         self.tend(snapshot)?;
         self.replace_copies(snapshot)?;
+        self.drain_copies(snapshot)?;
         self.remove_copies(snapshot)?;
         Ok(())
     }
