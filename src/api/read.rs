@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::reply::{Failure, Reply, blocking, json, name};
 use super::{events, html, metrics};
+use crate::cluster::drain;
 use crate::cluster::events::Event;
 use crate::cluster::fault::{Code, Fault};
 use crate::cluster::labels::Of;
@@ -136,8 +137,13 @@ async fn node(State(plane): State<Arc<Plane>>, Path(name): Path<String>) -> Repl
         let (record, _) = snapshot.nodes.get(&name).ok_or_else(|| {
             Fault::not_found(format!("there is no node {name}")).hint("see: lockstep node ls")
         })?;
-        let live = gather(plane, [record].into_iter());
+        // Where its copies go depends on all.
+        let live = match record.draining {
+            Some(_) => gather(plane, snapshot.nodes.values().map(|(n, _)| n)),
+            None => gather(plane, [record].into_iter()),
+        };
         let mut node = view::node(record, &snapshot, &live);
+        node.drain = drain::progress(record, &snapshot, &live);
         if let Some(status) = live.node(&name) {
             node.copies = view::node_copies(&status.copies, &snapshot);
         }
@@ -182,6 +188,7 @@ async fn volume(
         let snapshot = plane.store.snapshot()?;
         let live = gather(plane, snapshot.nodes.values().map(|(n, _)| n));
         let mut view = view::volume(&found.spec.0, &found.record.0, &live);
+        view.remarks = view::remarks(&found.spec.0, &found.record.0, &snapshot);
         let (events, _) = events::gathered(plane, Some(&name.to_string()), EVENTS_SHOWN)?;
         view.events = events;
         Ok(view)

@@ -11,15 +11,26 @@ use serde::{Deserialize, Serialize};
 use super::reply::{Failure, Reply, body, json, name};
 use crate::cluster::attach::{AttachOptions, Attached, attach, detach};
 use crate::cluster::create::{CreateRequest, Created, create};
+use crate::cluster::drain::drain;
+use crate::cluster::fault::Fault;
 use crate::cluster::migrate::{self, MigrateRequest};
+use crate::cluster::model::check_name;
+use crate::cluster::nodes::{self, NodeDone, NodeUpdate};
 use crate::cluster::plane::Plane;
 use crate::cluster::policy::{ClusterUpdate, update_cluster};
 use crate::cluster::replicas::{MoveRequest, PromoteRequest, move_copy, promote};
 use crate::cluster::update::{UpdateRequest, Updated, remove, update};
+use crate::replication::ids::NodeName;
 
 pub(super) fn router() -> Router<Arc<Plane>> {
     Router::new()
         .route("/api/v1/cluster", axum::routing::patch(change_cluster))
+        .route(
+            "/api/v1/nodes/{name}",
+            axum::routing::patch(update_node).delete(remove_node),
+        )
+        .route("/api/v1/nodes/{name}/drain", post(drain_node))
+        .route("/api/v1/nodes/{name}/undrain", post(undrain_node))
         .route("/api/v1/volumes", post(create_volume))
         .route(
             "/api/v1/volumes/{namespace}/{name}",
@@ -68,6 +79,45 @@ async fn change_cluster(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<
         Ok(Empty {})
     })
     .await
+}
+
+fn node_name(name: String) -> Result<NodeName, Failure> {
+    check_name(&name).map_err(Fault::from)?;
+    Ok(NodeName(name))
+}
+
+async fn update_node(
+    State(plane): State<Arc<Plane>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Reply<NodeDone> {
+    let (name, request): (_, NodeUpdate) = (node_name(name)?, body(&bytes)?);
+    json(plane, move |plane| nodes::update(plane, &name, &request)).await
+}
+
+async fn remove_node(State(plane): State<Arc<Plane>>, Path(name): Path<String>) -> Reply<NodeDone> {
+    let name = node_name(name)?;
+    json(plane, move |plane| {
+        nodes::remove(plane, &name)?;
+        Ok(NodeDone {
+            node: name,
+            remark: None,
+        })
+    })
+    .await
+}
+
+async fn drain_node(State(plane): State<Arc<Plane>>, Path(name): Path<String>) -> Reply<NodeDone> {
+    let name = node_name(name)?;
+    json(plane, move |plane| drain(plane, &name, true)).await
+}
+
+async fn undrain_node(
+    State(plane): State<Arc<Plane>>,
+    Path(name): Path<String>,
+) -> Reply<NodeDone> {
+    let name = node_name(name)?;
+    json(plane, move |plane| drain(plane, &name, false)).await
 }
 
 async fn create_volume(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<Created> {

@@ -1,6 +1,6 @@
 //! `lockstep cluster`.
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 use hyper::Method;
 use serde_json::Value;
 
@@ -13,6 +13,8 @@ use crate::cluster::view::ClusterView;
 
 const STATUS_EXAMPLE: &str = "Example:\n  lockstep cluster status";
 const UPDATE_EXAMPLE: &str = "Example:\n  lockstep cluster update --replace-after 5m";
+const MAINTENANCE_EXAMPLE: &str =
+    "Example:\n  lockstep cluster maintenance on\n  lockstep cluster maintenance off";
 
 #[derive(Subcommand)]
 pub(super) enum Command {
@@ -26,6 +28,21 @@ pub(super) enum Command {
         #[arg(long, value_name = "TIME")]
         replace_after: String,
     },
+    /// While people work on the nodes: lost copies are waited for and not replaced
+    #[command(after_help = MAINTENANCE_EXAMPLE)]
+    Maintenance {
+        /// Begin, or end
+        #[arg(value_enum, value_name = "on|off")]
+        switch: Switch,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Switch {
+    /// Replace no lost copy from now on
+    On,
+    /// Replace copies that stay lost; each wait begins anew
+    Off,
 }
 
 pub(super) fn run(command: &Command, global: &Global) -> Result<(), Failure> {
@@ -36,15 +53,29 @@ pub(super) fn run(command: &Command, global: &Global) -> Result<(), Failure> {
         }
         Command::Update { replace_after } => {
             let wait = parse_span(replace_after).map_err(Fault::from)?;
-            let request = ClusterUpdate {
-                replace_after_ms: Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
-            };
-            let done: Value = global
-                .remote()
-                .send(Method::PATCH, "/api/v1/cluster", &request)?;
-            print(global.output, &done, |_| String::new())
+            change(
+                global,
+                &ClusterUpdate {
+                    replace_after_ms: Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
+                    ..ClusterUpdate::default()
+                },
+            )
         }
+        Command::Maintenance { switch } => change(
+            global,
+            &ClusterUpdate {
+                maintenance: Some(*switch == Switch::On),
+                ..ClusterUpdate::default()
+            },
+        ),
     }
+}
+
+fn change(global: &Global, request: &ClusterUpdate) -> Result<(), Failure> {
+    let done: Value = global
+        .remote()
+        .send(Method::PATCH, "/api/v1/cluster", request)?;
+    print(global.output, &done, |_| String::new())
 }
 
 fn status(cluster: &ClusterView) -> String {
@@ -62,6 +93,13 @@ fn status(cluster: &ClusterView) -> String {
             match cluster.replace_after_ms {
                 0 => "never".into(),
                 ms => show_ms(ms),
+            },
+        ),
+        (
+            "Maintenance",
+            match &cluster.maintenance {
+                Some(since) => format!("on since {since}"),
+                None => "off".into(),
             },
         ),
         (

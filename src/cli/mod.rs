@@ -1,6 +1,7 @@
 //! The command line: a noun, then a verb. One file a noun; each talks to a node through its socket.
 
 mod cluster;
+mod drain;
 mod events;
 mod frontend;
 mod namespace;

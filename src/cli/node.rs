@@ -3,12 +3,16 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use hyper::Method;
+use serde_json::json;
 
 use super::node_flags::Flags;
 use super::output::{Table, fields, or_dash, print, show_labels};
-use super::{Failure, Global, RunNode};
+use super::{Failure, Global, RunNode, drain, note};
 use crate::cluster::fault::Fault;
+use crate::cluster::labels::{Of, own_key, parse_all};
 use crate::cluster::model::check_name;
+use crate::cluster::nodes::{NodeDone, NodeUpdate};
 use crate::cluster::units::show_size;
 use crate::cluster::view::NodeView;
 
@@ -20,6 +24,15 @@ const EXAMPLE: &str = "Examples:\n  \
     lockstep node ls";
 const LS_EXAMPLE: &str = "Example:\n  lockstep node ls\n  lockstep node ls -o json";
 const INSPECT_EXAMPLE: &str = "Example:\n  lockstep node inspect n1";
+const CORDON_EXAMPLE: &str = "Example:\n  lockstep node cordon n1";
+const UNCORDON_EXAMPLE: &str = "Example:\n  lockstep node uncordon n1";
+const DRAIN_EXAMPLE: &str = "Examples:\n  lockstep node drain n1\n  lockstep node drain n1 --async\n\n\
+    Ctrl-C ends the waiting and not the drain: the same command waits again, lockstep node undrain ends it.";
+const UNDRAIN_EXAMPLE: &str = "Example:\n  lockstep node undrain n1\n\n\
+    Copies that are on their way arrive; the others stay.";
+const LABEL_EXAMPLE: &str = "Examples:\n  lockstep node label n1 zone=a rack=7\n  \
+    lockstep node label n1 lockstep.io/computeonly=true\n  lockstep node label n1 rack-";
+const RM_EXAMPLE: &str = "Example:\n  lockstep node rm n3";
 
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true, after_help = EXAMPLE)]
@@ -44,6 +57,48 @@ enum Verb {
         /// Its name
         name: String,
     },
+    /// Place no more copies on a node, and make none of its copies the master
+    #[command(after_help = CORDON_EXAMPLE)]
+    Cordon {
+        /// Its name
+        name: String,
+    },
+    /// Place copies on a node again
+    #[command(after_help = UNCORDON_EXAMPLE)]
+    Uncordon {
+        /// Its name
+        name: String,
+    },
+    /// Move every copy away from a node, with no interruption of the volumes, and wait until none is left
+    #[command(after_help = DRAIN_EXAMPLE)]
+    Drain {
+        /// Its name
+        name: String,
+        /// Return at once
+        #[arg(long)]
+        r#async: bool,
+    },
+    /// Move no more copies away, and place copies on the node again
+    #[command(after_help = UNDRAIN_EXAMPLE)]
+    Undrain {
+        /// Its name
+        name: String,
+    },
+    /// Set labels of a node, or take them away; they outlive its process
+    #[command(after_help = LABEL_EXAMPLE)]
+    Label {
+        /// Its name
+        name: String,
+        /// K=V sets a label, K- takes it away
+        #[arg(value_name = "K=V|K-", required = true)]
+        labels: Vec<String>,
+    },
+    /// Forget a node that is gone for good; refused while it lives or holds copies
+    #[command(after_help = RM_EXAMPLE)]
+    Rm {
+        /// Its name
+        name: String,
+    },
 }
 
 pub(super) fn run(command: Command, global: &Global, run_node: RunNode) -> Result<(), Failure> {
@@ -53,9 +108,36 @@ pub(super) fn run(command: Command, global: &Global, run_node: RunNode) -> Resul
             print(global.output, &nodes, |nodes| list(nodes))
         }
         Some(Verb::Inspect { name }) => {
-            check_name(&name).map_err(Fault::from)?;
-            let node: NodeView = global.remote().get(&format!("/api/v1/nodes/{name}"))?;
+            let node: NodeView = global.remote().get(&path(&name)?)?;
             print(global.output, &node, inspect)
+        }
+        Some(Verb::Cordon { name }) => cordon(global, &name, true),
+        Some(Verb::Uncordon { name }) => cordon(global, &name, false),
+        Some(Verb::Drain { name, r#async }) => {
+            let path = path(&name)?;
+            let done: NodeDone =
+                global
+                    .remote()
+                    .send(Method::POST, &format!("{path}/drain"), &json!({}))?;
+            if !r#async {
+                drain::follow(global, &path)?;
+            }
+            told(global, &done)
+        }
+        Some(Verb::Undrain { name }) => {
+            let path = format!("{}/undrain", path(&name)?);
+            told(
+                global,
+                &global.remote().send(Method::POST, &path, &json!({}))?,
+            )
+        }
+        Some(Verb::Label { name, labels }) => label(global, &name, &labels),
+        Some(Verb::Rm { name }) => {
+            let path = path(&name)?;
+            told(
+                global,
+                &global.remote().send(Method::DELETE, &path, &json!({}))?,
+            )
         }
         None => {
             let flags = match &command.config {
@@ -68,6 +150,57 @@ pub(super) fn run(command: Command, global: &Global, run_node: RunNode) -> Resul
             let _ = env_logger::Builder::from_env(filter).try_init();
             Ok(run_node(config)?)
         }
+    }
+}
+
+fn path(name: &str) -> Result<String, Fault> {
+    check_name(name)?;
+    Ok(format!("/api/v1/nodes/{name}"))
+}
+
+fn told(global: &Global, done: &NodeDone) -> Result<(), Failure> {
+    if let Some(remark) = &done.remark {
+        note(remark);
+    }
+    print(global.output, done, |done| format!("{}\n", done.node))
+}
+
+fn cordon(global: &Global, name: &str, cordoned: bool) -> Result<(), Failure> {
+    let request = NodeUpdate {
+        cordoned: Some(cordoned),
+        ..NodeUpdate::default()
+    };
+    let done = global
+        .remote()
+        .send(Method::PATCH, &path(name)?, &request)?;
+    told(global, &done)
+}
+
+fn label(global: &Global, name: &str, labels: &[String]) -> Result<(), Failure> {
+    let (set, gone): (Vec<&String>, Vec<&String>) = labels.iter().partition(|l| l.contains('='));
+    let mut request = NodeUpdate {
+        label_add: parse_all(&set, Of::Node)?,
+        ..NodeUpdate::default()
+    };
+    for text in gone {
+        let Some(key) = text.strip_suffix('-') else {
+            return Err(Fault::input(format!("'{text}' changes no label"))
+                .hint("write k=v to set a label, k- to take it away")
+                .into());
+        };
+        request.label_rm.push(own_key(key, Of::Node)?);
+    }
+    let done = global
+        .remote()
+        .send(Method::PATCH, &path(name)?, &request)?;
+    told(global, &done)
+}
+
+/// `true`, or `false` and why.
+fn schedulable(node: &NodeView) -> String {
+    match node.closed.is_empty() {
+        true => node.schedulable.to_string(),
+        false => format!("{} ({})", node.schedulable, node.closed.join(", ")),
     }
 }
 
@@ -96,7 +229,7 @@ fn list(nodes: &[NodeView]) -> String {
             n.name.to_string(),
             n.address.clone(),
             n.health.clone(),
-            n.schedulable.to_string(),
+            schedulable(n),
             format!("M: {}, R: {}", n.masters, n.replicas),
             show_size(n.capacity.total),
             used(n),
@@ -118,7 +251,7 @@ fn inspect(node: &NodeView) -> String {
         ("Instance", node.instance.to_string()),
         ("Boot", node.boot_id.to_string()),
         ("Labels", show_labels(&node.labels)),
-        ("Scheduler", node.schedulable.to_string()),
+        ("Scheduler", schedulable(node)),
         (
             "Volumes",
             format!("M: {}, R: {}", node.masters, node.replicas),
@@ -134,6 +267,9 @@ fn inspect(node: &NodeView) -> String {
             ),
         ),
     ]);
+    if let Some(view) = &node.drain {
+        out += &drain::describe(view);
+    }
     if !node.copies.is_empty() {
         let mut table = Table::new(&["VOLUME", "COPY", "EPOCH", "STANDING", "ALLOCATED"]);
         for c in &node.copies {

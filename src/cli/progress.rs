@@ -15,12 +15,12 @@ use crate::cluster::view::{CopyView, VolumeView};
 use crate::replication::ids::NodeName;
 
 /// How often the node is asked.
-const LOOK: Duration = Duration::from_millis(500);
+pub(super) const LOOK: Duration = Duration::from_millis(500);
 /// A node that is restarted answers again within this.
-const SILENCE: Duration = Duration::from_secs(30);
+pub(super) const SILENCE: Duration = Duration::from_secs(30);
 /// Nothing moved for so long: whoever waits is told, and what was asked for goes on. Longer than the wait for a lost
 /// copy, after which a new one is made elsewhere.
-const STALL: Duration = Duration::from_secs(300);
+pub(super) const STALL: Duration = Duration::from_secs(300);
 
 /// What fits a line of the narrowest terminal in use.
 const LINE: usize = 79;
@@ -155,20 +155,20 @@ fn describe(v: &VolumeView) -> String {
 }
 
 /// Standard error: one line drawn over and over on a terminal; elsewhere a line now and then, when it is another one.
-struct Screen {
+pub(super) struct Screen {
     terminal: bool,
     last: Option<(String, Instant)>,
 }
 
 impl Screen {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             terminal: io::stderr().is_terminal(),
             last: None,
         }
     }
 
-    fn say(&mut self, text: &str) {
+    pub(super) fn say(&mut self, text: &str) {
         if self.terminal {
             // A line that wraps is not drawn over.
             let line: String = text.chars().take(LINE).collect();
@@ -186,7 +186,7 @@ impl Screen {
         }
     }
 
-    fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         if self.terminal && self.last.take().is_some() {
             show(CLEAR_LINE);
         }

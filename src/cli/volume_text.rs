@@ -111,6 +111,9 @@ pub(super) fn inspect(v: &VolumeView) -> String {
             }
         }
     }
+    if !v.remarks.is_empty() {
+        lines.push(("Remarks", v.remarks.join("; ")));
+    }
     let mut out = fields(&lines);
     let mut table = Table::new(&["COPY", "NODE", "ROLE", "STATE", "ALLOCATED", "PROGRESS"]);
     for c in &v.copies {

@@ -152,6 +152,7 @@ fn want(
                 return Ok((found.id, found.spec.1, present.clone()));
             }
             refuse_taken_socket(plane, found.id, &desired.node, &desired.socket)?;
+            not_drained(plane, &desired.node)?;
             let spec = VolumeSpec {
                 attachment: Some(desired.clone()),
                 ..found.spec.0.clone()
@@ -190,6 +191,19 @@ pub(super) fn refuse_taken_socket(
         ))
         .hint("give another --socket")),
         None => Ok(()),
+    }
+}
+
+/// A node that is emptied so that it can go serves no more machines.
+pub(super) fn not_drained(plane: &Plane, node: &NodeName) -> Result<(), Fault> {
+    let record = plane.store.node(node)?.map(|(record, _)| record);
+    match record.is_some_and(|n| n.draining.is_some()) {
+        true => Err(
+            Fault::state(format!("node {node} is drained")).hint(format!(
+                "name another --node, or first: lockstep node undrain {node}"
+            )),
+        ),
+        false => Ok(()),
     }
 }
 

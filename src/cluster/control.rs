@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::control_copies::Copies;
 use super::control_creation::Creations;
+use super::control_drain::Drains;
 use super::control_replace::Replacements;
 use super::control_tend::Tending;
 use super::host::Capacity;
@@ -47,6 +48,7 @@ pub(super) struct Control {
     pub(super) tending: Tending,
     /// Volumes whose machines may leave, as the host was told.
     pub(super) by_turns: BTreeSet<VolumeId>,
+    pub(super) drains: Drains,
     capacity_written: Option<Instant>,
 }
 
@@ -64,6 +66,7 @@ impl Control {
             replacements: Replacements::default(),
             tending: Tending::default(),
             by_turns: BTreeSet::new(),
+            drains: Drains::default(),
             capacity_written: None,
         }
     }
@@ -129,7 +132,8 @@ impl Control {
                 || self.creations.due(now)
                 || self.copies.due(now)
                 || self.replacements.due(now)
-                || self.tending.due(now);
+                || self.tending.due(now)
+                || self.drains.due(now);
             if changed || due {
                 self.reconcile(&snapshot)?;
             }
@@ -168,6 +172,7 @@ impl Control {
         self.attachments(snapshot)?;
         self.tend(snapshot)?;
         self.replace_copies(snapshot)?;
+        self.drain_copies(snapshot)?;
         self.remove_copies(snapshot)?;
         Ok(())
     }

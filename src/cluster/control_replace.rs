@@ -24,7 +24,7 @@ use crate::replication::record::{CopyStatus, Record, State};
 
 /// New copies on their way at once, over all volumes that one node looks after. Each is a full sync, and a node that is
 /// lost may have had a copy of every volume.
-const UNDER_WAY_MAX: usize = 2;
+pub(super) const UNDER_WAY_MAX: usize = 2;
 /// Pause before a place is looked for again where there was none.
 const PAUSE: Duration = Duration::from_secs(5);
 
@@ -98,8 +98,13 @@ impl Control {
     /// Gives every volume that this node looks after the copies that it lacks.
     pub(super) fn replace_copies(&mut self, snapshot: &Snapshot) -> Result<(), RegistryError> {
         let now = Instant::now();
-        let wait = snapshot.cluster.and_then(|c| c.replace_after());
         self.replacements.next = None;
+        if snapshot.cluster.is_some_and(|c| c.maintenance.is_some()) {
+            // When the work is over every wait begins anew: the nodes are given the time to come back.
+            self.replacements.missing.clear();
+            return Ok(());
+        }
+        let wait = snapshot.cluster.and_then(|c| c.replace_after());
         let tended = self.tended(snapshot, now, wait);
         let mut under_way: usize = tended.iter().map(on_their_way).sum();
         let mut live = None;

@@ -133,7 +133,7 @@ fn can_help(record: &Record, wanting: Wanting, live: &Live) -> bool {
 }
 
 /// The node whose turn it is: of the copies in sync on nodes that answer the master's, otherwise the first.
-fn turn<'a>(record: &'a Record, live: &Live) -> Option<&'a NodeName> {
+pub(super) fn turn<'a>(record: &'a Record, live: &Live) -> Option<&'a NodeName> {
     let usable = || record.in_sync().filter(|c| live.node(&c.node).is_some());
     usable()
         .find(|c| c.copy_id == record.master)

@@ -225,6 +225,8 @@ pub(super) fn candidates(snapshot: &Snapshot, live: &Live) -> Vec<Candidate> {
                 )),
             },
             labels: node.labels.clone(),
+            cordoned: node.cordoned,
+            draining: node.draining.is_some(),
         })
         .collect()
 }

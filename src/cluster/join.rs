@@ -1,5 +1,6 @@
 //! A process becomes a node: its ports are its own, its name is its own, and it knows the cluster.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::PermissionsExt;
@@ -126,6 +127,9 @@ pub fn join(config: NodeConfig, registry: Arc<dyn Registry>) -> Result<Membershi
         },
         http: http_address(&config, local(&http)?),
         labels: config.labels.clone(),
+        relabelled: BTreeMap::new(),
+        cordoned: false,
+        draining: None,
         version: env!("CARGO_PKG_VERSION").into(),
         started: wall_ms(),
         capacity: Capacity::default(),
@@ -250,8 +254,12 @@ fn claim(store: &Store, cluster: ClusterId, node: &NodeRecord) -> Result<(), Fau
                 }
                 refuse_if_alive(cluster, other, node)?;
             }
+            let mut node = node.clone();
+            if let Some((before, _)) = &present {
+                node.inherit(before);
+            }
             store
-                .cas_node(present.map(|(_, revision)| revision), node)
+                .cas_node(present.map(|(_, revision)| revision), &node)
                 .map(drop)
                 .map_err(Race::Cas)
         })
@@ -277,6 +285,14 @@ fn refuse_if_alive(cluster: ClusterId, other: &NodeRecord, me: &NodeRecord) -> R
         return Err(alive(format!("{} takes connections", other.address)));
     }
     Ok(())
+}
+
+/// What says that a process runs as the node, a hung one included.
+pub(super) fn alive(cluster: ClusterId, node: &NodeRecord) -> Result<Option<String>, Fault> {
+    if let Some(how) = http_alive(cluster, node)? {
+        return Ok(Some(how));
+    }
+    Ok(connects(&node.address).then(|| format!("{} takes connections", node.address)))
 }
 
 /// What says that the process `node` describes answers on its HTTP address.

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::attach::{Attached, default_socket_of, failure, reachable, refuse_taken_socket};
+use super::attach::{
+    Attached, default_socket_of, failure, not_drained, reachable, refuse_taken_socket,
+};
 use super::events::What;
 use super::fault::Fault;
 use super::host::Phase;
@@ -63,6 +65,7 @@ pub fn prepare(
                 return Ok((found.id, found.spec.1, present.clone()));
             }
             refuse_taken_socket(plane, found.id, &successor.node, &successor.socket)?;
+            not_drained(plane, &successor.node)?;
             let desired = Desired {
                 successor: Some(successor.clone()),
                 ..present.clone()

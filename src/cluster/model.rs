@@ -98,14 +98,45 @@ pub struct NodeRecord {
     pub address: String,
     /// `HOST:PORT` where other nodes reach its HTTP.
     pub http: String,
-    /// Its labels.
+    /// Its labels: those it was started with, as people changed them.
     pub labels: Labels,
+    /// What people changed of its labels while it ran; `None`: taken away. Outlives the process.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub relabelled: BTreeMap<String, Option<String>>,
+    /// It gets no copies, and none of its copies is made the master on purpose.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cordoned: bool,
+    /// It is being emptied, or is empty and to stay so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draining: Option<Draining>,
     /// The version it runs.
     pub version: String,
     /// When its process started, milliseconds since 1970.
     pub started: u64,
     /// Capacity at that time: a hint while the node is not reachable.
     pub capacity: Capacity,
+}
+
+impl NodeRecord {
+    /// Takes over what people decided about the node of that name, whichever process runs as it.
+    pub fn inherit(&mut self, before: &Self) {
+        self.relabelled.clone_from(&before.relabelled);
+        self.cordoned = before.cordoned;
+        self.draining = before.draining;
+        for (key, value) in &before.relabelled {
+            match value {
+                Some(value) => self.labels.insert(key.clone(), value.clone()),
+                None => self.labels.remove(key),
+            };
+        }
+    }
+}
+
+/// A node that every copy is to leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Draining {
+    /// Since when, milliseconds since 1970.
+    pub since: u64,
 }
 
 /// What people asked of a volume, beside what the record decides.
@@ -306,6 +337,9 @@ pub struct ClusterRecord {
     /// How long a missing copy is waited for before another node gets one, in milliseconds; 0: for ever.
     #[serde(default = "replace_after_ms")]
     pub replace_after_ms: u64,
+    /// Since when people work on the nodes, milliseconds since 1970: no lost copy is replaced meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maintenance: Option<u64>,
 }
 
 /// PROTOCOL 6: long enough for a node to be restarted, short enough not to be without a replica for long.
@@ -322,6 +356,7 @@ impl ClusterRecord {
             id,
             created,
             replace_after_ms: REPLACE_AFTER_MS,
+            maintenance: None,
         }
     }
 

@@ -20,6 +20,10 @@ pub struct Candidate {
     pub free: Result<u64, String>,
     /// Its labels.
     pub labels: Labels,
+    /// People closed it to new copies.
+    pub cordoned: bool,
+    /// It is being emptied.
+    pub draining: bool,
 }
 
 /// What is to be placed.
@@ -94,7 +98,7 @@ impl fmt::Display for NoPlace {
     }
 }
 
-/// Chooses a node for each copy: never two on one, reachable, not compute-only, not full; the most free space first,
+/// Chooses a node for each copy: never two on one, reachable, not cordoned or drained, not compute-only, not full; the most free space first,
 /// unused values of the topology label before that. Equal nodes are taken by name, so the same state gives the same
 /// choice.
 pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoPlace> {
@@ -173,11 +177,13 @@ pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoP
 /// Its free bytes, or why it takes no copy.
 pub fn fitness(candidate: &Candidate) -> Result<u64, String> {
     let free = candidate.free.clone()?;
-    let compute_only = candidate
-        .labels
-        .get(&format!("{PREFIX}computeonly"))
-        .is_some_and(|v| labels::is_true(v));
-    if compute_only {
+    if candidate.cordoned {
+        return Err("it is cordoned".into());
+    }
+    if candidate.draining {
+        return Err("it is drained".into());
+    }
+    if is_compute_only(&candidate.labels) {
         return Err("it is compute-only".into());
     }
     if free < FREE_MIN {
@@ -187,6 +193,12 @@ pub fn fitness(candidate: &Candidate) -> Result<u64, String> {
         ));
     }
     Ok(free)
+}
+
+/// Whether a node's labels say that it holds no copies.
+pub fn is_compute_only(node: &Labels) -> bool {
+    node.get(&format!("{PREFIX}computeonly"))
+        .is_some_and(|v| labels::is_true(v))
 }
 
 /// How often each value of the topology label was taken.
@@ -228,6 +240,8 @@ impl<'a> Spread<'a> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const G: u64 = 1 << 30;
@@ -240,6 +254,8 @@ mod tests {
                 .iter()
                 .map(|(k, v)| (k.to_string(), v.to_string()))
                 .collect(),
+            cordoned: false,
+            draining: false,
         }
     }
 
@@ -314,12 +330,38 @@ mod tests {
             node("c", G, &[("lockstep.io/computeonly", "true")]),
             node("d", 1, &[]),
             node("e", G, &[("lockstep.io/computeonly", "false")]),
+            Candidate {
+                cordoned: true,
+                ..node("f", 99 * G, &[])
+            },
+            Candidate {
+                draining: true,
+                ..node("g", 99 * G, &[])
+            },
         ];
         assert_eq!(names(place(&wanted(2), &nodes)), "a,e");
         assert_eq!(
             names(place(&wanted(3), &nodes)),
             "! 3 copies need 3 nodes and 2 can take one (a, e); b: it does not answer; c: it is compute-only; \
-             d: its disk is full (1 B free)"
+             d: its disk is full (1 B free); f: it is cordoned; g: it is drained"
+        );
+        let mastered = Wanted {
+            master: Some(NodeName("f".into())),
+            ..wanted(1)
+        };
+        assert_eq!(
+            names(place(&mastered, &nodes)),
+            "! the master cannot be placed on f; f: it is cordoned"
+        );
+        let hinted = Wanted {
+            master_is_hint: true,
+            ..mastered
+        };
+        let placement = place(&hinted, &nodes).unwrap();
+        assert_eq!(placement.nodes, [NodeName("a".into())]);
+        assert_eq!(
+            placement.remarks,
+            ["the master is not on f: it is cordoned"]
         );
     }
 
@@ -376,11 +418,96 @@ mod tests {
         assert!(placement.remarks[0].contains("it does not answer"));
     }
 
-    #[test]
-    fn the_choice_does_not_depend_on_the_order_of_the_nodes() {
-        let mut nodes = vec![node("a", G, &[]), node("b", G, &[]), node("c", 2 * G, &[])];
-        let first = place(&wanted(2), &nodes);
-        nodes.reverse();
-        assert_eq!(place(&wanted(2), &nodes), first);
+    /// Nodes n0, n1, … each with some reason to be refused or none.
+    fn cluster() -> impl Strategy<Value = Vec<Candidate>> {
+        let one = (0..6u64, 0..8u8, 0..4u8);
+        prop::collection::vec(one, 0..8).prop_map(|nodes| {
+            nodes
+                .into_iter()
+                .enumerate()
+                .map(|(i, (free, state, zone))| {
+                    let zone = ["", "x", "y", "z"][usize::from(zone)];
+                    let labels: &[(&str, &str)] = match (state, zone) {
+                        (0, _) => &[("lockstep.io/computeonly", "")],
+                        (_, "") => &[],
+                        _ => &[("zone", zone)],
+                    };
+                    let name = format!("n{i}");
+                    let free = match state {
+                        1 => Err("it does not answer".into()),
+                        _ => Ok(free * FREE_MIN / 2),
+                    };
+                    Candidate {
+                        free,
+                        cordoned: state == 2,
+                        draining: state == 3,
+                        ..node(&name, 0, labels)
+                    }
+                })
+                .collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_choice_keeps_all_rules_and_depends_on_nothing_but_the_state(
+            nodes in cluster(),
+            copies in 1..6usize,
+            master in prop::option::of(0..9usize),
+            hint in any::<bool>(),
+            beside in prop::collection::btree_map(0..8usize, any::<bool>(), 0..3),
+            spread in any::<bool>(),
+            turn in 0..8usize,
+        ) {
+            let wanted = Wanted {
+                copies,
+                master: master.map(|i| NodeName(format!("n{i}"))),
+                master_is_hint: hint,
+                topology_key: spread.then(|| "zone".into()),
+                beside: beside
+                    .iter()
+                    .map(|(i, stays)| Beside { node: NodeName(format!("n{i}")), stays: *stays })
+                    .collect(),
+            };
+            let result = place(&wanted, &nodes);
+            let mut turned = nodes.clone();
+            turned.rotate_left(turn % nodes.len().max(1));
+            let again = place(&wanted, &turned);
+            prop_assert_eq!(again.as_ref().ok(), result.as_ref().ok());
+            let takes = |c: &&Candidate| {
+                fitness(c).is_ok() && !wanted.beside.iter().any(|b| b.node == c.name)
+            };
+            let fit: Vec<&Candidate> = nodes.iter().filter(takes).collect();
+            match result {
+                Ok(placement) => {
+                    prop_assert_eq!(placement.nodes.len(), copies);
+                    let mut distinct = placement.nodes.clone();
+                    distinct.sort();
+                    distinct.dedup();
+                    prop_assert_eq!(distinct.len(), copies, "two copies on a node");
+                    prop_assert!(placement.nodes.iter().all(|n| fit.iter().any(|c| c.name == *n)));
+                    let master_fits = wanted.master.as_ref().filter(|m| fit.iter().any(|c| c.name == **m));
+                    if let Some(master) = master_fits {
+                        prop_assert_eq!(&placement.nodes[0], master);
+                    } else {
+                        prop_assert!(wanted.master.is_none() || hint);
+                    }
+                    if !spread && master_fits.is_none() {
+                        // Nobody with more space was passed over.
+                        let least = |n: &NodeName| fit.iter().find(|c| c.name == *n).unwrap().free.clone();
+                        let worst = placement.nodes.iter().map(|n| least(n).unwrap()).min();
+                        let left = fit.iter().filter(|c| !placement.nodes.contains(&c.name));
+                        prop_assert!(left.map(|c| c.free.clone().unwrap()).max() <= worst);
+                    }
+                }
+                Err(no) if no.master.is_some() => prop_assert!(!hint),
+                Err(no) => {
+                    prop_assert!(fit.len() < copies, "{no}");
+                    // Each node either fits or is named with its reason.
+                    prop_assert_eq!(no.fit.len() + no.refused.len(), nodes.len());
+                    prop_assert!(no.refused.iter().all(|(_, why)| !why.is_empty()));
+                }
+            }
+        }
     }
 }

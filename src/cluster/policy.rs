@@ -6,7 +6,7 @@ use super::events::What;
 use super::fault::Fault;
 use super::plane::Plane;
 use super::store::Race;
-use super::units::show_ms;
+use super::units::{show_ms, wall_ms};
 
 /// The longest wait for a missing copy: a month is for ever, and for that there is 0.
 const REPLACE_AFTER_MS_MAX: u64 = 30 * 86_400_000;
@@ -17,15 +17,20 @@ const REPLACE_AFTER_MS_MAX: u64 = 30 * 86_400_000;
 pub struct ClusterUpdate {
     /// How long a missing copy is waited for before another node gets one, in milliseconds; 0: for ever.
     pub replace_after_ms: Option<u64>,
+    /// People work on the nodes: no lost copy is replaced meanwhile.
+    pub maintenance: Option<bool>,
 }
 
 /// Changes it.
 pub fn update_cluster(plane: &Plane, request: &ClusterUpdate) -> Result<(), Fault> {
-    let Some(ms) = request.replace_after_ms else {
+    if *request == ClusterUpdate::default() {
         return Err(Fault::input("nothing to change on the cluster")
             .hint("see: lockstep cluster update --help"));
-    };
-    if ms > REPLACE_AFTER_MS_MAX {
+    }
+    if let Some(ms) = request
+        .replace_after_ms
+        .filter(|ms| *ms > REPLACE_AFTER_MS_MAX)
+    {
         return Err(Fault::input(format!(
             "a missing copy cannot be waited for {}: at most {}",
             show_ms(ms),
@@ -33,7 +38,7 @@ pub fn update_cluster(plane: &Plane, request: &ClusterUpdate) -> Result<(), Faul
         ))
         .hint("0 waits for ever"));
     }
-    let before = plane
+    let changes = plane
         .store
         .retry(|| {
             let Some((mut record, at)) = plane.store.cluster()? else {
@@ -47,18 +52,35 @@ pub fn update_cluster(plane: &Plane, request: &ClusterUpdate) -> Result<(), Faul
                     record.id, plane.cluster
                 ))));
             }
-            let before = std::mem::replace(&mut record.replace_after_ms, ms);
-            if before != ms {
+            let mut changes = Vec::new();
+            if let Some(ms) = request
+                .replace_after_ms
+                .filter(|ms| *ms != record.replace_after_ms)
+            {
+                let before = std::mem::replace(&mut record.replace_after_ms, ms);
+                changes.push(format!(
+                    "replace after {} -> {}",
+                    show_ms(before),
+                    show_ms(ms)
+                ));
+            }
+            if let Some(on) = request
+                .maintenance
+                .filter(|on| *on != record.maintenance.is_some())
+            {
+                record.maintenance = on.then(wall_ms);
+                changes.push(format!("maintenance {}", if on { "on" } else { "off" }));
+            }
+            if !changes.is_empty() {
                 plane.store.cas_cluster(at, &record)?;
             }
-            Ok(before)
+            Ok(changes)
         })
         .map_err(Fault::from)?;
-    if before != ms {
-        let text = format!("replace after {} -> {}", show_ms(before), show_ms(ms));
+    if !changes.is_empty() {
         plane
             .events
-            .push(What::node("", "updated", "update").text(text));
+            .push(What::node("", "updated", "update").text(changes.join(", ")));
     }
     Ok(())
 }

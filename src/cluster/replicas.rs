@@ -91,7 +91,7 @@ pub(super) fn place_more(
 ) -> Result<Placement, NoPlace> {
     let beside = |c: &CopyEntry| Beside {
         node: c.node.clone(),
-        stays: !c.leaving && !lost.contains(&c.copy_id),
+        stays: !c.leaving && !lost.contains(&c.copy_id) && !snapshot.is_draining(&c.node),
     };
     let wanted = Wanted {
         copies: count,
@@ -336,6 +336,18 @@ pub fn promote(plane: &Plane, name: &VolumeName, request: &PromoteRequest) -> Re
 /// The copy on `node`, if it may be the master.
 fn may_be_master(around: &Around, found: &Found, node: &NodeName) -> Result<CopyId, Fault> {
     let (name, record) = (&found.name, &found.record.0);
+    if let Some((there, _)) = around.snapshot.nodes.get(node)
+        && (there.cordoned || there.draining.is_some())
+    {
+        let (word, remedy) = match there.draining {
+            Some(_) => ("drained", "undrain"),
+            None => ("cordoned", "uncordon"),
+        };
+        return Err(Fault::state(format!(
+            "the copy of volume {name} on {node} cannot be the master: node {node} is {word}"
+        ))
+        .hint(format!("first: lockstep node {remedy} {node}")));
+    }
     let seen = around.serving(found);
     let fit = |c: &CopyEntry| {
         let lag = seen.and_then(|s| s.copies.iter().find(|v| v.copy == c.copy_id));

@@ -93,6 +93,12 @@ impl Snapshot {
         self.volumes.get(&id).map(|entry| (id, entry))
     }
 
+    /// Whether the node is to be emptied.
+    pub fn is_draining(&self, node: &NodeName) -> bool {
+        let record = self.nodes.get(node).map(|(record, _)| record);
+        record.is_some_and(|n| n.draining.is_some())
+    }
+
     fn set(&mut self, key: &str, entry: Option<&Entry>) {
         self.unreadable.remove(key);
         if key == CLUSTER {

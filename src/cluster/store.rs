@@ -206,6 +206,12 @@ impl Store {
         )
     }
 
+    /// Removes a node's record if it is still at `expected`.
+    pub fn remove_node(&self, name: &NodeName, expected: Revision) -> Result<Revision, CasError> {
+        let key = node_key(name);
+        self.txn(&[at(&key, expected)], &[gone(key.clone())])
+    }
+
     /// The id behind a name.
     pub fn volume_id(&self, name: &VolumeName) -> Result<Option<VolumeId>, RegistryError> {
         Ok(self.get(&name_key(name))?.map(|(id, _)| id))

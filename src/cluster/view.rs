@@ -6,13 +6,16 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::create::topology_key;
+use super::drain::DrainView;
 use super::events::Event;
 use super::fault::Fault;
 use super::health::{Facts, Health, assess};
 use super::host::{AttachmentStatus, Capacity, LocalCopy, Phase, SyncProgress};
-use super::labels::{self, PREFIX};
 use super::live::Live;
+use super::membership::staying;
 use super::model::{Labels, NodeRecord, RuleLabels, VolumeSpec};
+use super::nodes::{closed, shared};
 use super::plane::whole_volumes;
 use super::settings::show_failure_mode;
 use super::snapshot::Snapshot;
@@ -73,6 +76,9 @@ pub struct VolumeView {
     pub attachment: Option<AttachmentView>,
     /// All copies.
     pub copies: Vec<CopyView>,
+    /// What could not be had although it was wished for, one sentence each.
+    #[serde(default)]
+    pub remarks: Vec<String>,
     /// The last events; only in an inspection.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<Event>,
@@ -175,6 +181,12 @@ pub struct NodeView {
     pub labels: Labels,
     /// Whether new copies may be placed on it.
     pub schedulable: bool,
+    /// Why not: `cordoned`, `drained`, `compute-only`.
+    #[serde(default)]
+    pub closed: Vec<String>,
+    /// How far it is emptied, if it is to be; only in an inspection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainView>,
     /// Master copies on it.
     pub masters: usize,
     /// Replica copies on it.
@@ -209,6 +221,9 @@ pub struct ClusterView {
     pub registry: String,
     /// How long a missing copy is waited for before another node gets one, in milliseconds; 0: for ever.
     pub replace_after_ms: u64,
+    /// Since when maintenance is on, UTC; `None`: it is off.
+    #[serde(default)]
+    pub maintenance: Option<String>,
     /// Nodes that answer.
     pub nodes_online: usize,
     /// All nodes.
@@ -235,7 +250,10 @@ pub struct NodeSummary {
 /// All volumes, in the order of their names.
 pub fn volumes(snapshot: &Snapshot, live: &Live) -> Vec<VolumeView> {
     let mut views: Vec<VolumeView> = whole_volumes(snapshot)
-        .map(|(_, (spec, _), (record, _))| volume(spec, record, live))
+        .map(|(_, (spec, _), (record, _))| VolumeView {
+            remarks: remarks(spec, record, snapshot),
+            ..volume(spec, record, live)
+        })
         .collect();
     views.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
     views
@@ -355,6 +373,7 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
             inflight: status.map(|s| s.inflight),
         }),
         copies,
+        remarks: Vec::new(),
         events: Vec::new(),
     }
 }
@@ -437,25 +456,15 @@ pub fn nodes(snapshot: &Snapshot, live: &Live) -> Vec<NodeView> {
 /// One node.
 pub fn node(record: &NodeRecord, snapshot: &Snapshot, live: &Live) -> NodeView {
     let status = live.node(&record.name);
-    let (mut masters, mut replicas, mut serves) = (0, 0, Vec::new());
-    for (_, (spec, _), (volume, _)) in whole_volumes(snapshot) {
+    let (mut masters, mut replicas) = (0, 0);
+    for (_, _, (volume, _)) in whole_volumes(snapshot) {
         match volume.copy_on(&record.name) {
             Some(copy) if copy.copy_id == volume.master => masters += 1,
             Some(_) => replicas += 1,
             None => {}
         }
-        if spec
-            .attachment
-            .as_ref()
-            .is_some_and(|a| a.node == record.name)
-        {
-            serves.push(spec.full_name().to_string());
-        }
     }
-    let compute_only = record
-        .labels
-        .get(&format!("{PREFIX}computeonly"))
-        .is_some_and(|v| labels::is_true(v));
+    let closed = closed(record);
     NodeView {
         name: record.name.clone(),
         health: if status.is_some() {
@@ -472,13 +481,36 @@ pub fn node(record: &NodeRecord, snapshot: &Snapshot, live: &Live) -> NodeView {
         started: show_time(record.started),
         version: record.version.clone(),
         labels: record.labels.clone(),
-        schedulable: !compute_only,
+        schedulable: closed.is_empty(),
+        closed: closed.into_iter().map(String::from).collect(),
+        drain: None,
         masters,
         replicas,
-        serves,
+        serves: served_on(snapshot, &record.name),
         capacity: status.map_or(record.capacity, |s| s.capacity),
         copies: Vec::new(),
     }
+}
+
+/// The names of the volumes that the node should serve.
+pub(super) fn served_on(snapshot: &Snapshot, node: &NodeName) -> Vec<String> {
+    let mut names: Vec<String> = whole_volumes(snapshot)
+        .map(|(_, (spec, _), _)| spec)
+        .filter(|spec| spec.attachment.as_ref().is_some_and(|a| a.node == *node))
+        .map(|spec| spec.full_name().to_string())
+        .collect();
+    names.sort();
+    names
+}
+
+/// What is not as it was wished for without harm: copies that share a value of the topology label.
+pub fn remarks(spec: &VolumeSpec, record: &Record, snapshot: &Snapshot) -> Vec<String> {
+    let nodes: Vec<&NodeName> = staying(record).map(|c| &c.node).collect();
+    shared(
+        topology_key(&spec.all_labels()).as_deref(),
+        &nodes,
+        snapshot,
+    )
 }
 
 /// The copies on a node's disk with the names of their volumes.
@@ -518,6 +550,13 @@ pub fn cluster(snapshot: &Snapshot, live: &Live, id: ClusterId, registry: String
             ));
         }
     }
+    let maintenance = snapshot.cluster.and_then(|c| c.maintenance);
+    if let Some(since) = maintenance {
+        problems.push(format!(
+            "maintenance is on since {}: lost copies are not replaced; when it is over: lockstep cluster maintenance off",
+            show_time(since)
+        ));
+    }
     problems.extend(
         snapshot
             .unreadable
@@ -531,6 +570,7 @@ pub fn cluster(snapshot: &Snapshot, live: &Live, id: ClusterId, registry: String
             .map_or_else(String::new, |c| show_time(c.created)),
         registry,
         replace_after_ms: snapshot.cluster.map_or(0, |c| c.replace_after_ms),
+        maintenance: maintenance.map(show_time),
         nodes_online: nodes.iter().filter(|n| n.health == "online").count(),
         nodes: nodes
             .iter()
