@@ -492,6 +492,7 @@ impl Host for NodeHost {
                 Proof::None
             },
             read_only: request.front.as_ref().is_none_or(|f| f.read_only),
+            capacity: bound.as_ref().map(Bound::capacity),
             record: request.record,
         };
         engine.attach(attach).map_err(HostError::Refused)?;

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
 use crate::cluster::metrics::VolumeMetrics;
-use crate::copy::{Metadata, Store};
-use crate::guest::{GuestMem, RingStart};
+use crate::copy::{GrowthError, Metadata, Store};
+use crate::guest::{Capacity, GuestMem, RingStart};
 use crate::replication::attachment::{CasOutcome, CopyView, Phase, Revision};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState};
 use crate::replication::dirty_map::DirtyMap;
 use crate::replication::ids::{Epoch, Nanos, NodeName, Region, VolumeId};
 use crate::replication::message::Proof;
 use crate::replication::record::{self, Record};
+use crate::replication::replica::Ticket;
 use crate::wire::hello::Hello;
 
 /// A copy as read from disk, ready to be served.
@@ -46,6 +47,8 @@ pub struct AttachVolume {
     pub proof: Proof,
     /// Writes are refused.
     pub read_only: bool,
+    /// What the guest is shown, if there is to be one; raised when the volume has grown.
+    pub capacity: Option<Capacity>,
 }
 
 /// What a vhost-user control thread asks for; each is answered before the front-end is.
@@ -164,6 +167,8 @@ pub enum Command {
     RecordUnavailable(VolumeId),
     /// The answer to a compare-and-swap.
     Cas(VolumeId, CasOutcome),
+    /// The copy's files were made longer, or could not be.
+    Grown(VolumeId, Ticket, Result<(), GrowthError>),
     /// Where nodes are reached.
     Peers(Vec<(NodeName, SocketAddr)>),
     /// A connection that greeted and belongs to this worker; with what came behind the greeting.

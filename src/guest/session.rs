@@ -24,6 +24,7 @@ use virtio_queue::QueueT;
 use vm_memory::GuestMemoryAtomic;
 
 use super::GuestMem;
+use super::capacity::Channel;
 use super::config::{Device, F_PROTOCOL_FEATURES};
 use super::inflight::{InflightQueue, Region};
 use super::plane::{DataPlane, RingStart};
@@ -112,6 +113,8 @@ pub(super) struct Session<'a> {
     inflight: Option<Arc<Region>>,
     /// It was said that there is none.
     untracked: bool,
+    /// The way to tell the front-end of a new size.
+    channel: Option<Channel>,
 }
 
 /// An error with a reason for the log, which ends the connection.
@@ -133,6 +136,7 @@ impl<'a> Session<'a> {
             protocol: VhostUserProtocolFeatures::empty(),
             inflight: None,
             untracked: false,
+            channel: None,
         }
     }
 
@@ -219,11 +223,52 @@ impl<'a> Session<'a> {
             start.size,
             start.next_avail
         );
+        let first = !self.is_running();
         self.vrings[at].running = true;
         self.plane.start_ring(start).map_err(|e| {
             self.vrings[at].running = false;
             refuse(format!("queue {index} cannot start: {e}"))
-        })
+        })?;
+        if first {
+            // QEMU reads the configuration once, when the device is made: not at a reconnection, and it ignores that it
+            // changed while the device stands still. What happened meanwhile, also to a process before this one, is told now.
+            self.tell_of_size();
+        }
+        Ok(())
+    }
+
+    fn is_running(&self) -> bool {
+        self.vrings.iter().any(|vring| vring.running)
+    }
+
+    /// The front-end's own socket for what it did not ask.
+    pub(super) fn set_channel(&mut self, channel: Channel) {
+        self.channel = Some(channel);
+    }
+
+    /// The volume grew.
+    pub(super) fn capacity_changed(&mut self) {
+        let size = self.device.capacity.sectors();
+        log::info!("volume {}: {size} sectors now", self.volume());
+        if self.is_running() {
+            self.tell_of_size();
+        }
+    }
+
+    fn tell_of_size(&self) {
+        let Some(channel) = &self.channel else {
+            log::debug!(
+                "volume {}: the front-end has no channel for changes: it learns of a new size when it is started again",
+                self.volume()
+            );
+            return;
+        };
+        if let Err(e) = channel.config_changed() {
+            log::warn!(
+                "volume {}: the front-end cannot be told of the size: {e}",
+                self.volume()
+            );
+        }
     }
 
     /// The part of the in-flight region for a queue that starts.

@@ -44,6 +44,7 @@ impl Volume {
             attachment,
             rings,
             name: attach.name,
+            capacity: attach.capacity,
             links: [None; LINKS_MAX],
             local: None,
             kicks: HashMap::new(),
@@ -274,6 +275,16 @@ impl Serving {
     /// A volume whose only copy is here: writes go straight from guest memory (PROTOCOL 2.1).
     pub(super) fn is_direct(&self, copy_here: bool) -> bool {
         copy_here && self.local.is_some() && !self.attachment.record().logged()
+    }
+
+    /// S20: what the record says, every in-sync copy has. Requests up to there are taken before the guest hears of it.
+    pub(super) fn follow_size(&mut self) {
+        let size = self.attachment.record().size;
+        if self.rings.grow(size)
+            && let Some(capacity) = &self.capacity
+        {
+            capacity.grow(size);
+        }
     }
 
     fn watch(&mut self, ctx: &mut Context, volume: usize, index: u16) -> GuestAnswer {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::replication::ids::{CopyId, Tag, VolumeId};
+use crate::replication::message::Proof;
 
 const T0: Nanos = Nanos(10_000_000_000);
 
