@@ -3,7 +3,7 @@
 
 use super::sync::{Stage, Step};
 use super::{Attachment, CopySet, Kind, Origin, Payload, Work};
-use crate::replication::ids::{Chunk, Nanos, Seq, Span};
+use crate::replication::ids::{CHUNK, Chunk, Nanos, Seq, Span};
 use crate::replication::message::{Message, RUNS_MAX, Status};
 use crate::replication::mutants::{self, Mutant};
 
@@ -27,11 +27,20 @@ pub(super) enum ChunkState {
     Copying,
 }
 
+fn whole(chunk: Chunk) -> Span {
+    Span {
+        offset: u64::from(chunk.0) * CHUNK,
+        len: CHUNK as u32,
+    }
+}
+
 impl<D: Payload> Attachment<D> {
     pub(super) fn advance_syncs(&mut self) {
         for copy in self.targets().iter() {
             while let Some((session, chunk)) = self.next_chunk(copy) {
-                let span = self.chunk_span(chunk);
+                // All of it, though the volume may end in it: it may grow meanwhile, and a write to the new rest of a chunk that
+                // is being copied would be neither in the copy nor mirrored.
+                let span = whole(chunk);
                 let work = Work::Chunk {
                     copy,
                     session,
@@ -147,8 +156,16 @@ impl<D: Payload> Attachment<D> {
         }
     }
 
-    /// The chunk as an in-sync copy has it; `None` when none can read it.
-    pub(super) fn chunk_for(&mut self, copy: usize, session: u64, chunk: Chunk, data: Option<D>) {
+    /// The chunk as an in-sync copy has it; `None` when none can read it. `span` is what was read: should the volume have grown
+    /// meanwhile, the chunk has a new rest, which is zeros on both and locked like all of it.
+    pub(super) fn chunk_for(
+        &mut self,
+        copy: usize,
+        session: u64,
+        chunk: Chunk,
+        span: Span,
+        data: Option<D>,
+    ) {
         if self.sync_of(copy, session).is_none() {
             return;
         }
@@ -161,7 +178,7 @@ impl<D: Payload> Attachment<D> {
             session,
             step: Step::Data(chunk),
         };
-        let (span, to) = (self.chunk_span(chunk), CopySet::one(copy));
+        let to = CopySet::one(copy);
         self.request(origin, Kind::Data, span, false, Some(data), to);
     }
 

@@ -9,7 +9,7 @@ use crate::replication::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos};
 use crate::replication::membership::{self, Facts};
 use crate::replication::message::{Message, Refusal};
 use crate::replication::mutants::{self, Mutant};
-use crate::replication::record::{CopyStatus, Record, State};
+use crate::replication::record::{CopyStatus, Record};
 use crate::replication::registry_answer::{Answer, answer};
 
 use super::sync::Sync;
@@ -34,6 +34,7 @@ impl Peer {
             broke_off: 0,
             sync_after: Nanos(0),
             in_sync_since: now,
+            room: 0,
             why: String::new(),
         }
     }
@@ -122,6 +123,14 @@ impl<D: Payload> Attachment<D> {
         if gap && self.in_sync.iter().any(whole) {
             // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
             return self.lose(copy, "its machine was restarted");
+        }
+        // S9: a write is on the last copy and, mirrored, on a target; the last copy's machine loses power and the write, and
+        // comes back; were the target taken in as it is, the two would differ for good. Its session ends, and what the
+        // log of the last copy names is marked for it. Unless a swap may have made a member of it already: then it is whole,
+        // and this copy is to be put out in its favour. The swap's outcome is waited for.
+        if gap && !self.break_off_all("the copy it is brought up to date from lost power") {
+            self.actions.push_back(Action::Hangup(copy));
+            return self.unlink(copy, "its machine was restarted");
         }
         if gap {
             self.accept_gap(copy, boot_id);
@@ -301,6 +310,7 @@ impl<D: Payload> Attachment<D> {
             return self.send(CopySet::one(copy), message, None);
         }
         self.ready.insert(copy);
+        self.has_room(copy);
         let ejecting = self
             .change
             .as_ref()
@@ -360,12 +370,11 @@ impl<D: Payload> Attachment<D> {
             surplus: self.surplus(),
             ready: self.ready.or(synced),
             local: self.local,
-            settled: self.phase == Phase::Serving
-                && self.record.state == State::Active
-                && !self.leaving,
+            settled: self.settled(),
             random: self.random(),
         };
-        let Some(next) = membership::next(&self.record, &facts) else {
+        let members = membership::next(&self.record, &facts);
+        let Some(next) = self.with_size(members) else {
             return;
         };
         let tag = self.tag();
@@ -608,6 +617,7 @@ impl<D: Payload> Attachment<D> {
         let (before, old) = (self.in_sync, std::mem::replace(&mut self.record, proposed));
         let (old_master, old_epoch) = (self.master, old.epoch);
         self.adopt();
+        self.grown(&old);
         let out = before.without(self.in_sync);
         for copy in out.iter() {
             if matches!(self.peers[copy].link, Link::Up) {

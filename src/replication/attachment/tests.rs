@@ -1,5 +1,7 @@
 //! Schedules that broke a rule, each exact. What chance finds is in `tests/sim`.
 
+mod growing;
+
 use super::*;
 use crate::replication::failure_mode::FailureMode;
 use crate::replication::ids::{CHUNK, Instance, REGION, Region, VolumeId};
@@ -31,6 +33,11 @@ fn write(span: Span) -> Op {
 
 fn boot(copy: usize) -> BootId {
     BootId([copy as u8; 16])
+}
+
+/// `copies` copies in sync, the first one the master.
+pub(in crate::replication) fn bench_record(copies: usize, state: State) -> Record {
+    Bench::record(copies, state)
 }
 
 /// An attachment on node 0 and the answers of its copies, given one by one.
@@ -67,6 +74,7 @@ impl Bench {
             attachment: None,
             master: CopyId([0; 16]),
             preferred: None,
+            grow: None,
             copies: (0..copies).map(entry).collect(),
             lineage: vec![(Epoch(1), Tag(1))],
         }
