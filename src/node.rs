@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -45,6 +45,14 @@ const SEG_MAX: u32 = 254;
 /// How often a node looks whether it is to end.
 const SIGNAL_LOOK: Duration = Duration::from_millis(50);
 
+/// How long the start waits for the last requests of the process before, all copies together: what a disk takes. Taken for
+/// lost meanwhile, a copy would need a sync.
+const LAST_REQUESTS: Duration = Duration::from_secs(3);
+/// Between two looks whether they have ended.
+const LAST_REQUESTS_LOOK: Duration = Duration::from_millis(10);
+/// The same once the node has started.
+const LATE_LOOK: Duration = Duration::from_millis(500);
+
 /// Runs a node until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -63,6 +71,7 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
     let membership = cluster::join::join(config, registry)?;
     dir.join(membership.cluster).map_err(dir_fault)?;
     let host = Arc::new(NodeHost::start(dir, &membership)?);
+    NodeHost::open_late(&host)?;
     let running = cluster::start(membership, Arc::clone(&host) as Arc<dyn Host>)?;
     tell_service_manager(&[sd_notify::NotifyState::Ready]);
     let end = loop {
@@ -137,8 +146,30 @@ pub struct NodeHost {
     threads: Mutex<Engine>,
     dir: NodeDir,
     served: Mutex<HashMap<VolumeId, Served>>,
-    /// Copies that could not be opened, and why.
-    broken: Mutex<HashMap<VolumeId, String>>,
+    /// Copies that could not be opened.
+    broken: Mutex<HashMap<VolumeId, Broken>>,
+}
+
+/// Why a copy could not be opened.
+struct Broken {
+    why: String,
+    /// A process that has died has requests at its disk (PROTOCOL 5). They end, and then it can be opened.
+    in_use: bool,
+}
+
+impl From<String> for Broken {
+    fn from(why: String) -> Self {
+        Self { why, in_use: false }
+    }
+}
+
+impl From<StoreError> for Broken {
+    fn from(error: StoreError) -> Self {
+        Self {
+            in_use: matches!(error, StoreError::InUse { .. }),
+            why: error.to_string(),
+        }
+    }
 }
 
 /// A poisoned lock means that another thread panicked between two whole operations; the map is still whole.
@@ -174,11 +205,18 @@ impl NodeHost {
             served: Mutex::default(),
             broken: Mutex::default(),
         };
+        let begun = Instant::now();
         for volume in host.dir.volumes().map_err(dir_fault)? {
-            if let Err(why) = host.open(volume) {
+            while let Err(broken) = host.open(volume) {
+                if broken.in_use && begun.elapsed() < LAST_REQUESTS {
+                    thread::sleep(LAST_REQUESTS_LOOK);
+                    continue;
+                }
                 // One bad copy stops no other: the volume goes on with its other copies.
+                let why = &broken.why;
                 log::error!("volume {volume}: the copy here cannot be used: {why}");
-                lock(&host.broken).insert(volume, why);
+                lock(&host.broken).insert(volume, broken);
+                break;
             }
         }
         // Only now: a copy that is asked for before it is open would be taken for lost.
@@ -187,9 +225,45 @@ impl NodeHost {
         Ok(host)
     }
 
-    fn open(&self, volume: VolumeId) -> Result<(), String> {
-        let (store, loaded) =
-            Store::open(&self.dir.volume_dir(volume)).map_err(|e| e.to_string())?;
+    /// Opens copies whose last requests took longer than the start could wait, when they have ended: on a disk that hangs,
+    /// after minutes.
+    fn open_late(host: &Arc<Self>) -> Result<(), Fault> {
+        let host = Arc::downgrade(host);
+        let look = move || {
+            while let Some(host) = host.upgrade() {
+                let in_use =
+                    |(volume, broken): (&VolumeId, &Broken)| broken.in_use.then_some(*volume);
+                let waiting: Vec<VolumeId> = lock(&host.broken).iter().filter_map(in_use).collect();
+                if waiting.is_empty() {
+                    return;
+                }
+                for volume in waiting {
+                    match host.open(volume) {
+                        Ok(()) => {
+                            log::info!(
+                                "volume {volume}: the copy here is in use no more, and opened"
+                            );
+                            lock(&host.broken).remove(&volume);
+                        }
+                        // Not one that was removed meanwhile.
+                        Err(broken) => {
+                            if let Some(known) = lock(&host.broken).get_mut(&volume) {
+                                *known = broken;
+                            }
+                        }
+                    }
+                }
+                drop(host);
+                thread::sleep(LATE_LOOK);
+            }
+        };
+        let thread = thread::Builder::new().name("late copies".into());
+        let cannot = |e| Fault::internal(format!("a thread cannot start: {e}"));
+        thread.spawn(look).map(drop).map_err(cannot)
+    }
+
+    fn open(&self, volume: VolumeId) -> Result<(), Broken> {
+        let (store, loaded) = Store::open(&self.dir.volume_dir(volume))?;
         for warning in &loaded.warnings {
             log::warn!("volume {volume}: {warning}");
         }
@@ -451,13 +525,16 @@ impl Host for NodeHost {
             },
         );
         let broken = lock(&self.broken);
-        let broken = broken.iter().map(|(volume, why)| LocalCopy {
+        let broken = broken.iter().map(|(volume, broken)| LocalCopy {
             volume: *volume,
             copy: CopyId([0; 16]),
             epoch: Epoch(0),
-            standing: format!("unreadable: {why}"),
+            standing: format!("unreadable: {}", broken.why),
             allocated: 0,
-            trouble: Some(self.unusable(*volume, why)),
+            trouble: Some(match broken.in_use {
+                true => format!("{}; it is opened then", broken.why),
+                false => self.unusable(*volume, &broken.why),
+            }),
         });
         open.chain(broken).collect()
     }

@@ -6,13 +6,14 @@
 
 mod cluster_support;
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use cluster_support::client::{Disk, Load, Plan};
 use cluster_support::disks::{self, BadDisk, SmallDisk, own_mounts, scribble, truncate};
 use cluster_support::oracle::{Oracle, SECTOR};
 use cluster_support::{Cluster, copies, eventually};
+use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
 const SIZE: u64 = 32 << 20;
@@ -306,6 +307,25 @@ fn the_serving_nodes_log_is_garbage_and_every_copy_is_compared_with_it() {
     let volume = cluster.wait_for(1, "vm1", "is healthy", |v| v["health"] == "healthy");
     let socket = volume["attachment"]["socket"].as_str().unwrap().to_string();
     let load = Load::start(Path::new(&socket), Plan::small(), oracle);
+    all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+}
+
+#[test]
+fn a_copy_with_requests_of_a_dead_process_is_opened_when_they_have_ended() {
+    let (mut cluster, load) = under_load(3);
+    // Given a node that comes back while its copy's lock is still held, as by requests at a disk that hangs,
+    lose(&mut cluster, 3, &load);
+    let data = File::open(copy_dir(&cluster, 3).join("data")).unwrap();
+    flock(&data, FlockOperation::NonBlockingLockExclusive).unwrap();
+    cluster.start_node(3);
+    // then the volume says so and serves,
+    says(&cluster, 3, &["its last request has not ended"]);
+    load.goes_on();
+    // and when the lock goes, the copy comes back, without a restart.
+    drop(data);
+    heals(&cluster, &["n1", "n2", "n3"], &load);
+    let sync = last_sync(&cluster, 3);
+    assert!(sync.starts_with("what it missed since epoch"), "{sync}");
     all_is_well(&cluster, load, &["n1", "n2", "n3"]);
 }
 

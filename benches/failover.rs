@@ -1,0 +1,315 @@
+//! How long a volume stands still when something happens to it: the longest gap between two completions that a load at
+//! depth 8 sees, for each kind of loss. `scripts/failover` runs this.
+//!
+//! ```text
+//! cargo bench --bench failover -- --runs 5 --only silent
+//! ```
+//!
+//! Real node processes on this machine, each case with a cluster of its own; after each run what was lost comes back and is
+//! in sync before the next. The load is closed (eight requests of 4 KiB, seven of ten are writes), so a gap is what each of
+//! its requests waits at most. `nothing` is the same without a fault: what this machine does to a load by itself.
+
+#[path = "../tests/cluster_support/mod.rs"]
+mod cluster_support;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use cluster_support::client::Disk;
+use cluster_support::oracle::Random;
+use cluster_support::{Cluster, copies, eventually};
+use serde_json::Value;
+
+const DEPTH: usize = 8;
+const BLOCK: usize = 4096;
+const SIZE: u64 = 64 << 20;
+/// How long a run goes on after the volume has got over it.
+const AFTERWARDS: Duration = Duration::from_millis(1500);
+/// A front-end tries to connect again this often.
+const RECONNECT: Duration = Duration::from_millis(10);
+
+#[derive(Parser)]
+#[command(name = "failover", about = "Measures how long a volume stands still")]
+struct Args {
+    /// Runs of each case
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
+    /// Only the cases whose name contains this
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Where the nodes keep their data
+    #[arg(long, default_value = "/tmp")]
+    dir: PathBuf,
+    /// Print the volume's events after each run
+    #[arg(long)]
+    events: bool,
+    /// Given by cargo
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What happens to a volume.
+#[derive(Clone, Copy, PartialEq)]
+enum Case {
+    Nothing,
+    ReplicaKilled,
+    ReplicaSilent,
+    MasterKilled,
+    MasterSilent,
+    Promoted,
+    AttachmentKilled,
+}
+
+impl Case {
+    const ALL: [(Case, &str); 7] = [
+        (Case::Nothing, "nothing"),
+        (Case::ReplicaKilled, "replica killed"),
+        (Case::MasterKilled, "remote master killed"),
+        (Case::ReplicaSilent, "replica silent"),
+        (Case::MasterSilent, "remote master silent"),
+        (Case::Promoted, "promote"),
+        (Case::AttachmentKilled, "attachment killed, restarted"),
+    ];
+
+    /// The node that serves the volume; n1 to n3 have copies, n1 the master.
+    fn server(self) -> usize {
+        match self {
+            Case::MasterKilled | Case::MasterSilent | Case::Promoted => 4,
+            _ => 1,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    println!(
+        "{:30} {:>8} {:>8} {:>8}   ms, longest gap between completions",
+        "", "least", "median", "most"
+    );
+    for (case, name) in Case::ALL {
+        if name.contains(&args.only) {
+            let mut gaps = measure(case, &args);
+            gaps.sort_unstable();
+            let ms = |gap: Duration| format!("{:.0}", gap.as_secs_f64() * 1e3);
+            let (least, most) = (gaps[0], gaps[gaps.len() - 1]);
+            let median = gaps[gaps.len() / 2];
+            println!(
+                "{name:30} {:>8} {:>8} {:>8}",
+                ms(least),
+                ms(median),
+                ms(most)
+            );
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn measure(case: Case, args: &Args) -> Vec<Duration> {
+    let server = case.server();
+    let mut cluster = Cluster::start_in(&args.dir, 3);
+    cluster.ok(1, "volume create vm1 --size 64MiB --replicas 2 --master n1");
+    if server == 4 {
+        cluster.start_node(4);
+        cluster.know_each_other();
+    }
+    cluster.ok(server, &format!("volume attach vm1 --node n{server}"));
+    let whole = whole(&cluster, server);
+    let socket = whole["attachment"]["socket"].as_str().expect("it serves");
+    let load = Load::start(Path::new(socket));
+    (0..args.runs)
+        .map(|_| {
+            let gap = one(case, &mut cluster, &load);
+            if args.events {
+                print_events(&cluster, server);
+            }
+            gap
+        })
+        .collect()
+}
+
+/// Waits until the volume is served and all copies are in sync.
+fn whole(cluster: &Cluster, server: usize) -> Value {
+    cluster.wait_for(server, "vm1", "is whole", |v| {
+        v["health"] == "healthy" && copies(v, "in_sync").len() == 3
+    })
+}
+
+fn one(case: Case, cluster: &mut Cluster, load: &Load) -> Duration {
+    let server = case.server();
+    let volume = whole(cluster, server);
+    let master = node_of(&volume["master"]["node"]);
+    let degraded = |cluster: &Cluster| {
+        cluster.wait_for(server, "vm1", "is degraded", |v| {
+            v["health"] == "degraded" && v["attachment"]["phase"] == "serving"
+        })
+    };
+    load.goes_on();
+    load.reset();
+    match case {
+        Case::Nothing => std::thread::sleep(Duration::from_secs(2)),
+        Case::ReplicaKilled => {
+            cluster.kill(3);
+            degraded(cluster);
+        }
+        Case::MasterKilled => {
+            cluster.kill(master);
+            degraded(cluster);
+        }
+        Case::ReplicaSilent => {
+            cluster.freeze(3);
+            degraded(cluster);
+        }
+        Case::MasterSilent => {
+            cluster.freeze(master);
+            degraded(cluster);
+        }
+        Case::Promoted => {
+            let to = if master == 1 { 2 } else { 1 };
+            cluster.ok(server, &format!("volume promote vm1 --node n{to}"));
+            let to = format!("n{to}");
+            cluster.wait_for(server, "vm1", "has another master", |v| {
+                v["master"]["node"] == to
+            });
+        }
+        Case::AttachmentKilled => {
+            cluster.kill(1);
+            load.connect_again();
+            cluster.spawn_node(1);
+        }
+    }
+    load.goes_on();
+    std::thread::sleep(AFTERWARDS);
+    let gap = load.longest();
+    match case {
+        Case::ReplicaKilled => cluster.start_node(3),
+        Case::MasterKilled => cluster.start_node(master),
+        Case::ReplicaSilent => cluster.thaw(3),
+        Case::MasterSilent => cluster.thaw(master),
+        Case::Nothing | Case::Promoted | Case::AttachmentKilled => {}
+    }
+    gap
+}
+
+fn node_of(name: &Value) -> usize {
+    let name = name.as_str().unwrap_or_default();
+    name[1..].parse().expect("nodes are called n1, n2, …")
+}
+
+fn print_events(cluster: &Cluster, server: usize) {
+    let events = cluster.json(server, "events --volume vm1");
+    let events = events.as_array().expect("events are a list");
+    for e in &events[events.len().saturating_sub(16)..] {
+        println!(
+            "    {} {} {} {}",
+            e["time"], e["node"], e["rule"], e["text"]
+        );
+    }
+}
+
+#[derive(Default)]
+struct Shared {
+    stop: AtomicBool,
+    /// Whoever served the socket is gone.
+    lost: AtomicBool,
+    done: AtomicU64,
+    /// Nanoseconds since the load began.
+    last: AtomicU64,
+    longest: AtomicU64,
+}
+
+/// A load that keeps eight requests under way and notes when nothing was completed for how long.
+struct Load {
+    shared: Arc<Shared>,
+    begun: Instant,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Load {
+    fn start(socket: &Path) -> Load {
+        let shared = Arc::new(Shared::default());
+        let begun = Instant::now();
+        let (theirs, socket) = (Arc::clone(&shared), socket.to_path_buf());
+        let thread = std::thread::spawn(move || work(&socket, &theirs, begun));
+        let load = Load {
+            shared,
+            begun,
+            thread: Some(thread),
+        };
+        load.goes_on();
+        load
+    }
+
+    fn goes_on(&self) {
+        let goal = self.shared.done.load(SeqCst) + 100;
+        eventually("the load goes on", || {
+            let ended = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+            assert!(!ended, "the load ended by itself; it says above why");
+            (self.shared.done.load(SeqCst) >= goal).then_some(())
+        });
+    }
+
+    fn connect_again(&self) {
+        self.shared.lost.store(true, SeqCst);
+    }
+
+    fn reset(&self) {
+        self.shared.longest.store(0, SeqCst);
+    }
+
+    fn longest(&self) -> Duration {
+        let now = self.begun.elapsed().as_nanos() as u64;
+        let open = now.saturating_sub(self.shared.last.load(SeqCst));
+        Duration::from_nanos(self.shared.longest.load(SeqCst).max(open))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, SeqCst);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn work(socket: &Path, shared: &Shared, begun: Instant) {
+    let mut random = Random::new(1);
+    let mut disk = Disk::open(socket, 1, DEPTH);
+    let mut free: Vec<usize> = (0..DEPTH).collect();
+    while !shared.stop.load(SeqCst) {
+        for lane in free.drain(..) {
+            let offset = random.below(SIZE / BLOCK as u64) * BLOCK as u64;
+            if random.below(10) < 3 {
+                disk.read(lane, offset, BLOCK);
+            } else {
+                let stamp = random.next();
+                disk.buffer(lane, BLOCK)[..8].copy_from_slice(&stamp.to_le_bytes());
+                disk.write(lane, offset, BLOCK);
+            }
+        }
+        for ended in disk.poll() {
+            assert_eq!(ended.ret, 0, "a request failed");
+            let now = begun.elapsed().as_nanos() as u64;
+            let before = shared.last.swap(now, SeqCst);
+            shared.longest.fetch_max(now - before, SeqCst);
+            shared.done.fetch_add(1, SeqCst);
+            free.push(ended.lane);
+        }
+        // libblkio does not connect again. A front-end that does brings its requests in flight with it; for the time to the
+        // next completion it is the same.
+        if shared.lost.swap(false, SeqCst) {
+            disk = loop {
+                match Disk::try_open(socket, 1, DEPTH) {
+                    Ok(disk) => break disk,
+                    Err(_) => std::thread::sleep(RECONNECT),
+                }
+            };
+            free = (0..DEPTH).collect();
+        }
+    }
+}
