@@ -35,8 +35,9 @@ fn loaded(cluster: &Cluster) -> Load {
 
 fn served(cluster: &Cluster) -> PathBuf {
     let socket = cluster.serve("vm1", VOLUME, "--node n1");
-    let volume = cluster.volume(1, "vm1");
-    assert_eq!(copies(&volume, "in_sync"), ["n1", "n2", "n3"]);
+    cluster.wait_for(1, "vm1", "has all copies", |v| {
+        copies(v, "in_sync") == ["n1", "n2", "n3"]
+    });
     socket
 }
 

@@ -39,18 +39,30 @@ const WORD: u64 = u64::BITS as u64;
 
 /// Why a log is refused.
 #[derive(Debug, Error)]
-pub(super) enum LogError {
+pub enum LogError {
+    /// Nothing, or more than the file has.
     #[error(
         "the dirty log has {size} bytes at {offset} of a file of {file}: it must lie within its file"
     )]
-    Size { size: u64, offset: u64, file: u64 },
+    Size {
+        /// Bytes by the message.
+        size: u64,
+        /// Where they begin in the file.
+        offset: u64,
+        /// Bytes of the file.
+        file: u64,
+    },
+    /// An access to its mapping could fail.
     #[error(
         "the dirty log is not a memory file (of ordinary pages) that is or can be sealed against shrinking"
     )]
     NotSealed,
+    /// The system refuses.
     #[error("the dirty log cannot be {what}: {source}")]
     Io {
+        /// What was tried.
         what: &'static str,
+        /// What it said.
         source: io::Error,
     },
 }
@@ -68,7 +80,7 @@ impl DirtyLog {
     /// # Errors
     ///
     /// [`LogError`]: it does not fit its file, could shrink under the mapping, or cannot be mapped.
-    pub(super) fn open(info: &VhostUserLog, file: File) -> Result<DirtyLog, LogError> {
+    pub fn open(info: &VhostUserLog, file: File) -> Result<DirtyLog, LogError> {
         let cannot = |what| move |source| LogError::Io { what, source };
         // Were it shrunk, the next mark would end this process. A front-end that did not think of it may have left room
         // for the seal.
@@ -132,12 +144,13 @@ impl DirtyLog {
 /// What of a ring's writes is logged, and where.
 #[derive(Clone, Debug)]
 pub struct RingLog {
-    pub(super) log: Arc<DirtyLog>,
+    /// The log.
+    pub log: Arc<DirtyLog>,
     /// All writes are (VHOST_F_LOG_ALL); otherwise only those to the used ring.
-    pub(super) all: bool,
+    pub all: bool,
     /// Where the front-end wants to find the used ring in the log (VHOST_VRING_F_LOG). When it did not say, and all is
     /// logged, it is at its own address: cloud-hypervisor does not use that flag.
-    pub(super) used: Option<GuestAddress>,
+    pub used: Option<GuestAddress>,
 }
 
 #[cfg(test)]

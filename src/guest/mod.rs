@@ -48,7 +48,7 @@ mod table;
 pub use capacity::Capacity;
 pub use chain::{Chain, ChainFault, MAX_DATA_SEGMENTS, Used};
 pub use config::{BlockSize, ConfigError, DeviceConfig, Serial};
-pub use dirty::{DirtyLog, RingLog};
+pub use dirty::{DirtyLog, LogError, RingLog};
 pub use inflight::{InflightError, InflightQueue, Region as InflightRegion};
 pub use iovec::{IoVec, copy_from_guest, copy_to_guest, total_len};
 pub use plane::{DataPlane, RingStart};
