@@ -1,16 +1,21 @@
 //! The command line: a noun, then a verb. One file a noun; each talks to a node through its socket.
 
 mod cluster;
+mod doctor;
 mod drain;
 mod events;
+mod first;
 mod frontend;
 mod namespace;
 mod node;
 mod node_flags;
 mod output;
+mod pages;
 mod progress;
 mod remote;
 mod rule;
+mod samples;
+mod top;
 mod volume;
 mod volume_text;
 mod yaml;
@@ -44,7 +49,7 @@ struct Cli {
     #[command(flatten)]
     global: Global,
     #[command(subcommand)]
-    noun: Noun,
+    noun: Option<Noun>,
 }
 
 /// Flags of every command.
@@ -99,6 +104,14 @@ enum Noun {
     Cluster(cluster::Command),
     /// Show every change of state
     Events(events::Command),
+    /// Show what the volumes do now: requests, bytes and latency, on one screen
+    Top(top::Command),
+    /// Check whether this machine can run a node
+    Doctor(Box<doctor::Command>),
+    /// Print the script that completes command lines in a shell
+    Completions(pages::Completions),
+    /// Print a manual page
+    Man(pages::Manual),
 }
 
 /// Why a command failed.
@@ -130,13 +143,21 @@ const USAGE: u8 = 2;
 pub fn run(run_node: RunNode) -> ExitCode {
     let cli = Cli::parse();
     let global = &cli.global;
-    let done = match cli.noun {
+    let Some(noun) = cli.noun else {
+        complain_plainly(&first::steps(global));
+        return ExitCode::from(USAGE);
+    };
+    let done = match noun {
         Noun::Node(command) => node::run(*command, global, run_node),
         Noun::Volume(command) => volume::run(command, global),
         Noun::Rule(command) => rule::run(command, global),
         Noun::Namespace(command) => namespace::run(&command, global),
         Noun::Cluster(command) => cluster::run(&command, global),
         Noun::Events(command) => events::run(&command, global),
+        Noun::Top(command) => top::run(&command, global),
+        Noun::Doctor(command) => doctor::run(*command, global),
+        Noun::Completions(args) => pages::completions(&args),
+        Noun::Man(args) => pages::manual(&args),
     };
     let code = match done {
         Ok(()) => return ExitCode::SUCCESS,
@@ -167,6 +188,10 @@ fn complain(message: &str, hint: Option<&str>) {
     if let Some(hint) = hint {
         let _ = writeln!(err, "hint: {hint}");
     }
+}
+
+fn complain_plainly(text: &str) {
+    let _ = io::stderr().lock().write_all(text.as_bytes());
 }
 
 /// Something worth knowing beside the output.

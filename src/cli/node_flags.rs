@@ -15,7 +15,7 @@ use crate::registry::{Access, Location};
 use crate::replication::ids::NodeName;
 
 /// What a node may be told. The same names, in kebab case, are the keys of the file.
-#[derive(Args, Default, Deserialize)]
+#[derive(Args, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Flags {
     /// The node's name, unique in the cluster
@@ -86,6 +86,15 @@ impl Flags {
             insecure_plaintext: self.insecure_plaintext || file.insecure_plaintext,
             label: merge(self.label, file.label, '='),
             vhost_user_blk: merge(self.vhost_user_blk, file.vhost_user_blk, ','),
+        }
+    }
+
+    /// The same with this name where none is given.
+    #[must_use]
+    pub(super) fn named(self, name: &str) -> Self {
+        Self {
+            name: self.name.or_else(|| Some(name.into())),
+            ..self
         }
     }
 
@@ -161,6 +170,25 @@ fn merge(flags: Vec<String>, file: Vec<String>, separator: char) -> Vec<String> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_flag_is_a_key_of_the_file() {
+        use clap::{Args as _, Command};
+        let command = Flags::augment_args(Command::new("node"));
+        let names: Vec<&str> = command
+            .get_arguments()
+            .filter_map(|a| a.get_long())
+            .collect();
+        assert!(names.len() >= 9, "{names:?}");
+        for name in names {
+            // One of these fits, whatever the type; a key that is not known fits none.
+            let values = ["\"127.0.0.1:1\"", "[\"a=1\"]", "true", "1"];
+            let known = values
+                .iter()
+                .any(|v| toml::from_str::<Flags>(&format!("{name} = {v}")).is_ok());
+            assert!(known, "--{name} is no key of --config");
+        }
+    }
 
     #[test]
     fn flags_win_over_the_file() {

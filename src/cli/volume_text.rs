@@ -180,6 +180,13 @@ fn failure_mode(v: &VolumeView) -> String {
     }
 }
 
+/// How much of a sync is done, in percent.
+pub(super) fn percent(sync: &SyncProgress) -> u64 {
+    let total = sync.total_bytes.max(sync.remaining_bytes);
+    let done = u128::from(total - sync.remaining_bytes);
+    (done * 100).checked_div(u128::from(total)).unwrap_or(0) as u64
+}
+
 /// `[##########..........] 50 %  1 GiB left  128 MiB/s  ETA 0:08`.
 pub(super) fn bar(sync: &SyncProgress) -> String {
     let total = sync.total_bytes.max(sync.remaining_bytes);
@@ -192,7 +199,7 @@ pub(super) fn bar(sync: &SyncProgress) -> String {
     }
     let done = total - sync.remaining_bytes;
     let filled = (u128::from(done) * u128::from(BAR) / u128::from(total)) as usize;
-    let percent = u128::from(done) * 100 / u128::from(total);
+    let percent = percent(sync);
     let eta = match sync.bytes_per_second {
         0 => "?".into(),
         rate => clock(sync.remaining_bytes.div_ceil(rate)),

@@ -96,6 +96,7 @@ pub fn status(name: &str) -> LocalStatus {
         boot_id: BootId([1; 16]),
         version: String::new(),
         started: 0,
+        now: 0,
         run_dir: "/run".into(),
         capacity: Capacity::default(),
         copies: Vec::new(),

@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use super::host::{AttachmentStatus, Capacity, LocalCopy, Phase};
 use super::model::NodeRecord;
 use super::plane::{Plane, Report};
+use super::units::wall_ms;
 use crate::api::client::{Target, ask, runtime};
 use crate::replication::ids::{BootId, ClusterId, Instance, NodeName, VolumeId};
 
@@ -43,6 +44,9 @@ pub struct LocalStatus {
     pub version: String,
     /// When its process started, milliseconds since 1970.
     pub started: u64,
+    /// The time by its clock, milliseconds since 1970.
+    #[serde(default)]
+    pub now: u64,
     /// Where it makes sockets.
     pub run_dir: PathBuf,
     /// Its disk.
@@ -67,6 +71,7 @@ impl LocalStatus {
             boot_id: plane.boot_id,
             version: env!("CARGO_PKG_VERSION").into(),
             started: plane.started,
+            now: wall_ms(),
             run_dir: plane.run_dir.clone(),
             capacity: plane.host.capacity(),
             copies: plane.host.local_copies(),
