@@ -158,6 +158,7 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
         attachment: None,
         master: copies[0].copy_id,
         preferred: None,
+        grow: None,
         copies,
         lineage: vec![(FIRST_EPOCH, tag)],
     };

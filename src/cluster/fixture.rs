@@ -62,6 +62,7 @@ pub fn record(copies: &str) -> Record {
         attachment: None,
         master: copies[0].copy_id,
         preferred: None,
+        grow: None,
         copies,
         lineage: vec![(Epoch(5), Tag(7))],
     }

@@ -182,6 +182,7 @@ mod tests {
             attachment: None,
             master: master.unwrap().copy_id,
             preferred: None,
+            grow: None,
             copies,
             lineage: Vec::new(),
         }

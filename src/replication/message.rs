@@ -172,6 +172,16 @@ pub enum Message {
         /// Which.
         epoch: Epoch,
     },
+    /// → Make room for a volume of `size` bytes, durably. Requests go on meanwhile, and none goes beyond the size of the
+    /// configuration. Answered in [`Message::AckVec`]: `NoSpace` says that nothing changed.
+    Grow {
+        /// The sender's epoch.
+        epoch: Epoch,
+        /// Names the request in the answer.
+        seq: Seq,
+        /// In bytes; room that is there already is answered at once.
+        size: u64,
+    },
     /// ← I cannot take this session's messages; the connection ends after it.
     Nack(Refusal),
 }
@@ -301,6 +311,9 @@ pub enum Refusal {
     /// The copy is being synced, or its sync broke off.
     #[error("the copy is inconsistent until a sync completes")]
     Inconsistent,
+    /// It has been away while the volume grew, and has no room to follow.
+    #[error("its disk has no room for the volume's size: make space there")]
+    NoRoom,
     /// Its disk failed a write or a flush.
     #[error("the copy's disk has failed; it serves no more")]
     Failed,

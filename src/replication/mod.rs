@@ -8,6 +8,7 @@ pub mod copy_state;
 pub mod dirty_map;
 pub mod failure_mode;
 pub mod fence;
+pub mod growth;
 pub mod ids;
 pub mod in_flight;
 pub mod membership;

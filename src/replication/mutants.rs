@@ -28,6 +28,8 @@ pub enum Mutant {
     ReadWithoutLease,
     /// A compare-and-swap whose outcome is unknown is taken for one that failed.
     AmbiguousIsFailed,
+    /// The record says a size before the copies have room for it.
+    GrowUnasked,
 }
 
 /// Whether this thread makes this mistake.
@@ -60,7 +62,7 @@ mod chosen {
 
     impl Mutant {
         /// All of them.
-        pub const ALL: [Self; 11] = [
+        pub const ALL: [Self; 12] = [
             Self::CompleteBeforeCas,
             Self::SkipPromiseFsync,
             Self::ClearBeforeFlush,
@@ -72,6 +74,7 @@ mod chosen {
             Self::FlushOneCopy,
             Self::ReadWithoutLease,
             Self::AmbiguousIsFailed,
+            Self::GrowUnasked,
         ];
     }
 }

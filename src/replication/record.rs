@@ -13,7 +13,7 @@ pub const LINEAGE_MAX: usize = 64;
 pub struct Record {
     /// The volume.
     pub volume_id: VolumeId,
-    /// Bytes, a multiple of 512.
+    /// Bytes, a multiple of 512. S20: every in-sync copy has room for it. It only grows.
     pub size: u64,
     /// Logical block size shown to the guest, 512 or 4096.
     pub block_size: u32,
@@ -38,11 +38,24 @@ pub struct Record {
     /// The operator wants this copy to be the master. The attachment switches to it while it is in sync, then clears this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preferred: Option<CopyId>,
+    /// The operator wants the volume to be larger. See `growth`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grow: Option<Growth>,
     /// All copies. A place never moves, so that an index names a copy; the place of a removed one is taken by the next
     /// new copy.
     pub copies: Vec<CopyEntry>,
     /// The last (epoch, tag) pairs, oldest first, the present one included: a returning copy is known by them.
     pub lineage: Vec<(Epoch, Tag)>,
+}
+
+/// A wish for more bytes. It stays until the attachment has fulfilled it, or says why it cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Growth {
+    /// The size asked for, in bytes, a multiple of 512.
+    pub to: u64,
+    /// Why the volume keeps its size; asking again tries again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
 }
 
 /// What the copies may have in their logs.
@@ -193,6 +206,7 @@ impl Record {
         self.replicas_wanted = from.replicas_wanted;
         self.compress = from.compress;
         self.preferred = from.preferred;
+        self.grow.clone_from(&from.grow);
         for (i, theirs) in from.copies.iter().enumerate() {
             match self.copies.get_mut(i) {
                 None => self.copies.push(theirs.clone()),

@@ -306,13 +306,26 @@ impl World {
         }
     }
 
+    /// S20: every copy that is in sync has room for the size that the record says.
+    pub fn check_room(&self) {
+        let size = self.registry.record.size;
+        for c in self.in_sync() {
+            let room = self.disk(c).room();
+            assert!(
+                room >= size,
+                "S20: the record says {size} bytes, and in-sync copy {c} has room for {room}"
+            );
+        }
+    }
+
     /// S14: with nothing under way all copies that count are the same to the last byte.
     pub fn check_identical(&self) {
         let all = self.in_sync();
         let first = &self.disk(all[0]).cache;
         for &c in &all[1..] {
             let cache = &self.disk(c).cache;
-            let differ = (0..cache.len()).find(|s| cache[*s] != first[*s]);
+            let end = (self.registry.record.size / SECTOR) as usize;
+            let differ = (0..end).find(|s| cache[*s] != first[*s]);
             assert!(
                 differ.is_none(),
                 "S14: copies {} and {c} differ in sector {differ:?}: {:?}",

@@ -4,16 +4,18 @@
 use std::collections::HashSet;
 
 use lockstep::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
-use lockstep::replication::ids::{CopyId, Epoch, Tag};
+use lockstep::replication::ids::{CHUNK, CopyId, Epoch, REGION, SECTOR, Tag};
 #[cfg(feature = "mutants")]
 use lockstep::replication::mutants::{Mutant, on};
-use lockstep::replication::record::{CopyEntry, CopyStatus, Record};
+use lockstep::replication::record::{CopyEntry, CopyStatus, Growth, Record};
 
 use super::disk::Disk;
 use super::world::{Ev, MS, World};
 
 /// Replicas that the operator asks for at most.
 const WANTED_MAX: u8 = 3;
+/// Bytes that a volume grows to at most: so that a run stays fast.
+const SIZE_MAX: u64 = 6 * REGION;
 
 impl World {
     /// One look at what the record says and what the nodes have.
@@ -170,6 +172,24 @@ impl World {
                 next.preferred = Some(next.copies[to].copy_id);
             }
         }
+        self.edit(&next);
+    }
+
+    /// The operator wants the volume to be larger.
+    pub fn grow(&mut self) {
+        let mut next = self.registry.record.clone();
+        let more = self.rng.pick(&[
+            SECTOR,
+            24 * SECTOR,
+            CHUNK,
+            5 * CHUNK + 8 * SECTOR,
+            REGION + 3 * SECTOR,
+        ]);
+        if self.registry_down_until > self.now || next.size + more > SIZE_MAX {
+            return;
+        }
+        let (to, refused) = (next.size + more, None);
+        next.grow = Some(Growth { to, refused });
         self.edit(&next);
     }
 

@@ -75,7 +75,9 @@ pub enum Running {
     Sync {
         mark: u64,
     },
-    Grow,
+    Grow {
+        size: u64,
+    },
     Superblock(Box<CopyState>),
     Log {
         add: Vec<Region>,
@@ -205,6 +207,11 @@ impl Disk {
             self.maps[slot].fill(true);
             self.written[slot] = self.slots[slot];
         }
+        assert!(
+            self.superblock.size <= self.cache.len() as u64 * SECTOR,
+            "the superblock states {} bytes, the files are shorter",
+            self.superblock.size
+        );
         let (epoch, promised) = (self.superblock.epoch, self.superblock.promised);
         assert!(
             epoch >= self.reported.0 && promised >= self.reported.1,
@@ -251,17 +258,18 @@ impl Disk {
             DiskOp::Hash { span } => Running::Hash { span },
             DiskOp::Allocated { first, count } => Running::Allocated { first, count },
             DiskOp::Sync => Running::Sync { mark: self.count },
-            DiskOp::Grow { .. } => Running::Grow,
+            DiskOp::Grow { size } => Running::Grow { size },
             DiskOp::Superblock(state) => Running::Superblock(state),
             DiskOp::Log(txn) => Running::Log {
                 add: txn.add,
                 retire: txn.retire,
             },
             DiskOp::Bitmaps(regions) => {
-                let chunks = self.maps[0].len();
                 let mut parts = Vec::new();
                 for slot in 0..BITMAPS_MAX {
                     let Some(map) = bits(slot) else { continue };
+                    // Files that a dead process made longer may have room for more.
+                    let chunks = self.maps[slot].len().min(map.words().len() * 64);
                     for &region in &regions {
                         let part = chunks_of(region, chunks).map(|c| map.is_set(Chunk(c as u32)));
                         parts.push((slot, region, part.collect()));
@@ -404,10 +412,25 @@ impl Disk {
                 }
                 return Some(DiskResult::Allocated(words));
             }
-            Running::Grow => {}
             other => self.persist(other),
         }
         Some(DiskResult::Done(data))
+    }
+
+    fn lengthen(&mut self, size: u64) {
+        let sectors = ((size / SECTOR) as usize).max(self.cache.len());
+        self.cache.resize(sectors, 0);
+        self.durable.resize(sectors, 0);
+        let chunks = sectors.div_ceil(PER_CHUNK);
+        self.data.resize(chunks, false);
+        self.maps.iter_mut().for_each(|m| m.resize(chunks, false));
+    }
+
+    /// The bytes that it has room for, whichever half of the superblock rots.
+    pub fn room(&self) -> u64 {
+        let readable = (0..2).filter(|half| self.rotten != Some(*half));
+        let stated = readable.map(|half| self.halves[half].1.size).min();
+        stated.unwrap_or(0).min(self.cache.len() as u64 * SECTOR)
     }
 
     /// The generation that assigned each slot, after this state is written.
@@ -424,6 +447,8 @@ impl Disk {
 
     fn persist(&mut self, op: Running) {
         match op {
+            // All of it durable: what is not reported may still be there after a crash.
+            Running::Grow { size } => self.lengthen(size),
             Running::Superblock(state) => {
                 let old = &self.superblock;
                 assert!(

@@ -1,6 +1,7 @@
 //! How a run ends: faults stop, everything that was asked ends, and the copies agree.
 
 use lockstep::replication::attachment::{Op, Phase};
+use lockstep::replication::growth;
 use lockstep::replication::ids::{SECTOR, Span};
 use lockstep::replication::record::{CopyStatus, State};
 
@@ -16,6 +17,9 @@ impl World {
         self.registry_down_until = 0;
         self.isolated.1 = 0;
         self.slow_net_until = 0;
+        if self.rng.one_in(4) {
+            self.grow();
+        }
         for n in 0..self.nodes.len() {
             self.nodes[n].paused_until = 0;
             if let Some(disk) = &mut self.nodes[n].disk {
@@ -88,6 +92,7 @@ impl World {
             && *a.machine.phase() == Phase::Serving
             && r.state == State::Active
             && self.is_whole()
+            && growth::wanted(r).is_none()
             && a.asked.is_empty()
             && a.machine.is_idle()
             && (!serves || a.machine.why_not_serving().is_none())
@@ -111,6 +116,12 @@ impl World {
                 };
                 self.submit(i, Op::Read(span), None);
             }
+            // Nobody wrote the end of it but perhaps the last sectors: zeros, also where the volume has grown.
+            let span = Span {
+                offset: (all as u64 - 16) * SECTOR,
+                len: 16 * SECTOR as u32,
+            };
+            self.submit(i, Op::Read(span), None);
             let node = self.atts[i].node;
             self.pump(node);
             let patience = self.now + 60_000 * MS;
@@ -121,6 +132,7 @@ impl World {
             assert!(self.settled(), "liveness: the last reads did not end");
         }
         self.check_identical();
+        self.check_room();
     }
 
     /// A clean detach at the end: logs empty, copies clean and durable.

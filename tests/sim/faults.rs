@@ -8,6 +8,7 @@
 //!   the guest may miss what no flush covered (S10), and otherwise nothing.
 //! * **Writes and flushes.** They fail for good (EIO) at a copy only while another in-sync copy is connected and whole; some
 //!   runs drop this rule (`last_disk`): then requests may fail, but each must end. A full disk may be any, all of them too.
+//! * **Growing** needs room: on a full disk it fails without harm, any copy's, and the files may be longer all the same.
 //! * **Reads.** Sectors that cannot be read are at one copy at a time: while another in-sync copy is connected and
 //!   whole. Once there is none, the disk finds them readable after all.
 //! * **Wiped disks.** Any absent copy's; an in-sync one's only while another one is connected and whole. The node comes back without
@@ -64,6 +65,8 @@ pub enum Fault {
     Wipe,
     /// The operator adds, removes and moves copies, or wants another master.
     Members,
+    /// The operator wants the volume to be larger.
+    Grow,
     RegistryDown,
     Policy,
     SecondAttach,
@@ -73,7 +76,7 @@ pub enum Fault {
     Isolate,
 }
 
-pub const FAULTS: [Fault; 18] = [
+pub const FAULTS: [Fault; 19] = [
     Fault::Reset,
     Fault::HalfOpen,
     Fault::Partition,
@@ -86,6 +89,7 @@ pub const FAULTS: [Fault; 18] = [
     Fault::BadSectors,
     Fault::Wipe,
     Fault::Members,
+    Fault::Grow,
     Fault::RegistryDown,
     Fault::Policy,
     Fault::SecondAttach,
@@ -158,6 +162,7 @@ impl World {
                 }
             }
             Fault::Members => self.change_members(),
+            Fault::Grow => self.grow(),
             Fault::RegistryDown => self.registry_down_until = until,
             Fault::Policy => self.after(0, Ev::Policy),
             Fault::SecondAttach => self.ask_attach(n),
@@ -220,8 +225,9 @@ impl World {
         };
         let rough = self.faults && self.weather.disk_faults;
         match op {
-            DiskOp::Write { .. } | DiskOp::Zero { .. } if full => Fate::Full,
+            DiskOp::Write { .. } | DiskOp::Zero { .. } | DiskOp::Grow { .. } if full => Fate::Full,
             DiskOp::Write { .. } | DiskOp::Zero { .. } | DiskOp::Sync if failed => Fate::Error,
+            DiskOp::Grow { .. } if rough && self.rng.one_in(10) => self.kill(n),
             DiskOp::Write { .. } | DiskOp::Zero { .. } if rough && self.rng.one_in(400) => {
                 self.kill(n)
             }

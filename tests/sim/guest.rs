@@ -30,8 +30,12 @@ impl World {
         }
         for _ in 0..self.rng.between(1, 3) {
             self.budget = self.budget.saturating_sub(1);
-            let start = self.rng.pick(&self.hot.clone()) as u64 + self.rng.below(10);
-            let all = self.registry.record.size / SECTOR;
+            // What the guest of this attachment was told; the record may say more already.
+            let all = self.atts[a].machine.record().size / SECTOR;
+            let hot: Vec<usize> = (self.hot.iter().copied())
+                .filter(|s| *s as u64 + 16 <= all)
+                .collect();
+            let start = self.rng.pick(&hot) as u64 + self.rng.below(10);
             let len = if self.rng.one_in(12) {
                 64
             } else {

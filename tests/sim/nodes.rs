@@ -244,6 +244,10 @@ impl World {
         if self.faults && self.weather.slow_disk > 0 && self.rng.one_in(4_000) {
             took += 6_000 * MS;
         }
+        if let DiskOp::Grow { .. } = op {
+            // Files are made longer and flushed: much longer than a write.
+            took += self.rng.below(600) * MS;
+        }
         self.check_disk_op(n, &op);
         let node = &mut self.nodes[n];
         let replica = node.replica.as_ref().unwrap();

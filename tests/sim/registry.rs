@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use lockstep::replication::attachment::{CasOutcome, Revision};
-use lockstep::replication::ids::{Epoch, Instance, Tag};
+use lockstep::replication::ids::{Epoch, Instance, SECTOR, Tag};
 use lockstep::replication::record::{CopyStatus, Record, State};
 
 use super::world::{Ev, MS, World};
@@ -66,6 +66,14 @@ impl Registry {
                 .all(|c| was(c.copy_id) || old.copy(c.copy_id).is_some()),
             "S18: a copy is in sync that the record did not know"
         );
+        assert!(
+            next.size == old.size || next.size > old.size && next.epoch > old.epoch,
+            "S20: {} bytes in epoch {}, after {} in epoch {}",
+            next.size,
+            next.epoch,
+            old.size,
+            old.epoch
+        );
         if next.state == State::Clean {
             assert!(next.attachment.is_none(), "5: clean while attached");
         }
@@ -91,6 +99,7 @@ impl World {
         if !self.registry.swap(expected, next) {
             return false;
         }
+        self.check_room();
         self.check_joined(&before);
         self.note_change(&before);
         self.check_all_differences("S11");
@@ -155,6 +164,18 @@ impl World {
             .map(|n| &self.disk(n).cache)
             .collect();
         let differ = caches.windows(2).any(|two| two[0] != two[1]);
+        let (was, is) = (before.size / SECTOR, now.size / SECTOR);
+        if was < is {
+            self.seen.count("volume grown");
+            // What was the end, what is the end now.
+            let last = is as usize - 16;
+            self.hot.push((was as usize - 4).min(last));
+            self.hot.push(last);
+        }
+        let refused = |r: &Record| r.grow.as_ref().is_some_and(|g| g.refused.is_some());
+        if refused(&self.registry.record) && !refused(before) {
+            self.seen.count("growth refused");
+        }
         if master {
             self.seen.count("promotion");
         }

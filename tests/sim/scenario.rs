@@ -103,6 +103,7 @@ impl World {
             attachment: None,
             master: entries[rng.below(copies as u64) as usize].copy_id,
             preferred: None,
+            grow: None,
             copies: entries,
             lineage: vec![(epoch, tag)],
         };

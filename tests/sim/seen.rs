@@ -73,4 +73,6 @@ pub const DEMANDED: &[&str] = &[
     "copy added",
     "copy removed",
     "sector repaired",
+    "volume grown",
+    "growth refused",
 ];

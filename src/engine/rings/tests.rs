@@ -55,6 +55,7 @@ fn attachment() -> Attachment<Bytes> {
         attachment: None,
         master: copy.copy_id,
         preferred: None,
+        grow: None,
         copies: vec![copy],
         lineage: vec![(Epoch(1), Tag(1))],
     };

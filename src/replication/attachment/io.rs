@@ -44,7 +44,7 @@ impl<D: Payload> Attachment<D> {
             Kind::Zero { unmap } => Op::Zero { span, unmap, fua },
             Kind::Flush { .. } => Op::Flush,
             // Of a sync: not the guest's.
-            Kind::Data | Kind::Hash | Kind::Map | Kind::Mark => return None,
+            Kind::Data | Kind::Hash | Kind::Map | Kind::Mark | Kind::Grow { .. } => return None,
         };
         Some((op, p.submitted))
     }
@@ -215,6 +215,7 @@ impl<D: Payload> Attachment<D> {
                 };
                 (self.mark_message(copy, seq), None)
             }
+            Kind::Grow { to: size } => (Message::Grow { epoch, seq, size }, None),
         };
         self.send(to.without(bulk).or(bulk.bulk()), message, data);
     }
@@ -245,6 +246,9 @@ impl<D: Payload> Attachment<D> {
         };
         if !p.waiting.has(copy) || p.kind.is_query() {
             return;
+        }
+        if let Kind::Grow { to } = p.kind {
+            return self.room_answered(copy, seq, to, status);
         }
         if status != Status::Ok && self.syncs.contains_key(&copy) {
             return self.target_failed(copy, status);
@@ -341,7 +345,7 @@ impl<D: Payload> Attachment<D> {
                 outcome,
                 data: None,
             }),
-            Origin::Background | Origin::Abandoned => {}
+            Origin::Background | Origin::Abandoned | Origin::Grow => {}
             Origin::Reconcile { chunk } => self.chunk_written(chunk, outcome),
             Origin::Reconciled => self.reconciled(outcome),
             Origin::Leave => self.left_flushed(outcome),
@@ -397,6 +401,7 @@ impl<D: Payload> Attachment<D> {
                     Origin::Reconcile { chunk } => self.chunk_read(chunk, copy, data),
                     Origin::Background
                     | Origin::Abandoned
+                    | Origin::Grow
                     | Origin::Reconciled
                     | Origin::Sync { .. }
                     | Origin::Leave => {}
@@ -468,7 +473,10 @@ impl<D: Payload> Attachment<D> {
                 continue;
             }
             p.waiting = p.waiting.without(out);
-            let session = matches!(p.origin, Origin::Sync { .. } | Origin::Repair { .. });
+            let session = matches!(
+                p.origin,
+                Origin::Sync { .. } | Origin::Repair { .. } | Origin::Grow
+            );
             if !session && p.kind != Kind::Read && p.waiting.and(self.in_sync).is_empty() {
                 // S3: A acknowledges, B does not; A goes too, then B is ejected. Whether A still has the write, its machine
                 // may have lost power, is known when it is back: it gets the write again then.

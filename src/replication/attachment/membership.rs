@@ -9,7 +9,7 @@ use crate::replication::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos};
 use crate::replication::membership::{self, Facts};
 use crate::replication::message::{Message, Refusal};
 use crate::replication::mutants::{self, Mutant};
-use crate::replication::record::{CopyStatus, Record, State};
+use crate::replication::record::{CopyStatus, Record};
 use crate::replication::registry_answer::{Answer, answer};
 
 use super::sync::Sync;
@@ -34,6 +34,7 @@ impl Peer {
             broke_off: 0,
             sync_after: Nanos(0),
             in_sync_since: now,
+            room: 0,
             why: String::new(),
         }
     }
@@ -301,6 +302,7 @@ impl<D: Payload> Attachment<D> {
             return self.send(CopySet::one(copy), message, None);
         }
         self.ready.insert(copy);
+        self.has_room(copy);
         let ejecting = self
             .change
             .as_ref()
@@ -360,12 +362,11 @@ impl<D: Payload> Attachment<D> {
             surplus: self.surplus(),
             ready: self.ready.or(synced),
             local: self.local,
-            settled: self.phase == Phase::Serving
-                && self.record.state == State::Active
-                && !self.leaving,
+            settled: self.settled(),
             random: self.random(),
         };
-        let Some(next) = membership::next(&self.record, &facts) else {
+        let members = membership::next(&self.record, &facts);
+        let Some(next) = self.with_size(members) else {
             return;
         };
         let tag = self.tag();
@@ -608,6 +609,7 @@ impl<D: Payload> Attachment<D> {
         let (before, old) = (self.in_sync, std::mem::replace(&mut self.record, proposed));
         let (old_master, old_epoch) = (self.master, old.epoch);
         self.adopt();
+        self.grown(&old);
         let out = before.without(self.in_sync);
         for copy in out.iter() {
             if matches!(self.peers[copy].link, Link::Up) {

@@ -9,9 +9,11 @@
 //! - `reconcile`: deciding the regions in which copies may differ;
 //! - `membership`: links to the copies, ejection, promotion of another master, changes of the record;
 //! - `io`: requests, completion, leases, suspension;
+//! - `growing`: making the volume larger;
 //! - `sync` and `copying`: bringing absent copies up to date; `repair`: what one copy's disk could not read.
 
 mod copying;
+mod growing;
 mod io;
 mod join;
 mod membership;
@@ -20,6 +22,9 @@ mod repair;
 mod sync;
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+pub(super) use tests::bench_record;
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -204,6 +209,8 @@ struct Peer {
     sync_after: Nanos,
     /// When it was taken in last.
     in_sync_since: Nanos,
+    /// Bytes of a volume that it is known to have room for.
+    room: u64,
     /// Why it was lost last.
     why: String,
 }
@@ -230,6 +237,8 @@ enum Origin {
     Reconciled,
     /// The flush before a clean detach.
     Leave,
+    /// A copy makes room.
+    Grow,
     /// Part of bringing this copy up to date; void once that session is over.
     Sync {
         copy: usize,
@@ -259,6 +268,10 @@ enum Kind {
     Map,
     /// Marks what a sync's target holds.
     Mark,
+    /// Makes room for a volume of this size.
+    Grow {
+        to: u64,
+    },
 }
 
 impl Kind {
@@ -404,6 +417,8 @@ pub struct Attachment<D> {
     unflushed: bool,
     flushed_at: Nanos,
     pressure: bool,
+    /// The size that a copy has no room for, and why.
+    no_room: Option<(u64, String)>,
     leaving: bool,
     actions: VecDeque<Action<D>>,
 }
@@ -502,6 +517,7 @@ impl<D: Payload> Attachment<D> {
             unflushed: false,
             flushed_at: now,
             pressure: false,
+            no_room: None,
             leaving: false,
             actions: VecDeque::new(),
             record,
@@ -693,6 +709,11 @@ impl<D: Payload> Attachment<D> {
         )
     }
 
+    /// In-sync copies are known to be the same everywhere, and it is not being detached.
+    fn settled(&self) -> bool {
+        self.phase == Phase::Serving && self.record.state == State::Active && !self.leaving
+    }
+
     /// Goes on with whatever the last event made possible.
     fn advance(&mut self) {
         if self.ended() {
@@ -710,6 +731,7 @@ impl<D: Payload> Attachment<D> {
             Phase::Serving => {
                 self.advance_reconcile();
                 self.advance_syncs();
+                self.ask_for_room();
             }
             Phase::Joining | Phase::Claiming if self.leaving => {
                 self.fence("detached before it was attached".into())

@@ -87,7 +87,7 @@ pub(super) struct Sync {
     /// The regions of its own log; `None` when it has nothing to build on.
     own: Option<Vec<Region>>,
     /// Chunks written since marks were asked for: no answer says whether they are in it.
-    begun: DirtyMap,
+    pub(super) begun: DirtyMap,
     ranges: Ranges,
     /// Marked, and not copied so far.
     pub(super) todo: DirtyMap,
@@ -254,6 +254,7 @@ impl<D: Payload> Attachment<D> {
         sync.boot = disk.boot_id;
         sync.ticket = ticket;
         sync.stage = Stage::Marking;
+        self.peers[copy].room = self.record.size;
         let session = sync.session;
         self.event("6 sync begins", format!("copy on {node}: {how}"));
         let origin = Origin::Sync {
@@ -589,6 +590,12 @@ impl<D: Payload> Attachment<D> {
             .map(|(_, p)| p.submitted)
             .min();
         waits.map_or(Nanos(0), |submitted| self.now.since(submitted))
+    }
+
+    /// Targets that have taken a configuration.
+    pub(super) fn begun_targets(&self) -> CopySet {
+        let begun = |c: &usize| self.syncs[c].stage > Stage::Opening;
+        self.targets().iter().filter(begun).collect()
     }
 
     /// Targets that hear heartbeats: what they hold is marked elsewhere, so that their logs may retire regions, too.

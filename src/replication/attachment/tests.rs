@@ -33,6 +33,11 @@ fn boot(copy: usize) -> BootId {
     BootId([copy as u8; 16])
 }
 
+/// `copies` copies in sync, the first one the master.
+pub(in crate::replication) fn bench_record(copies: usize, state: State) -> Record {
+    Bench::record(copies, state)
+}
+
 /// An attachment on node 0 and the answers of its copies, given one by one.
 struct Bench {
     a: Attachment<Bytes>,
@@ -67,6 +72,7 @@ impl Bench {
             attachment: None,
             master: CopyId([0; 16]),
             preferred: None,
+            grow: None,
             copies: (0..copies).map(entry).collect(),
             lineage: vec![(Epoch(1), Tag(1))],
         }

@@ -13,10 +13,12 @@ impl<D> Replica<D> {
         let absent = |copy: CopyId| config.absent.iter().find(|a| a.copy_id == copy);
         let target = matches!(self.role, Role::Target { .. });
         let regions = self.log.regions();
+        // As large as there is room: a map never shrinks.
+        let size = self.room();
         let mark = |map: &mut DirtyMap, due: Marks| match due {
             Marks::Nothing => {}
-            Marks::Log => regions.iter().for_each(|r| map.set_region(*r, config.size)),
-            Marks::All => map.set_all(config.size),
+            Marks::Log => regions.iter().for_each(|r| map.set_region(*r, size)),
+            Marks::All => map.set_all(size),
         };
         for slot in 0..BITMAPS_MAX {
             let Some(bitmap) = self.state.bitmaps[slot] else {
@@ -31,7 +33,7 @@ impl<D> Replica<D> {
             let Some(map) = &mut self.maps[slot] else {
                 continue;
             };
-            map.grow(config.size);
+            map.grow(size);
             self.mirrored[slot] = a.mirrored && !target;
             mark(map, resync::marks(Some(mirrored), a, target));
         }
@@ -44,7 +46,7 @@ impl<D> Replica<D> {
                 let text = "more absent copies than bitmaps".into();
                 return Err(Refusal::Protocol(text));
             };
-            let mut map = DirtyMap::new(config.size);
+            let mut map = DirtyMap::new(size);
             mark(&mut map, resync::marks(None, a, target));
             self.state.bitmaps[free] = Some(Bitmap {
                 copy_id: a.copy_id,

@@ -82,6 +82,7 @@ impl<D> Replica<D> {
             ) => self.mark(session, epoch, seq, copy, regions),
             (Message::Clear { epoch, copy, runs }, None) => self.clear(epoch, copy, &runs),
             (Message::SyncDone { epoch }, None) => self.end_sync(session, epoch),
+            (Message::Grow { epoch, seq, size }, None) => self.grow(session, epoch, seq, size),
             (Message::Detach { epoch }, None) => {
                 if self.current(epoch) {
                     self.serial = Some(Serial::Detach { session, epoch });
@@ -202,13 +203,6 @@ impl<D> Replica<D> {
         if self.state.standing == Standing::Inconsistent && !target {
             return self.refuse(session, Refusal::Inconsistent);
         }
-        if config.size < self.state.size {
-            let text = format!(
-                "size {} is below this copy's {}",
-                config.size, self.state.size
-            );
-            return self.refuse(session, Refusal::Protocol(text));
-        }
         if attach {
             if let Some(old) = self.bound.take()
                 && old != session
@@ -327,15 +321,15 @@ impl<D> Replica<D> {
         if !self.current(request.epoch) {
             return Some(Status::Stale);
         }
-        self.outside(request)
+        self.outside(request, self.size)
     }
 
-    /// Why the range is none of this copy's.
-    pub(super) fn outside(&self, request: &Request) -> Option<Status> {
+    /// Why the range is none of the first `size` bytes.
+    pub(super) fn outside(&self, request: &Request, size: u64) -> Option<Status> {
         let Span { offset, len } = request.span;
         let inside = offset
             .checked_add(u64::from(len))
-            .is_some_and(|end| end <= self.state.size);
+            .is_some_and(|end| end <= size);
         let aligned = offset % SECTOR == 0 && u64::from(len) % SECTOR == 0 && len > 0;
         (!inside || !aligned).then_some(Status::Io)
     }

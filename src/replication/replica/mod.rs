@@ -5,6 +5,7 @@
 //! [`Action`] of [`Replica::poll`], in order. `D` is whatever the engine calls the bytes of a request.
 
 mod bitmaps;
+mod growing;
 mod messages;
 mod results;
 mod serial;
@@ -108,7 +109,8 @@ pub enum DiskOp<D> {
     },
     /// Make all data reported as written durable.
     Sync,
-    /// Make the data file this long.
+    /// Make room for a volume of this size in all files, durably. `NoSpace` says that nothing is lost, for whatever reason the
+    /// files cannot be longer.
     Grow {
         /// Bytes.
         size: u64,
@@ -162,7 +164,8 @@ enum Op {
     Bitmaps(Vec<(SessionId, Seq)>),
     BitmapsThenLog(Transaction),
     Log(Transaction),
-    Grow,
+    /// To this size.
+    Grow(u64),
     /// With the standing it carries.
     Superblock(Standing),
 }
@@ -209,6 +212,8 @@ enum Serial {
         session: SessionId,
         marked: bool,
     },
+    /// There is more room; the superblock says so.
+    Grown,
     Failing,
 }
 
@@ -268,6 +273,12 @@ pub struct Replica<D> {
     /// Bitmap pages are being written outside of a log transaction.
     bitmaps_running: bool,
     look_for_idle: bool,
+    /// Bytes of the volume, by the configuration in force: requests end there, whatever there is room for.
+    size: u64,
+    /// The size that the disk's superblock states.
+    recorded: u64,
+    /// Who waits for room.
+    growing: Vec<growing::Asked>,
     /// Sessions to be refused for the failed disk once it works on nothing any more.
     ending: Vec<SessionId>,
     actions: VecDeque<Action<D>>,
@@ -296,6 +307,9 @@ impl<D> Replica<D> {
             maps,
             mirrored: [false; BITMAPS_MAX],
             role: Role::Member,
+            size: state.size,
+            recorded: state.size,
+            growing: Vec::new(),
             state,
             boot_id,
             timing,
@@ -357,6 +371,7 @@ impl<D> Replica<D> {
             && self.ops.is_empty()
             && self.queue.is_empty()
             && self.inbox.is_empty()
+            && self.growing.is_empty()
     }
 
     // ---- events
@@ -403,6 +418,7 @@ impl<D> Replica<D> {
             self.promised_to = None;
         }
         self.inbox.retain(|(s, ..)| *s != session);
+        self.forget_growing(session);
         self.ending.retain(|s| *s != session);
     }
 
@@ -461,7 +477,8 @@ impl<D> Replica<D> {
                 self.start(Op::Log(txn), next);
             }
             (Op::Log(txn), DiskResult::Done(_)) => self.log_committed(&txn),
-            (Op::Grow, DiskResult::Done(_)) => self.write_superblock(),
+            (Op::Grow(size), DiskResult::Done(_)) => self.has_grown(size),
+            (Op::Grow(size), DiskResult::NoSpace) => self.cannot_grow(size),
             // Begun before the failure, so it does not say Failed yet: end_turn writes the one that does.
             (Op::Superblock(standing), DiskResult::Done(_)) if standing != self.state.standing => {}
             (Op::Superblock(_), DiskResult::Done(_)) => self.superblock_written(),
@@ -470,7 +487,7 @@ impl<D> Replica<D> {
             }
             (op, _) => self.fail(match op {
                 Op::Sync => "a flush failed",
-                Op::Grow => "the data file could not grow",
+                Op::Grow(_) => "its files could not be made longer",
                 _ => "its metadata could not be written",
             }),
         }
@@ -491,6 +508,10 @@ impl<D> Replica<D> {
         }
         if self.serial.is_some() {
             return self.advance_serial();
+        }
+        self.start_growing();
+        if self.serial.is_some() {
+            return;
         }
         self.write_bitmaps();
         self.start_transaction();

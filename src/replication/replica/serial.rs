@@ -7,11 +7,7 @@ use crate::replication::mutants::{self, Mutant};
 impl<D> Replica<D> {
     /// Takes the serial step as far as it goes now.
     pub(super) fn advance_serial(&mut self) {
-        let superblock_running = self
-            .ops
-            .iter()
-            .any(|(_, op)| matches!(op, Op::Superblock(_) | Op::Grow));
-        if superblock_running {
+        if self.state_running() {
             return;
         }
         match self.serial.take() {
@@ -34,7 +30,8 @@ impl<D> Replica<D> {
             }) => {
                 // A write of a former connection that is still in the disk queue will be sent again: were it to land
                 // after the second one and after a later overlapping write, it would undo that one. It ends first.
-                if attach && self.data_in_flight > 0 {
+                let waits = attach && self.data_in_flight > 0;
+                if waits || self.makes_room(&config) {
                     self.serial = Some(Serial::Configure {
                         session,
                         config,
@@ -69,7 +66,7 @@ impl<D> Replica<D> {
                 before: None,
             }) => self.become_target(session, config),
             Some(Serial::EndSync { session, marked }) => self.advance_end_of_sync(session, marked),
-            Some(serial @ Serial::BeginSync { .. }) => {
+            Some(serial @ (Serial::BeginSync { .. } | Serial::Grown)) => {
                 self.serial = Some(serial);
                 self.write_superblock();
             }
@@ -87,7 +84,6 @@ impl<D> Replica<D> {
         config: Configuration,
         attach: bool,
     ) {
-        let grows = config.size > self.state.size;
         let s = &mut self.state;
         match &mut self.role {
             Role::Member => {
@@ -100,24 +96,19 @@ impl<D> Replica<D> {
             Role::Target { epoch, tag } => (*epoch, *tag) = (config.epoch, config.tag),
         }
         assert!(config.epoch >= s.promised, "S2: no promise is taken back");
-        (s.promised, s.size) = (config.epoch, config.size);
+        s.promised = config.epoch;
         s.clean = false;
-        self.log.grow(config.size);
+        self.size = config.size;
         if let Err(refusal) = self.keep_bitmaps(&config) {
             return self.refuse(session, refusal);
         }
         self.logged = config.logged;
-        let size = config.size;
         self.serial = Some(Serial::Configure {
             session,
             config,
             attach,
         });
-        if grows {
-            self.start(Op::Grow, DiskOp::Grow { size });
-        } else {
-            self.write_superblock();
-        }
+        self.write_superblock();
     }
 
     pub(super) fn write_superblock(&mut self) {
@@ -126,6 +117,7 @@ impl<D> Replica<D> {
     }
 
     pub(super) fn superblock_written(&mut self) {
+        self.answer_grown();
         match self.serial.take() {
             Some(Serial::Promise { session, promise }) => {
                 let holder = Holder {
@@ -188,8 +180,13 @@ impl<D> Replica<D> {
                 session, before, ..
             }) => self.target_ready(session, before),
             Some(Serial::EndSync { session, .. }) => self.sync_ended(session),
-            Some(Serial::Failing) | None => {}
+            Some(Serial::Grown | Serial::Failing) | None => {}
         }
+        self.take_inbox();
+    }
+
+    /// What waited behind a serial step.
+    pub(super) fn take_inbox(&mut self) {
         while self.serial.is_none() {
             let Some((session, message, data)) = self.inbox.pop_front() else {
                 break;
@@ -214,6 +211,7 @@ impl<D> Replica<D> {
             });
         }
         self.drop_queue();
+        self.stop_growing();
         let flushes = self.flushing.take().into_iter().flatten();
         for (session, seq) in flushes
             .chain(std::mem::take(&mut self.flush_next))

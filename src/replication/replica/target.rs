@@ -9,13 +9,6 @@ impl<D> Replica<D> {
         if config.epoch < least {
             return self.refuse(session, Refusal::Stale { promised: least });
         }
-        if config.size < self.state.size {
-            let text = format!(
-                "size {} is below this copy's {}",
-                config.size, self.state.size
-            );
-            return self.refuse(session, Refusal::Protocol(text));
-        }
         for old in [self.bound.take(), self.bulk.take()].into_iter().flatten() {
             if old != session {
                 let promised = config.epoch;
@@ -41,32 +34,33 @@ impl<D> Replica<D> {
             });
             return;
         }
+        if self.makes_room(&config) {
+            self.serial = Some(Serial::BeginSync {
+                session,
+                config,
+                before: None,
+            });
+            return;
+        }
         let before = self.disk_state(config.epoch, false);
         self.role = Role::Target {
             epoch: config.epoch,
             tag: config.tag,
         };
-        let grows = config.size > self.state.size;
-        (self.state.promised, self.state.size) = (config.epoch, config.size);
+        (self.state.promised, self.size) = (config.epoch, config.size);
         self.state.standing = Standing::Inconsistent;
         self.state.clean = false;
-        self.log.grow(config.size);
         self.log.renumber();
         self.logged = true;
         if let Err(refusal) = self.keep_bitmaps(&config) {
             return self.refuse(session, refusal);
         }
-        let size = config.size;
         self.serial = Some(Serial::BeginSync {
             session,
             config,
             before: Some(before),
         });
-        if grows {
-            self.start(Op::Grow, DiskOp::Grow { size });
-        } else {
-            self.write_superblock();
-        }
+        self.write_superblock();
     }
 
     pub(super) fn target_ready(&mut self, session: SessionId, before: Option<DiskState>) {
@@ -99,16 +93,16 @@ impl<D> Replica<D> {
         }
     }
 
-    /// A change of epoch goes over the other connection, so that a request here may be of the one before or after. The
-    /// ticket has shown whose they are, and what they write is marked on every in-sync copy until a flush (S12).
+    /// A change of epoch, or of the size, goes over the other connection, so that a request here may be of the one before or
+    /// after. The ticket has shown whose they are, and what they write is marked on every in-sync copy until a flush (S12).
     pub(super) fn bulk_request(&mut self, session: SessionId, message: Message, data: Option<D>) {
         match (message, data) {
             (Message::SyncHash(request), None) => {
-                let status = self.outside(&request);
+                let status = self.outside(&request, self.room());
                 self.hash(session, request, status);
             }
             (Message::SyncData(request), Some(data)) => {
-                let status = self.outside(&request);
+                let status = self.outside(&request, self.room());
                 self.sync_data(session, request, status, data);
             }
             (

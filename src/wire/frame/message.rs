@@ -168,6 +168,10 @@ pub(super) fn put_message(message: &Message, header: &mut Header, out: &mut Vec<
         Message::SyncDoneAck { epoch } => {
             (header.kind, header.epoch) = (kind::SYNC_DONE_ACK, epoch.0);
         }
+        Message::Grow { epoch, seq, size } => {
+            header.kind = kind::GROW;
+            (header.epoch, header.seq, header.offset) = (epoch.0, seq.0, *size);
+        }
     }
 }
 
@@ -208,6 +212,7 @@ fn put_refusal(refusal: &Refusal, out: &mut Vec<u8>) {
             out.push(6);
             body::put_text(out, body::clip(text));
         }
+        Refusal::NoRoom => out.push(7),
     }
 }
 
@@ -358,6 +363,10 @@ pub(super) fn read_message(header: &Header, body: &mut Reader<'_>) -> Result<Mes
         ),
         kind::SYNC_DONE => (Message::SyncDone { epoch }, 0),
         kind::SYNC_DONE_ACK => (Message::SyncDoneAck { epoch }, 0),
+        kind::GROW => {
+            let size = header.offset;
+            (Message::Grow { epoch, seq, size }, 0)
+        }
         other => return Err(WireError::Type(other)),
     };
     flags(known)?;
@@ -419,6 +428,7 @@ fn read_refusal(body: &mut Reader<'_>) -> Result<Refusal, WireError> {
         4 => Ok(Refusal::Inconsistent),
         5 => Ok(Refusal::Failed),
         6 => Ok(Refusal::Protocol(body.text()?)),
+        7 => Ok(Refusal::NoRoom),
         _ => Err(WireError::Malformed("refusal")),
     }
 }

@@ -80,6 +80,7 @@ mod kind {
     pub const SYNC_DATA: u8 = 28;
     pub const SYNC_DONE: u8 = 29;
     pub const SYNC_DONE_ACK: u8 = 30;
+    pub const GROW: u8 = 31;
 }
 
 /// A payload to be sent.
