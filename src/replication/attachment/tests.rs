@@ -1,5 +1,7 @@
 //! Schedules that broke a rule, each exact. What chance finds is in `tests/sim`.
 
+mod growing;
+
 use super::*;
 use crate::replication::failure_mode::FailureMode;
 use crate::replication::ids::{CHUNK, Instance, REGION, Region, VolumeId};

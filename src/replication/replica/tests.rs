@@ -139,3 +139,152 @@ fn a_failed_copy_answers_what_its_disk_works_on_before_it_ends_the_session() {
     };
     assert!(end.iter().position(acked).unwrap() < end.iter().position(closed).unwrap());
 }
+
+fn grow(r: &mut Replica<()>, seq: u64, size: u64) {
+    let (epoch, seq) = (Epoch(2), Seq(seq));
+    let message = Message::Grow { epoch, seq, size };
+    r.on_message(T0, SessionId(1), message, None);
+    r.end_turn();
+}
+
+/// What the copy wants next.
+fn next(r: &mut Replica<()>) -> Option<Action<()>> {
+    r.end_turn();
+    std::iter::from_fn(|| r.poll()).find(|a| !matches!(a, Action::Event { .. }))
+}
+
+fn attached() -> Replica<()> {
+    let mut r = replica();
+    ask(&mut r, 1, 2, "x", Proof::Released(Epoch(1)));
+    attach(&mut r, 1, 2);
+    r
+}
+
+#[test]
+fn room_is_answered_when_files_and_superblock_are_durable_and_is_no_permission_to_use_it() {
+    let mut r = attached();
+    grow(&mut r, 7, 4 << 20);
+    let Some(Action::Disk(files, DiskOp::Grow { size })) = next(&mut r) else {
+        panic!("the files come first")
+    };
+    assert_eq!(size, 4 << 20);
+    // Requests go on meanwhile, up to the size that the volume has.
+    let read = |seq, offset| {
+        let span = Span { offset, len: 512 };
+        let (epoch, seq, fua) = (Epoch(2), Seq(seq), false);
+        Message::Read(Request {
+            epoch,
+            seq,
+            span,
+            fua,
+        })
+    };
+    r.on_message(T0, SessionId(1), read(8, 0), None);
+    let Some(Action::Disk(ticket, DiskOp::Read { .. })) = next(&mut r) else {
+        panic!("a read")
+    };
+    r.on_disk(T0, ticket, DiskResult::Done(None));
+    assert!(matches!(next(&mut r), Some(Action::Reply { .. })));
+    r.on_disk(T0, files, DiskResult::Done(None));
+    let Some(Action::Disk(superblock, DiskOp::Superblock(state))) = next(&mut r) else {
+        panic!("then the superblock")
+    };
+    assert_eq!(state.size, 4 << 20);
+    r.on_disk(T0, superblock, DiskResult::Done(None));
+    assert!(matches!(
+        next(&mut r),
+        Some(Action::Ack {
+            seq: Seq(7),
+            status: Status::Ok,
+            ..
+        })
+    ));
+    r.on_message(T0, SessionId(1), read(9, 1 << 20), None);
+    let status = Status::Io;
+    let refused = Message::ReadReply {
+        seq: Seq(9),
+        status,
+    };
+    assert!(
+        matches!(next(&mut r), Some(Action::Reply { message, .. }) if message == refused),
+        "the configuration says 1 MiB"
+    );
+    // The room is there: a configuration that is smaller is taken, and asking again costs nothing.
+    assert!(matches!(attach(&mut r, 1, 3), Message::AttachAck { .. }));
+    assert_eq!(r.room(), 4 << 20);
+}
+
+#[test]
+fn a_copy_without_room_says_so_and_goes_on_at_its_size() {
+    let mut r = attached();
+    grow(&mut r, 7, 4 << 20);
+    let Some(Action::Disk(files, DiskOp::Grow { .. })) = next(&mut r) else {
+        panic!("the files")
+    };
+    // A candidate's promise waits behind it, and is not lost.
+    let promise = Promise {
+        epoch: Epoch(3),
+        candidate: NodeName("x".into()),
+        instance: Instance([b'x'; 16]),
+        proof: Proof::None,
+        probe: false,
+    };
+    r.on_message(T0, SessionId(2), Message::Promise(promise), None);
+    r.on_disk(T0, files, DiskResult::NoSpace);
+    let mut acks = Vec::new();
+    let mut said = Vec::new();
+    loop {
+        r.end_turn();
+        match r.poll() {
+            Some(Action::Disk(ticket, op)) => {
+                assert!(matches!(&op, DiskOp::Superblock(s) if s.size == 1 << 20));
+                r.on_disk(T0, ticket, DiskResult::Done(None));
+            }
+            Some(Action::Ack { seq, status, .. }) => acks.push((seq, status)),
+            Some(Action::Reply { message, .. }) => said.push(message),
+            Some(_) => {}
+            None => break,
+        }
+    }
+    assert_eq!(acks, [(Seq(7), Status::NoSpace)]);
+    assert!(matches!(said.last(), Some(Message::PromiseAck(_))));
+    assert_eq!(r.state().standing, Standing::InSync);
+}
+
+#[test]
+fn a_target_makes_room_before_its_sync_begins_and_ends_the_session_without_it() {
+    for room in [true, false] {
+        let mut r = replica();
+        let config = Configuration {
+            epoch: Epoch(2),
+            tag: Tag(2),
+            size: 4 << 20,
+            logged: true,
+            absent: Vec::new(),
+        };
+        r.on_message(T0, SessionId(1), Message::SyncBegin(config), None);
+        let Some(Action::Disk(files, DiskOp::Grow { .. })) = next(&mut r) else {
+            panic!("room first")
+        };
+        let result = match room {
+            true => DiskResult::Done(None),
+            false => DiskResult::NoSpace,
+        };
+        r.on_disk(T0, files, result);
+        let said = settle(&mut r);
+        match room {
+            true => {
+                assert!(matches!(said[..], [Message::SyncReady { .. }]));
+                assert_eq!(
+                    (r.room(), r.state().standing),
+                    (4 << 20, Standing::Inconsistent)
+                );
+            }
+            false => {
+                assert_eq!(said, [Message::Nack(Refusal::NoRoom)]);
+                // Untouched: it may be tried again.
+                assert_eq!((r.room(), r.state().standing), (1 << 20, Standing::InSync));
+            }
+        }
+    }
+}

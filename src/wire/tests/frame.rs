@@ -127,6 +127,7 @@ fn arb_refusal() -> impl Strategy<Value = Refusal> {
         Just(Refusal::UnknownCopy),
         Just(Refusal::Inconsistent),
         Just(Refusal::Failed),
+        Just(Refusal::NoRoom),
         "\\PC{0,64}".prop_map(Refusal::Protocol),
     ]
 }
@@ -218,6 +219,11 @@ fn arb_message() -> impl Strategy<Value = Message> {
             sent: Nanos(sent)
         }),
         arb_refusal().prop_map(Message::Nack),
+        (epoch(), any::<u64>(), any::<u64>()).prop_map(|(epoch, seq, size)| Message::Grow {
+            epoch,
+            seq: Seq(seq),
+            size
+        }),
         arb_resync(),
     ]
 }
@@ -557,7 +563,7 @@ fn counts_and_codes_out_of_range_are_refused() {
         ),
         (Message::Promise(promise.clone()), 0, &[3]),
         (Message::Promise(promise), 25, &long[1..]),
-        (Message::Nack(Refusal::Failed), 0, &[7]),
+        (Message::Nack(Refusal::Failed), 0, &[8]),
     ];
     for (message, at, bytes) in cases {
         let mut f = frame(&message, 1, None);
@@ -680,7 +686,7 @@ fn ranges_that_are_not_of_whole_sectors_or_overflow_are_refused() {
 #[test]
 fn unknown_types_flags_versions_and_statuses_are_refused() {
     let detach = || frame(&Message::Detach { epoch: Epoch(1) }, 1, None);
-    for kind in [0, 31, 255] {
+    for kind in [0, 32, 255] {
         let mut f = detach();
         forge(&mut f, 5, &[kind]);
         assert_eq!(decode(&f), Err(WireError::Type(kind)));

@@ -121,6 +121,7 @@ fn messages() -> Vec<(Message, Option<&'static [u8]>)> {
             status: Status::Ok,
         },
     ];
+    let size = configuration.size;
     let resync = resync_messages(request, configuration);
     let bare = |m| (m, None);
     plain
@@ -129,6 +130,13 @@ fn messages() -> Vec<(Message, Option<&'static [u8]>)> {
         .chain(with_payload.into_iter().map(|m| (m, Some(&SECTOR[..]))))
         .chain(resync.into_iter().map(bare))
         .chain([(Message::SyncData(request), Some(&SECTOR[..]))])
+        .chain(
+            [
+                Message::Grow { epoch, seq, size },
+                Message::Nack(Refusal::NoRoom),
+            ]
+            .map(bare),
+        )
         .collect()
 }
 
