@@ -504,6 +504,7 @@ impl Host for NodeHost {
             },
             read_only: request.front.as_ref().is_none_or(|f| f.read_only),
             by_turns: request.by_turns,
+            capacity: bound.as_ref().map(Bound::capacity),
             record: request.record,
         };
         engine.attach(attach).map_err(HostError::Refused)?;

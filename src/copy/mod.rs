@@ -3,9 +3,10 @@
 //!
 //! [`Metadata`] is sans-IO: it turns a change (a new superblock, regions that became active, a page of a bitmap) into
 //! [`MetaWrite`]s and reads itself back through [`ReadAt`], so that a simulator runs it on simulated sectors.
-//! [`Store`] is the real files of one copy, [`NodeDir`] the directory that holds all copies of a node.
+//! [`Store`] is the real files of one copy, [`Growth`] makes them longer, [`NodeDir`] the directory that holds all copies of a node.
 
 mod bitmap;
+mod growth;
 pub mod layout;
 mod log;
 mod metadata;
@@ -17,6 +18,7 @@ mod superblock;
 #[cfg(test)]
 mod tests;
 
+pub use growth::{Growth, GrowthError};
 pub use layout::{BITS_PER_PAGE, BLOCK};
 pub use metadata::{FormatError, Half, Loaded, LogImage, MetaWrite, Metadata, ReadAt, Warning};
 pub use node_dir::{NodeDir, NodeDirError};

@@ -11,9 +11,9 @@ use super::{FormatError, Loaded, Metadata, ReadAt};
 use crate::replication::copy_state::CopyState;
 
 /// The volume's bytes.
-const DATA: &str = "data";
+pub(super) const DATA: &str = "data";
 /// What is to be known about them.
-const META: &str = "meta";
+pub(super) const META: &str = "meta";
 /// A directory in the making, or being removed, begins with a dot: never taken for a copy, swept at the node's start.
 const MAKING: &str = ".new-";
 const REMOVING: &str = ".gone-";
@@ -104,7 +104,7 @@ pub enum StoreError {
 }
 
 /// Names what was tried, on what.
-fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+pub(super) fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     move |source| StoreError::Io {
         what,
         path: path.into(),
@@ -113,7 +113,7 @@ fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
 }
 
 /// A full disk's error, or the one that [`at`] makes.
-fn space(
+pub(super) fn space(
     what: &'static str,
     path: &Path,
     dir: &Path,
@@ -284,30 +284,6 @@ impl Store {
         Ok(self.data.metadata()?.blocks() * 512)
     }
 
-    /// Makes room for a volume of `size` bytes, durably; the superblock that says so is written afterwards. Never shrinks.
-    ///
-    /// Errors: `NoSpace`, `Io`; the copy remains usable at its old size.
-    pub fn grow(&self, size: u64, preallocate: bool) -> Result<(), StoreError> {
-        let (data_path, meta_path) = (self.dir.join(DATA), self.dir.join(META));
-        let length = |file: &File, path: &Path| {
-            file.metadata()
-                .map(|m| m.len())
-                .map_err(at("read the length of", path))
-        };
-        let (old_meta, old_data) = (
-            length(&self.meta, &meta_path)?,
-            length(&self.data, &data_path)?,
-        );
-        let (new_meta, new_data) = (meta_len(size).max(old_meta), data_len(size).max(old_data));
-        let needed = new_meta - old_meta + if preallocate { new_data - old_data } else { 0 };
-        os::reserve(&self.meta, old_meta, new_meta)
-            .map_err(space("grow", &meta_path, &self.dir, needed))?;
-        self.meta.sync_all().map_err(at("sync", &meta_path))?;
-        lengthen(&self.data, old_data, new_data, preallocate)
-            .map_err(space("grow", &data_path, &self.dir, needed))?;
-        self.data.sync_all().map_err(at("sync", &data_path))
-    }
-
     /// Where it is.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -408,7 +384,7 @@ fn fill(
     os::sync_dir(making).map_err(space("sync", making, dir, needed))
 }
 
-fn lengthen(data: &File, old: u64, new: u64, preallocate: bool) -> io::Result<()> {
+pub(super) fn lengthen(data: &File, old: u64, new: u64, preallocate: bool) -> io::Result<()> {
     if preallocate {
         os::reserve(data, old, new)
     } else {

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
 use crate::cluster::metrics::VolumeMetrics;
-use crate::copy::{Metadata, Store};
-use crate::guest::{GuestMem, RingLog, RingStart};
+use crate::copy::{GrowthError, Metadata, Store};
+use crate::guest::{Capacity, GuestMem, RingLog, RingStart};
 use crate::replication::attachment::{CasOutcome, CopyView, Phase, Revision};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState};
 use crate::replication::dirty_map::DirtyMap;
 use crate::replication::ids::{Epoch, Nanos, NodeName, Region, VolumeId};
 use crate::replication::message::Proof;
 use crate::replication::record::{self, Record};
+use crate::replication::replica::Ticket;
 use crate::wire::hello::Hello;
 
 /// A copy as read from disk, ready to be served.
@@ -48,6 +49,8 @@ pub struct AttachVolume {
     pub read_only: bool,
     /// The machine may move between nodes: attached only while it runs its rings here.
     pub by_turns: bool,
+    /// What the guest is shown, if there is to be one; raised when the volume has grown.
+    pub capacity: Option<Capacity>,
 }
 
 /// What a vhost-user control thread asks for; each is answered before the front-end is.
@@ -172,6 +175,8 @@ pub enum Command {
     RecordUnavailable(VolumeId),
     /// The answer to a compare-and-swap.
     Cas(VolumeId, CasOutcome),
+    /// The copy's files were made longer, or could not be.
+    Grown(VolumeId, Ticket, Result<(), GrowthError>),
     /// Where nodes are reached.
     Peers(Vec<(NodeName, SocketAddr)>),
     /// A connection that greeted and belongs to this worker; with what came behind the greeting.

@@ -11,7 +11,7 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
 use super::buffer::{Buffer, Bytes};
-use super::command::{Event, RegistryRequest};
+use super::command::{Event, Mailbox, RegistryRequest};
 use super::conn::{Conn, OUT_MAX, Piece};
 use super::disk::Disk;
 use crate::replication::attachment::CopySet;
@@ -97,6 +97,8 @@ pub struct Context {
     pub unsent: HashSet<usize>,
     /// Rings by token: volume and queue.
     pub kicks: HashMap<usize, (usize, u16)>,
+    /// This worker's own, for threads that work for it; known once all workers run.
+    pub mailbox: Option<Mailbox>,
     /// To the registry's thread.
     pub registry: Sender<RegistryRequest>,
     /// To the node's log of events.
@@ -139,6 +141,7 @@ impl Context {
             addresses: HashMap::new(),
             unsent: HashSet::new(),
             kicks: HashMap::new(),
+            mailbox: None,
             registry,
             events,
             wire_raw: 0,

@@ -112,6 +112,14 @@ impl Rings {
         }
     }
 
+    /// Takes requests up to `size` bytes from now on; whether that is more than before.
+    pub fn grow(&mut self, size: u64) -> bool {
+        let sectors = size / 512;
+        let more = sectors > self.limits.capacity_sectors;
+        self.limits.capacity_sectors = self.limits.capacity_sectors.max(sectors);
+        more
+    }
+
     /// Guest requests taken and not answered.
     pub fn in_flight(&self) -> usize {
         self.parts.len()

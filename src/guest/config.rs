@@ -1,11 +1,11 @@
 //! The device itself: what it offers, its configuration space (virtio 1.2, section 5.2.4) and the write-cache switch.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
-use super::request::SECTOR_SIZE;
+use super::capacity::Capacity;
 use super::ring::MAX_RING_SIZE;
 
 // Feature bits: virtio 1.2, sections 5.2.3 and 6, and the vhost-user specification.
@@ -52,6 +52,9 @@ pub enum ConfigError {
     /// No segments, or too many.
     #[error("seg_max is {0}; 1 to {MAX_SEG_MAX} are possible")]
     Segments(u32),
+    /// The system refuses what a change of the size is told with.
+    #[error("no eventfd for the device: {0}")]
+    NoEvent(String),
 }
 
 /// Logical block size that the guest is told. Requests are in sectors of 512 bytes all the same.
@@ -126,7 +129,7 @@ impl DeviceConfig {
 #[derive(Debug)]
 pub(super) struct Device {
     pub(super) config: DeviceConfig,
-    sectors: AtomicU64,
+    pub(super) capacity: Capacity,
     writeback: AtomicBool,
 }
 
@@ -143,7 +146,8 @@ impl Device {
             return Err(ConfigError::Segments(config.seg_max));
         }
         Ok(Device {
-            sectors: AtomicU64::new(config.size / SECTOR_SIZE),
+            capacity: Capacity::new(config.size)
+                .map_err(|e| ConfigError::NoEvent(e.to_string()))?,
             writeback: AtomicBool::new(config.writeback),
             config,
         })
@@ -178,6 +182,7 @@ impl Device {
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::BACKEND_REQ
     }
 
     /// Whether a write may complete before it is durable: the guest can flush, and left the write cache on (5.2.6.2).
@@ -225,7 +230,7 @@ impl Device {
             space[offset..offset + bytes.len()].copy_from_slice(bytes)
         };
         let block = self.config.block_size.bytes();
-        put(0, &self.sectors.load(Ordering::Relaxed).to_le_bytes());
+        put(0, &self.capacity.sectors().to_le_bytes());
         put(12, &self.config.seg_max.to_le_bytes());
         put(20, &block.to_le_bytes());
         // Topology: log2 of logical blocks in a physical one, alignment of the first, and sizes in logical blocks.

@@ -16,6 +16,7 @@
 //! | `socket` | claiming the path of the socket: stale files, live owners, permissions |
 //! | `session` | one connection: the vhost-user messages, and the state of its rings as the front-end described it |
 //! | `config` | the device itself: features offered, configuration space, write-cache switch |
+//! | `capacity` | the size the guest is shown, and telling it of a larger one |
 //! | `table` | the front-end's memory table: regions mapped, its addresses translated |
 //! | `plane` | the contract between the two sides |
 //! | `memory` | guest memory as host pointers, looked up fast and never beyond a region |
@@ -29,6 +30,7 @@
 //! Everything that a guest or a front-end says is input: it is checked here once, and what leaves this room points
 //! only into guest memory and only at sectors of the volume.
 
+mod capacity;
 mod chain;
 mod config;
 mod dirty;
@@ -43,6 +45,7 @@ mod session;
 mod socket;
 mod table;
 
+pub use capacity::Capacity;
 pub use chain::{Chain, ChainFault, MAX_DATA_SEGMENTS, Used};
 pub use config::{BlockSize, ConfigError, DeviceConfig, Serial};
 pub use dirty::{DirtyLog, RingLog};

@@ -16,6 +16,7 @@ use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::capacity::{Capacity, peek_channel};
 use super::config::{Device, DeviceConfig};
 use super::plane::DataPlane;
 use super::session::Session;
@@ -71,6 +72,11 @@ impl Bound {
         })
     }
 
+    /// The size that the guest is shown; whoever serves the volume raises it.
+    pub fn capacity(&self) -> Capacity {
+        self.device.capacity.clone()
+    }
+
     /// Serves `plane`, which must be ready for all calls (a front-end may be waiting), until [`stop`](Server::stop).
     ///
     /// # Errors
@@ -124,6 +130,11 @@ impl Server {
         plane: Box<dyn DataPlane>,
     ) -> Result<Server, ServeError> {
         Bound::new(config, path)?.serve(plane)
+    }
+
+    /// As [`Bound::capacity`].
+    pub fn capacity(&self) -> Capacity {
+        self.shared.device.capacity.clone()
     }
 
     /// Whether a front-end is connected now.
@@ -229,8 +240,16 @@ impl Shared {
     fn messages(&self, stream: UnixStream, plane: &mut dyn DataPlane) -> End {
         let session = Arc::new(Mutex::new(Session::new(&self.device, plane)));
         // The message layer wants a blocking socket: part of a message is an error to it otherwise.
-        let mut handler = BackendReqHandler::from_stream(stream, session);
+        let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
+        // A panic in a handler has ended the thread, and this with it.
+        let session = || session.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
+            if self.device.capacity.take_change() {
+                session().capacity_changed();
+            }
+            if !is_ready(handler.as_raw_fd(), self.device.capacity.event()) {
+                continue;
+            }
             // SAFETY: the descriptor belongs to `handler`, which lives on, and the borrow ends with the statement.
             let request = match next_request(unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) })
             {
@@ -238,8 +257,22 @@ impl Shared {
                 Ok(Next::Message(request)) => request,
                 Err(e) => return End::Io(e),
             };
+            let channel = match request {
+                // SAFETY: as above.
+                Some(FrontendReq::SET_BACKEND_REQ_FD) => {
+                    match peek_channel(unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) }) {
+                        Ok(channel) => channel,
+                        Err(e) => return End::Io(e),
+                    }
+                }
+                _ => None,
+            };
             if let Err(e) = handler.handle_request() {
                 return End::Failed(request, e);
+            }
+            // Only what the message layer has accepted: the feature was negotiated, and it is a socket.
+            if let Some(channel) = channel {
+                session().set_channel(channel);
             }
         }
     }
@@ -309,9 +342,15 @@ fn next_request(socket: BorrowedFd<'_>) -> io::Result<Next> {
     }
 }
 
-/// Waits until one of the descriptors is readable or the time is up. Errors end the wait, as they end a poll that
+/// Waits until `socket` or `event` is readable, or nobody knows; whether `socket` is (also: hung up).
+fn is_ready(socket: i32, event: i32) -> bool {
+    let ready = wait(&[socket, event], FOR_EVER);
+    ready.first() == Some(&true)
+}
+
+/// Waits until one of the descriptors is readable or the time is up; which are. Errors end the wait, as they end a poll that
 /// was interrupted: the caller looks again.
-fn wait(fds: &[i32], timeout_ms: libc::c_int) {
+fn wait(fds: &[i32], timeout_ms: libc::c_int) -> Vec<bool> {
     let mut fds: Vec<libc::pollfd> = fds
         .iter()
         .map(|&fd| libc::pollfd {
@@ -322,4 +361,5 @@ fn wait(fds: &[i32], timeout_ms: libc::c_int) {
         .collect();
     // SAFETY: the array is valid for its length, and the descriptors are open.
     unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms) };
+    fds.iter().map(|fd| fd.revents != 0).collect()
 }

@@ -24,6 +24,7 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryAtomic};
 
 use super::GuestMem;
+use super::capacity::Channel;
 use super::config::{Device, F_LOG_ALL, F_PROTOCOL_FEATURES};
 use super::dirty::{DirtyLog, RingLog};
 use super::inflight::{InflightQueue, Region};
@@ -119,6 +120,8 @@ pub(super) struct Session<'a> {
     untracked: bool,
     /// What SET_LOG_BASE brought. In use while the features or a ring's flags say so.
     log: Option<Arc<DirtyLog>>,
+    /// The way to tell the front-end of a new size.
+    channel: Option<Channel>,
 }
 
 /// An error with a reason for the log, which ends the connection.
@@ -141,6 +144,7 @@ impl<'a> Session<'a> {
             inflight: None,
             untracked: false,
             log: None,
+            channel: None,
         }
     }
 
@@ -302,11 +306,52 @@ impl<'a> Session<'a> {
             start.size,
             start.next_avail
         );
+        let first = !self.is_running();
         self.vrings[at].running = true;
         self.plane.start_ring(start).map_err(|e| {
             self.vrings[at].running = false;
             refuse(format!("queue {index} cannot start: {e}"))
-        })
+        })?;
+        if first {
+            // QEMU reads the configuration once, when the device is made: not at a reconnection, and it ignores that it
+            // changed while the device stands still. What happened meanwhile, also to a process before this one, is told now.
+            self.tell_of_size();
+        }
+        Ok(())
+    }
+
+    fn is_running(&self) -> bool {
+        self.vrings.iter().any(|vring| vring.running)
+    }
+
+    /// The front-end's own socket for what it did not ask.
+    pub(super) fn set_channel(&mut self, channel: Channel) {
+        self.channel = Some(channel);
+    }
+
+    /// The volume grew.
+    pub(super) fn capacity_changed(&mut self) {
+        let size = self.device.capacity.sectors();
+        log::info!("volume {}: {size} sectors now", self.volume());
+        if self.is_running() {
+            self.tell_of_size();
+        }
+    }
+
+    fn tell_of_size(&self) {
+        let Some(channel) = &self.channel else {
+            log::debug!(
+                "volume {}: the front-end has no channel for changes: it learns of a new size when it is started again",
+                self.volume()
+            );
+            return;
+        };
+        if let Err(e) = channel.config_changed() {
+            log::warn!(
+                "volume {}: the front-end cannot be told of the size: {e}",
+                self.volume()
+            );
+        }
     }
 
     /// Starts all rings that only waited for something else.

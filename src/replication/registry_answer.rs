@@ -56,6 +56,7 @@ mod tests {
             attachment: None,
             master: CopyId([0; 16]),
             preferred: None,
+            grow: None,
             copies: Vec::new(),
             lineage: Vec::new(),
         }

@@ -83,6 +83,7 @@ mod tests {
             attachment: None,
             master: CopyId([0; 16]),
             preferred: None,
+            grow: None,
             copies: vec![entry],
             lineage: (4..=7).map(|e| (Epoch(e), Tag(10 * e))).collect(),
         }

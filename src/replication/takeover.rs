@@ -135,6 +135,7 @@ mod tests {
             attachment: None,
             master: CopyId([0; 16]),
             preferred: None,
+            grow: None,
             copies: copies.chars().enumerate().map(entry).collect(),
             lineage: vec![(Epoch(4), Tag(40)), (Epoch(5), Tag(50))],
         }

@@ -1,6 +1,7 @@
 //! The metadata on a simulated disk: crashes between sectors, and rot.
 
 mod bitmap;
+mod growth;
 mod log;
 mod node_dir;
 mod store;

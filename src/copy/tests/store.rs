@@ -5,7 +5,7 @@ use std::process::Command;
 
 use super::{bitmap, state};
 use crate::copy::layout::{data_len, meta_len};
-use crate::copy::{LogImage, Store, StoreError};
+use crate::copy::{GrowthError, LogImage, Store, StoreError};
 use crate::replication::copy_state::CopyState;
 use crate::replication::ids::Region;
 
@@ -194,7 +194,7 @@ fn a_copy_grows_and_never_shrinks() {
             fs::metadata(dir.join("meta")).unwrap().len(),
         )
     };
-    store.grow(2 * SIZE, false).unwrap();
+    store.growth(2 * SIZE, false).unwrap().run().unwrap();
     assert_eq!(lengths(), (data_len(2 * SIZE), meta_len(2 * SIZE)));
     // A crash before the superblock: longer files than it says are no harm.
     drop(store);
@@ -204,7 +204,7 @@ fn a_copy_grows_and_never_shrinks() {
     grown.bitmaps[0] = bitmap(1, 1);
     let w = loaded.metadata.superblock(&grown);
     store.meta.write_all_at(&w.bytes, w.offset).unwrap();
-    store.grow(4096, true).unwrap();
+    store.growth(4096, true).unwrap().run().unwrap();
     assert_eq!(lengths(), (data_len(2 * SIZE), meta_len(2 * SIZE)));
     drop(store);
     let (store, loaded) = Store::open(&dir).unwrap();
@@ -227,7 +227,7 @@ fn preallocation_takes_the_whole_volume() {
     };
     let (store, _) = Store::create(&tmp.path().join("v"), &state, true).unwrap();
     assert!(store.allocated_bytes().unwrap() >= 3 << 20);
-    store.grow(5 << 20, true).unwrap();
+    store.growth(5 << 20, true).unwrap().run().unwrap();
     assert!(store.allocated_bytes().unwrap() >= 5 << 20);
 }
 
@@ -286,11 +286,11 @@ fn a_disk_that_fills_up_on_the_way_is_named_and_a_copy_that_cannot_grow_stays_us
     };
     let (store, _) = Store::create(&dir, &state, false).unwrap();
     assert!(store.memory && !store.direct);
-    let e = store.grow(8 << 20, true).unwrap_err();
-    assert!(
-        matches!(&e, StoreError::NoSpace { needed, free, .. } if *needed == 7 << 20 && *free < 2 << 20),
-        "{e}"
-    );
+    let e = store.growth(8 << 20, true).unwrap().run().unwrap_err();
+    let GrowthError::NoRoom(StoreError::NoSpace { needed, free, .. }) = &e else {
+        panic!("{e}")
+    };
+    assert!(*needed == 7 << 20 && *free < 2 << 20, "{e}");
     drop(store);
     assert_eq!(Store::open(&dir).unwrap().1.state, state);
 }

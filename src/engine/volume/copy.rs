@@ -5,12 +5,12 @@ use std::collections::HashMap;
 use super::{Batch, LocalCopy, Volume, seconds};
 use crate::cluster::metrics::Layer;
 use crate::copy::layout::WORDS_PER_PAGE;
-use crate::copy::{BITS_PER_PAGE, MetaWrite};
+use crate::copy::{BITS_PER_PAGE, GrowthError, MetaWrite};
 use crate::engine::buffer::Bytes;
-use crate::engine::command::{Event, OpenCopy};
+use crate::engine::command::{Command, Event, Mailbox, OpenCopy};
 use crate::engine::context::Context;
 use crate::engine::disk::{Completion, DataFile, Output, Token, Work};
-use crate::replication::ids::{CHUNK, CopyId, Epoch, Nanos, REGION, Region};
+use crate::replication::ids::{CHUNK, CopyId, Epoch, Nanos, REGION, Region, VolumeId};
 use crate::replication::message::Message;
 use crate::replication::replica::{
     Action as CopyDo, DiskOp, DiskResult, Replica, SessionId, Ticket,
@@ -160,6 +160,25 @@ impl Volume {
         copy.replica.on_disk(ctx.now, ticket, result);
     }
 
+    /// The thread that made the copy's files longer has ended.
+    pub fn files_grown(&mut self, ctx: &Context, ticket: Ticket, result: Result<(), GrowthError>) {
+        let Some(copy) = &mut self.copy else { return };
+        let result = match result {
+            Ok(()) => {
+                copy.length = copy.store.data_bytes().unwrap_or(copy.length);
+                DiskResult::Done(None)
+            }
+            Err(e) => {
+                log::error!("volume {}: the copy cannot grow: {e}", self.id);
+                match e {
+                    GrowthError::NoRoom(_) => DiskResult::NoSpace,
+                    GrowthError::Failed(_) => DiskResult::Error,
+                }
+            }
+        };
+        copy.replica.on_disk(ctx.now, ticket, result);
+    }
+
     pub(super) fn on_copy_action(&mut self, ctx: &mut Context, action: CopyDo<Bytes>) {
         let local = self.serving.as_ref().and_then(|s| s.local);
         match action {
@@ -253,16 +272,12 @@ impl Volume {
             DiskOp::Grow { size } => {
                 // Cut short before, it would not show any more.
                 copy.measure(ctx);
-                let result = if copy.cut {
-                    DiskResult::Error
-                } else if let Err(e) = copy.store.grow(size, false) {
+                if copy.cut {
+                    copy.replica.on_disk(ctx.now, ticket, DiskResult::Error);
+                } else if let Err(e) = copy.lengthen(ctx.mailbox.clone(), self.id, ticket, size) {
                     log::error!("volume {}: {e}", self.id);
-                    DiskResult::Error
-                } else {
-                    copy.length = copy.store.data_bytes().unwrap_or(copy.length);
-                    DiskResult::Done(None)
-                };
-                copy.replica.on_disk(ctx.now, ticket, result);
+                    copy.replica.on_disk(ctx.now, ticket, DiskResult::NoSpace);
+                }
             }
             DiskOp::Superblock(state) => {
                 // Into both halves, one after the other: were only one to say it and to rot later,
@@ -318,6 +333,27 @@ impl LocalCopy {
         op.bytes += u64::from(bytes);
         op.errors += u64::from(done.result.is_err());
         op.seconds.observe(seconds(now.since(done.started)));
+    }
+
+    /// On a thread of its own, which tells the worker how it went: flushing files takes long, and a worker serves others.
+    fn lengthen(
+        &self,
+        mailbox: Option<Mailbox>,
+        volume: VolumeId,
+        ticket: Ticket,
+        size: u64,
+    ) -> Result<(), String> {
+        let mailbox = mailbox.ok_or("the engine is only starting")?;
+        let growth = self.store.growth(size, false).map_err(|e| e.to_string())?;
+        std::thread::Builder::new()
+            .name("grow".into())
+            .spawn(move || {
+                let result = growth.run();
+                // Not when the worker has ended: then nobody waits for it.
+                mailbox.send(Command::Grown(volume, ticket, result));
+            })
+            .map(drop)
+            .map_err(|e| format!("no thread to make the copy's files longer: {e}"))
     }
 
     fn write_meta(

@@ -15,6 +15,7 @@ use super::disk::DataFile;
 use super::rings::Rings;
 use crate::cluster::metrics::{Layer, VolumeMetrics};
 use crate::copy::{MetaWrite, Metadata, Store};
+use crate::guest::Capacity;
 use crate::replication::attachment::{Action, Attachment, Phase};
 use crate::replication::ids::{LINKS_MAX, Nanos, VolumeId};
 use crate::replication::replica::{Replica, SessionId, Ticket};
@@ -60,6 +61,8 @@ pub struct Serving {
     /// The guest's rings.
     pub rings: Rings,
     name: String,
+    /// What the guest is shown.
+    capacity: Option<Capacity>,
     /// Tokens of the connections to the copies, by link.
     links: [Option<usize>; LINKS_MAX],
     /// The session with the copy of this process, and that copy's link; it has none for bulk.
@@ -157,6 +160,7 @@ impl Volume {
         let Some(s) = &mut self.serving else {
             return false;
         };
+        s.follow_size();
         let more = s.rings.end_turn();
         for (index, ring) in s.rings.stopped(ctx.now) {
             if let Some(token) = s.kicks.remove(&index) {

@@ -34,6 +34,7 @@ impl Volume {
             seat,
             rings,
             name: attach.name,
+            capacity: attach.capacity,
             links: [None; LINKS_MAX],
             local: None,
             kicks: HashMap::new(),
@@ -281,6 +282,19 @@ impl Serving {
     pub(super) fn is_direct(&self, copy_here: bool) -> bool {
         let unlogged = |a: &Attachment<Bytes>| !a.record().logged();
         copy_here && self.local.is_some() && self.attachment.as_ref().is_some_and(unlogged)
+    }
+
+    /// S20: what the record says, every in-sync copy has. Requests up to there are taken before the guest hears of it.
+    pub(super) fn follow_size(&mut self) {
+        let Some(attachment) = &self.attachment else {
+            return;
+        };
+        let size = attachment.record().size;
+        if self.rings.grow(size)
+            && let Some(capacity) = &self.capacity
+        {
+            capacity.grow(size);
+        }
     }
 
     fn watch(&mut self, ctx: &mut Context, volume: usize, index: u16) -> GuestAnswer {

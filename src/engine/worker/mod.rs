@@ -496,7 +496,10 @@ impl Loop {
 
     fn on_command(&mut self, command: Command) {
         match command {
-            Command::Siblings(all) => self.siblings = all,
+            Command::Siblings(all) => {
+                self.ctx.mailbox = all.get(self.setup.index).cloned();
+                self.siblings = all;
+            }
             Command::Listen(listener) => self.listen(listener),
             Command::Open(open, reply) => {
                 let at = self.place(open.state.volume_id);
@@ -545,6 +548,12 @@ impl Loop {
             }
             Command::Cas(volume, outcome) => {
                 self.with_attachment(volume, |a, now| a.on_cas(now, outcome))
+            }
+            Command::Grown(volume, ticket, result) => {
+                if let Some(&at) = self.by_id.get(&volume) {
+                    self.volumes[at].files_grown(&self.ctx, ticket, result);
+                    self.touch(at);
+                }
             }
             Command::Peers(peers) => self.ctx.addresses = peers.into_iter().collect(),
             Command::Adopt(stream, hello, rest) => self.adopt(stream, &hello, &rest),

@@ -156,8 +156,16 @@ impl<D: Payload> Attachment<D> {
         }
     }
 
-    /// The chunk as an in-sync copy has it; `None` when none can read it.
-    pub(super) fn chunk_for(&mut self, copy: usize, session: u64, chunk: Chunk, data: Option<D>) {
+    /// The chunk as an in-sync copy has it; `None` when none can read it. `span` is what was read: should the volume have grown
+    /// meanwhile, the chunk has a new rest, which is zeros on both and locked like all of it.
+    pub(super) fn chunk_for(
+        &mut self,
+        copy: usize,
+        session: u64,
+        chunk: Chunk,
+        span: Span,
+        data: Option<D>,
+    ) {
         if self.sync_of(copy, session).is_none() {
             return;
         }
@@ -170,7 +178,7 @@ impl<D: Payload> Attachment<D> {
             session,
             step: Step::Data(chunk),
         };
-        let (span, to) = (self.chunk_span(chunk), CopySet::one(copy));
+        let to = CopySet::one(copy);
         self.request(origin, Kind::Data, span, false, Some(data), to);
     }
 

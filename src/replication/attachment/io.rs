@@ -396,7 +396,7 @@ impl<D: Payload> Attachment<D> {
                         copy,
                         session,
                         step: Step::Read(chunk),
-                    } => self.chunk_for(copy, session, chunk, data),
+                    } => self.chunk_for(copy, session, chunk, p.span, data),
                     Origin::Repair { copy } => self.repair_with(copy, p.span, data),
                     Origin::Reconcile { chunk } => self.chunk_read(chunk, copy, data),
                     Origin::Background
@@ -454,7 +454,7 @@ impl<D: Payload> Attachment<D> {
                         copy,
                         session,
                         step: Step::Read(chunk),
-                    } => self.chunk_for(copy, session, chunk, None),
+                    } => self.chunk_for(copy, session, chunk, p.span, None),
                     Origin::Repair { copy } => self.repair_with(copy, p.span, None),
                     _ => {}
                 }
