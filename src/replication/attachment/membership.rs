@@ -124,6 +124,14 @@ impl<D: Payload> Attachment<D> {
             // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
             return self.lose(copy, "its machine was restarted");
         }
+        // S9: a write is on the last copy and, mirrored, on a target; the last copy's machine loses power and the write, and
+        // comes back; were the target taken in as it is, the two would differ for good. Its session ends, and what the
+        // log of the last copy names is marked for it. Unless a swap may have made a member of it already: then it is whole,
+        // and this copy is to be put out in its favour. The swap's outcome is waited for.
+        if gap && !self.break_off_all("the copy it is brought up to date from lost power") {
+            self.actions.push_back(Action::Hangup(copy));
+            return self.unlink(copy, "its machine was restarted");
+        }
         if gap {
             self.accept_gap(copy, boot_id);
         }
