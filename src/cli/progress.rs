@@ -11,6 +11,7 @@ use super::{Failure, Global};
 use crate::cluster::fault::{Code, Fault};
 use crate::cluster::host::SyncProgress;
 use crate::cluster::model::VolumeName;
+use crate::cluster::units::show_size;
 use crate::cluster::view::{CopyView, VolumeView};
 use crate::replication::ids::NodeName;
 
@@ -45,6 +46,24 @@ pub(super) fn resized(v: &VolumeView, replicas: u8, all_in_sync: bool) -> Step {
     match leaving || (all_in_sync && in_sync <= usize::from(replicas)) {
         true => Step::Wait,
         false => Step::Done,
+    }
+}
+
+/// The volume has `size` bytes, on every copy and for the guest.
+pub(super) fn grown(v: &VolumeView, size: u64) -> Step {
+    let name = format!("{}/{}", v.namespace, v.name);
+    let (is, to) = (show_size(v.size), show_size(size));
+    if v.size >= size {
+        return Step::Done;
+    }
+    match (v.growing_to, &v.growth_refused) {
+        (Some(now), None) if now == size => Step::Wait,
+        (Some(now), Some(why)) if now == size => Step::Failed(Fault::state(format!(
+            "volume {name} stays at {is}, it cannot grow to {to}: {why}"
+        ))),
+        _ => Step::Failed(Fault::state(format!(
+            "volume {name} was to grow to {to}, and somebody changed that meanwhile"
+        ))),
     }
 }
 
@@ -134,6 +153,7 @@ fn describe(v: &VolumeView) -> String {
             .map(|c| c.node.0.as_str())
             .collect();
         return match (v.why.as_str(), leaving.is_empty()) {
+            ("", true) if v.growing_to.is_some() => "waiting for the copies to make room".into(),
             ("", true) => "waiting".into(),
             ("", false) => format!("waiting for the copy on {} to leave", leaving.join(", ")),
             (why, _) => format!("waiting: {why}"),
@@ -199,7 +219,7 @@ mod tests {
     use crate::cluster::fixture::{node, record, spec};
     use crate::cluster::live::Live;
     use crate::cluster::view;
-    use crate::replication::record::Record;
+    use crate::replication::record::{Growth, Record};
 
     fn seen(copies: &str, replicas_wanted: u8) -> VolumeView {
         let record = Record {
@@ -231,6 +251,27 @@ mod tests {
         ] {
             let step = resized(&seen(copies, wanted), asked, all_in_sync);
             assert_eq!(word(&step), expected, "{copies}, {asked} asked");
+        }
+    }
+
+    #[test]
+    fn a_growth_ends_when_it_is_there_or_refused_or_somebody_else_wants_another() {
+        for (size, wish, expected) in [
+            (1 << 30, Some((2 << 30, None)), "wait"),
+            (1 << 30, Some((2 << 30, Some("full"))), "failed"),
+            (1 << 30, Some((3 << 30, None)), "failed"),
+            (1 << 30, None, "failed"),
+            (2 << 30, None, "done"),
+            (2 << 30, Some((3 << 30, Some("full"))), "done"),
+        ] {
+            let mut record = record("n1:i n2:i");
+            record.size = size;
+            record.grow = wish.map(|(to, refused): (u64, Option<&str>)| Growth {
+                to,
+                refused: refused.map(Into::into),
+            });
+            let seen = view::volume(&spec(), &record, &Live::default());
+            assert_eq!(word(&grown(&seen, 2 << 30)), expected, "{size} {wish:?}");
         }
     }
 

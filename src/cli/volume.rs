@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::frontend::Frontend;
 use super::output::{Format, print, write};
-use super::progress::{follow, moved, resized};
+use super::progress::{follow, grown, moved, resized};
 use super::remote::encode;
 use super::volume_text::{inspect, list};
 use super::{Failure, Global, note};
@@ -32,7 +32,7 @@ const CREATE_EXAMPLE: &str =
 const LS_EXAMPLE: &str =
     "Example:\n  lockstep volume ls\n  lockstep volume ls -A -l 'env in (prod,stage),!scratch'";
 const INSPECT_EXAMPLE: &str = "Example:\n  lockstep volume inspect vm1";
-const UPDATE_EXAMPLE: &str = "Example:\n  lockstep volume update vm1 --replicas 2\n  \
+const UPDATE_EXAMPLE: &str = "Example:\n  lockstep volume update vm1 --replicas 2\n  lockstep volume update vm1 --size 20GiB\n  \
     lockstep volume update vm1 --failure-mode hard --label-add env=prod --label-rm scratch\n  \
     lockstep volume update vm1 --reapply --preview";
 const ATTACH_EXAMPLE: &str = "Example:\n  lockstep volume attach vm1\n  lockstep volume attach vm1 --print qemu\n  \
@@ -184,7 +184,7 @@ pub(super) struct Update {
     name: String,
     #[command(flatten)]
     settings: Settings,
-    /// The new size; a volume only grows
+    /// The new size; a volume only grows, under a running virtual machine too
     #[arg(long)]
     size: Option<String>,
     /// A label to set; may be repeated
@@ -199,7 +199,7 @@ pub(super) struct Update {
     /// Only say what would change
     #[arg(long)]
     preview: bool,
-    /// When replicas change: return before the new copies are in sync
+    /// Return before new copies are in sync, or all copies have grown
     #[arg(long)]
     r#async: bool,
 }
@@ -364,14 +364,11 @@ fn ls(args: &Ls, global: &Global) -> Result<(), Failure> {
 fn update(args: Update, global: &Global) -> Result<(), Failure> {
     let name = global.volume(&args.name)?;
     let replicas = args.settings.replicas;
+    let size = args.size.as_deref().map(parse_size).transpose();
+    let size = size.map_err(Fault::from)?;
     let request = UpdateRequest {
         wishes: args.settings.wishes()?,
-        size: args
-            .size
-            .as_deref()
-            .map(parse_size)
-            .transpose()
-            .map_err(Fault::from)?,
+        size,
         label_add: parse_all(&args.label_add, Of::Volume)?,
         label_rm: args.label_rm,
         reapply: args.reapply,
@@ -384,6 +381,9 @@ fn update(args: Update, global: &Global) -> Result<(), Failure> {
     let done: Updated = global
         .remote()
         .send(Method::PATCH, &path(&name), &request)?;
+    if let Some(size) = size.filter(|_| !args.r#async && !args.preview) {
+        follow(global, &name, |v| grown(v, size))?;
+    }
     if let Some(before) = before {
         // Rules may have said how many.
         let after = match replicas {

@@ -76,7 +76,7 @@ pub(super) fn inspect(v: &VolumeView) -> String {
         ("ID", v.id.to_string()),
         ("Health", v.health.word().into()),
         ("Why", or_dash(&v.why)),
-        ("Size", show_size(v.size)),
+        ("Size", size(v)),
         ("Block size", show_size(u64::from(v.block_size))),
         (
             "Replicas",
@@ -157,6 +157,15 @@ pub(super) fn inspect(v: &VolumeView) -> String {
 fn from_rules(v: &VolumeView) -> String {
     let labels = v.rules.iter().map(|(key, l)| format!("{key} ({})", l.rule));
     or_dash(&labels.collect::<Vec<_>>().join(", "))
+}
+
+fn size(v: &VolumeView) -> String {
+    let is = show_size(v.size);
+    match (v.growing_to.map(show_size), &v.growth_refused) {
+        (None, _) => is,
+        (Some(to), None) => format!("{is}, growing to {to}"),
+        (Some(to), Some(why)) => format!("{is} (it cannot grow to {to}: {why})"),
+    }
 }
 
 fn state(copy: &CopyView) -> String {

@@ -19,6 +19,7 @@ use super::plane::whole_volumes;
 use super::snapshot::Snapshot;
 use super::store::Versioned;
 use crate::registry::RegistryError;
+use crate::replication::growth;
 use crate::replication::ids::{NodeName, VolumeId};
 use crate::replication::record::{CopyStatus, Record, State};
 
@@ -84,7 +85,7 @@ enum Wanting {
     Unreleased,
     /// The record counts on a copy that this node's disk does not have.
     LostHere,
-    /// A copy is to be brought up to date, to be removed or to become the master.
+    /// A copy is to be brought up to date, to be removed or to become the master, or all of them are to grow.
     Copies,
 }
 
@@ -106,6 +107,7 @@ fn wanting(record: &Record, node: &NodeName, has_copy: bool) -> Option<Wanting> 
         record.present().any(|c| c.leaving)
             || staying(record).any(|c| c.status != CopyStatus::InSync)
             || record.preferred.is_some()
+            || growth::wanted(record).is_some()
     };
     unfinished(record).then_some(Wanting::Copies)
 }
@@ -128,6 +130,8 @@ fn can_help(record: &Record, wanting: Wanting, live: &Live) -> bool {
                     .preferred
                     .and_then(|p| record.copy(p))
                     .is_some_and(|c| c.status == CopyStatus::InSync && answers(&c.node))
+                // Not at the price of a copy.
+                || growth::wanted(record).is_some() && silent.is_empty()
         }
     }
 }
@@ -301,7 +305,7 @@ mod tests {
 
     use super::*;
     use crate::cluster::fixture::{copy, node, record, status};
-    use crate::replication::record::Attachment;
+    use crate::replication::record::{Attachment, Growth};
 
     fn live(nodes: &[&str]) -> Live {
         let answers = nodes.iter().map(|n| (node(n), Ok(status(n))));
@@ -398,6 +402,23 @@ mod tests {
         assert_eq!(found, Some(Wanting::Copies));
         assert!(can_help(&record, Wanting::Copies, &live(&["n1", "n2"])));
         assert!(!can_help(&record, Wanting::Copies, &live(&["n1"])));
+    }
+
+    #[test]
+    fn a_detached_volume_that_is_to_grow_is_tended_when_all_its_copies_answer() {
+        let mut record = Record {
+            state: State::Clean,
+            ..record("n1:i n2:i")
+        };
+        let (to, refused) = (record.size * 2, None);
+        record.grow = Some(Growth { to, refused });
+        assert_eq!(wanting(&record, &node("n1"), true), Some(Wanting::Copies));
+        assert!(can_help(&record, Wanting::Copies, &live(&["n1", "n2"])));
+        assert!(!can_help(&record, Wanting::Copies, &live(&["n1"])));
+        // It has no room: not again before somebody asks.
+        let refused = Some("full".into());
+        record.grow = Some(Growth { to, refused });
+        assert_eq!(wanting(&record, &node("n1"), true), None);
     }
 
     #[test]

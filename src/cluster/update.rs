@@ -16,7 +16,7 @@ use super::rules;
 use super::settings::{Wishes, check_size, show_failure_mode};
 use super::store::Race;
 use super::units::{show_size, wall_ms};
-use crate::replication::record::{Record, State};
+use crate::replication::record::{Growth, Record, State};
 
 /// A request to change a volume.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -170,28 +170,7 @@ fn change_record(
         )));
     }
     if let Some(size) = size {
-        let size = check_size(size)?;
-        if size < record.size {
-            return Err(Fault::input(format!(
-                "volume {name} has {} and a volume only grows",
-                show_size(record.size)
-            )));
-        }
-        if size > record.size {
-            if let Some(attachment) = &found.spec.0.attachment {
-                return Err(Fault::state(format!(
-                    "volume {name} is attached on {}, and this version grows detached volumes only",
-                    attachment.node
-                ))
-                .hint(format!("first: lockstep volume detach {name}")));
-            }
-            changes.push(format!(
-                "size {} -> {}",
-                show_size(record.size),
-                show_size(size)
-            ));
-            record.size = size;
-        }
+        changes.extend(grow(name, &mut record, check_size(size)?)?);
     }
     let mode = wishes.failure_mode(record.failure_mode)?;
     if mode != record.failure_mode {
@@ -230,6 +209,30 @@ fn change_record(
         record.compress = compress;
     }
     Ok((record, changes))
+}
+
+/// Wishes for another size; in words, if that changes anything. The size itself is changed by the attachment, when every copy
+/// has room for it (PROTOCOL 11.4); a detached volume gets one for that.
+fn grow(name: &VolumeName, record: &mut Record, to: u64) -> Result<Option<String>, Fault> {
+    let (is, wish) = (record.size, record.grow.take());
+    if to < is {
+        return Err(Fault::input(format!(
+            "volume {name} has {} and a volume only grows",
+            show_size(is)
+        ))
+        .hint("make a smaller volume and copy what you need, in the virtual machine"));
+    }
+    if to > is {
+        let refused = None;
+        record.grow = Some(Growth { to, refused });
+    }
+    let said = match (&record.grow, &wish) {
+        (now, before) if now == before => None,
+        (Some(_), _) => Some(format!("size {} -> {}", show_size(is), show_size(to))),
+        // Its own size takes a wish back.
+        (None, _) => Some(format!("size stays {}", show_size(is))),
+    };
+    Ok(said)
 }
 
 /// Removes a volume and, on every node, its copy. Refused while it is attached, unless `force`: then it is detached

@@ -37,6 +37,12 @@ pub struct VolumeView {
     pub name: String,
     /// Bytes.
     pub size: u64,
+    /// The size it is growing to; `None`: it has the size that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growing_to: Option<u64>,
+    /// Why it does not grow to that; `None`: it does, or has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growth_refused: Option<String>,
     /// Logical block size, bytes.
     pub block_size: u32,
     /// All its labels.
@@ -327,6 +333,8 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
         namespace: spec.namespace.clone(),
         name: spec.name.clone(),
         size: record.size,
+        growing_to: record.grow.as_ref().map(|g| g.to),
+        growth_refused: record.grow.as_ref().and_then(|g| g.refused.clone()),
         block_size: record.block_size,
         labels: spec.all_labels(),
         rules: spec.from_rules.clone(),
