@@ -3,6 +3,7 @@
 mod guest_driver;
 
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 #[test]
 fn qemu_starts_works_stops_and_starts_again() {
@@ -412,4 +414,98 @@ fn a_client_that_knows_nothing_of_us_reads_and_writes() {
     }
     drop((queues, client));
     served.disconnects(1);
+}
+
+/// What came over the channel for what a front-end has not asked for, after all that was said so far was dealt with.
+fn told(channel: &mut UnixStream, vm: &mut Vm) -> Vec<[u32; 3]> {
+    vm.settle();
+    let mut found = Vec::new();
+    let mut bytes = [0; 12];
+    channel.set_nonblocking(true).unwrap();
+    while let Ok(n) = channel.read(&mut bytes) {
+        assert_eq!(n, 12, "one whole message");
+        let word = |i: usize| u32::from_ne_bytes(bytes[4 * i..][..4].try_into().unwrap());
+        found.push([word(0), word(1), word(2)]);
+    }
+    found
+}
+
+fn sectors(vm: &mut Vm) -> u64 {
+    let (_, space) = vm.frontend.get_config(0, 60, CONFIG, &[0; 60]).unwrap();
+    u64::from_le_bytes(space[..8].try_into().unwrap())
+}
+
+#[test]
+fn a_front_end_is_told_of_a_new_size_while_its_device_runs_and_at_each_start() {
+    /// CONFIG_CHANGE_MSG, version 1, without a wish for an answer (QEMU would wait for itself), empty.
+    const CHANGED: [u32; 3] = [2, 1, 0];
+    let served = Served::new("grow");
+    let capacity = served.server.capacity();
+    let old = DISK as u64 / 512;
+    let mut vm = served.vm();
+    vm.negotiate_with(VhostUserProtocolFeatures::BACKEND_REQ);
+    let (mut channel, theirs) = UnixStream::pair().unwrap();
+    vm.frontend.set_backend_request_fd(&theirs).unwrap();
+    drop(theirs);
+    assert_eq!(sectors(&mut vm), old);
+
+    // Stopped, a front-end would not listen: it is told when the device starts. Then, and at each later start.
+    capacity.grow(2 * DISK as u64);
+    assert!(told(&mut channel, &mut vm).is_empty());
+    assert_eq!(sectors(&mut vm), 2 * old);
+    vm.start_like_qemu(LINUX, 0);
+    assert_eq!(told(&mut channel, &mut vm), [CHANGED]);
+
+    // It runs: told at once, and only then is the size another one.
+    capacity.grow(3 * DISK as u64);
+    let mut seen = Vec::new();
+    until("the front-end is told", || {
+        seen.extend(told(&mut channel, &mut vm));
+        !seen.is_empty()
+    });
+    assert_eq!((seen, sectors(&mut vm)), (vec![CHANGED], 3 * old));
+    vm.works(1);
+
+    vm.frontend.get_vring_base(0).unwrap();
+    vm.start_like_qemu(LINUX, 3);
+    assert_eq!(told(&mut channel, &mut vm), [CHANGED]);
+
+    // The next connection has a channel of its own; one without gets on without being told.
+    drop(vm);
+    served.disconnects(1);
+    assert_eq!(
+        channel.read(&mut [0; 12]).unwrap(),
+        0,
+        "no end of it is left open"
+    );
+    let mut vm = served.vm();
+    vm.negotiate();
+    vm.start_like_qemu(LINUX, 0);
+    capacity.grow(4 * DISK as u64);
+    vm.works(2);
+    assert_eq!(sectors(&mut vm), 4 * old);
+}
+
+#[test]
+fn a_channel_that_was_not_negotiated_or_is_no_socket_ends_the_connection_and_nothing_else() {
+    let served = Served::new("channel");
+    for (number, features) in [
+        VhostUserProtocolFeatures::CONFIG,
+        VhostUserProtocolFeatures::BACKEND_REQ,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut raw = UnixStream::connect(served.path()).unwrap();
+        let said = message(16, &features.bits().to_ne_bytes());
+        raw.write_all(&said).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        raw.send_with_fd(&message(21, &[])[..], file.as_raw_fd())
+            .unwrap();
+        served.disconnects(number + 1);
+    }
+    let mut vm = served.vm();
+    vm.negotiate();
+    vm.start_like_qemu(LINUX, 0);
+    vm.works(1);
 }
