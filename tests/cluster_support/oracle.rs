@@ -62,6 +62,11 @@ impl Oracle {
         }
     }
 
+    /// More zeros at the end.
+    pub fn grow(&mut self, bytes: u64) {
+        self.sectors.resize(bytes as usize / SECTOR, Vec::new());
+    }
+
     pub fn bytes(&self) -> u64 {
         (self.sectors.len() * SECTOR) as u64
     }
