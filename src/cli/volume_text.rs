@@ -4,6 +4,7 @@ use super::output::{Table, fields, or_dash, show_labels};
 use crate::cluster::host::{Phase, SyncProgress};
 use crate::cluster::units::{show_age, show_size, wall_ms};
 use crate::cluster::view::{AttachmentView, CopyView, MasterView, VolumeView};
+use crate::guest::Serial;
 
 /// Width of a progress bar, in characters.
 const BAR: u64 = 20;
@@ -74,6 +75,7 @@ pub(super) fn inspect(v: &VolumeView) -> String {
     let mut lines = vec![
         ("Name", format!("{}/{}", v.namespace, v.name)),
         ("ID", v.id.to_string()),
+        ("Serial", serial(&v.id.to_string())),
         ("Health", v.health.word().into()),
         ("Why", or_dash(&v.why)),
         ("Size", size(v)),
@@ -157,6 +159,11 @@ pub(super) fn inspect(v: &VolumeView) -> String {
 fn from_rules(v: &VolumeView) -> String {
     let labels = v.rules.iter().map(|(key, l)| format!("{key} ({})", l.rule));
     or_dash(&labels.collect::<Vec<_>>().join(", "))
+}
+
+/// What a guest finds the disk by (`/dev/disk/by-id/virtio-…`): as much of the id as a serial takes.
+fn serial(id: &str) -> String {
+    id.chars().take(Serial::LEN).collect()
 }
 
 fn size(v: &VolumeView) -> String {
