@@ -435,10 +435,31 @@ fn a_locked_registry_is_unavailable_and_nothing_changes() {
 
 #[test]
 fn a_location_is_read_back_from_its_text() {
-    let location: Location = "sqlite:/var/lib/x.db".parse().unwrap();
-    assert_eq!(location.to_string(), "sqlite:/var/lib/x.db");
-    for bad in ["", "sqlite:", "sqlite", "/var/lib/x.db", "redis:x"] {
-        let error = bad.parse::<Location>().unwrap_err().to_string();
-        assert!(error.contains("sqlite:PATH"), "{error}");
+    for good in [
+        "sqlite:/var/lib/x.db",
+        "etcd:http://10.0.0.1:2379",
+        "etcd:https://a:2379,https://b:2379/blue",
+    ] {
+        let location: Location = good.parse().unwrap();
+        assert_eq!(location.to_string(), good);
+        assert_eq!(location.is_of_one_machine(), good.starts_with("sqlite:"));
     }
+    for bad in [
+        "",
+        "sqlite:",
+        "sqlite",
+        "/var/lib/x.db",
+        "redis:x",
+        "etcd:",
+        "etcd:10.0.0.1",
+    ] {
+        let error = bad.parse::<Location>().unwrap_err().to_string();
+        assert!(
+            error.contains("sqlite:PATH") && error.contains("etcd:http://"),
+            "{error}"
+        );
+    }
+    // A password that was put there by mistake is not shown again.
+    let error = "etcd:http://u:secret@a".parse::<Location>().unwrap_err();
+    assert!(!error.to_string().contains("secret"), "{error}");
 }

@@ -332,11 +332,17 @@ fn a_watch_resumes_on_another_member_without_a_gap_or_a_repetition() {
     };
     let mut expected: Vec<Revision> = (0..5).map(add).collect();
     assert_eq!(collect(&watch, 5).len(), 5);
+    let told = |n| -> Vec<Revision> { collect(&watch, n).iter().map(|e| e.revision).collect() };
+    // The member that it listens to dies,
     etcd.kill(1);
     expected.extend((5..10).map(add));
-    let told = collect(&watch, 5);
-    let revisions: Vec<Revision> = told.iter().map(|e| e.revision).collect();
-    assert_eq!(revisions, expected[5..]);
+    assert_eq!(told(5), expected[5..10]);
+    // and, when that one is back, another stops in its tracks: nothing is heard, not even that the connection ended.
+    etcd.start_member(1);
+    etcd.await_member(1);
+    etcd.freeze(2);
+    expected.extend((10..15).map(add));
+    assert_eq!(told(5), expected[10..15]);
 }
 
 /// A file with `USER:PASSWORD` for us alone.
@@ -515,7 +521,40 @@ fn tls_proves_each_side_to_the_other() {
         .replace("https", "http")
         .parse()
         .unwrap();
-    assert!(plain.open(&Access::default()).unwrap().get("k").is_err());
+    match plain.open(&Access::default()).unwrap().get("k") {
+        Err(RegistryError::Unavailable { why, .. }) => assert!(why.contains("not https:"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_etcd_that_is_full_leaves_no_doubt_and_works_again_when_it_has_room() {
+    let etcd = Etcd::start_with(1, "http", &["--quota-backend-bytes=16777216".into()]);
+    let registry = etcd.open();
+    let mut at = registry.cas("k", None, Some(b"")).unwrap();
+    let value = |i: u8| vec![i; 1 << 20];
+    // Given swaps until etcd is full,
+    let (i, why) = (1..100)
+        .find_map(|i| match registry.cas("k", Some(at), Some(&value(i))) {
+            Ok(now) => {
+                at = now;
+                None
+            }
+            Err(CasError::Ambiguous { why }) => Some((i, why)),
+            Err(e) => panic!("{e}"),
+        })
+        .expect("it is full at last");
+    // then whoever swaps is told what to do, and reads what is.
+    assert!(why.contains("alarm disarm"), "{why}");
+    let now = registry.get("k").unwrap().unwrap();
+    assert!(now.value == value(i) || now.value == value(i - 1) && now.revision == at);
+    // When etcd has room again, so have we.
+    compact(&etcd, 1, now.revision);
+    etcd.ok(1, &["defrag"]);
+    etcd.ok(1, &["alarm", "disarm"]);
+    eventually("there is room", || {
+        registry.cas("k", Some(now.revision), Some(b"")).ok()
+    });
 }
 
 #[test]

@@ -21,6 +21,8 @@ const EXAMPLE: &str = "Examples:\n  \
     lockstep node --name n2 --listen 127.0.0.2:5703 --http 127.0.0.2:5705 --data-dir /var/lib/lockstep-n2 \\\n      \
     --run-dir /run/lockstep-n2 --registry sqlite:/var/lib/lockstep/registry.db\n  \
     lockstep node --name n1 --vhost-user-blk vm1,size=10GiB,replicas=1\n  \
+    lockstep node --name n1 --listen 10.0.0.1:5703 --http 10.0.0.1:5705 --insecure-plaintext \\\n      \
+    --registry etcd:http://10.0.0.11:2379,http://10.0.0.12:2379,http://10.0.0.13:2379\n  \
     lockstep node ls";
 const LS_EXAMPLE: &str = "Example:\n  lockstep node ls\n  lockstep node ls -o json";
 const INSPECT_EXAMPLE: &str = "Example:\n  lockstep node inspect n1";

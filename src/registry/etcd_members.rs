@@ -224,7 +224,12 @@ impl Members {
                 // Whoever may not tell us how it is, is alive.
                 Err(Failure::Refused(..)) => {}
                 Err(Failure::Unsent(why) | Failure::Lost(why)) => {
-                    return Err(Trouble::Unreachable(why));
+                    let hint = match (channel.is_closed(), endpoint.tls) {
+                        (false, _) => "",
+                        (true, false) => "; is it etcd, and does it speak http: and not https:?",
+                        (true, true) => "; is it etcd?",
+                    };
+                    return Err(Trouble::Unreachable(why + hint));
                 }
             }
             self.log_in(&channel).await?;
@@ -249,9 +254,12 @@ impl Members {
                     .map_err(|e| Trouble::Refused(e.to_string()))?;
                 let stream = connector.connect(name, stream).await.map_err(|e| {
                     let why = format!("no TLS: {}", whole(&e));
-                    // Its certificate or ours is not accepted, or it does not speak TLS at all.
                     match e.kind() {
+                        // Its certificate or ours is not accepted, or what it speaks is no TLS.
                         io::ErrorKind::InvalidData => Trouble::Refused(why),
+                        io::ErrorKind::UnexpectedEof => {
+                            Trouble::Unreachable(format!("{why}; does it speak http: only?"))
+                        }
                         _ => Trouble::Unreachable(why),
                     }
                 })?;
@@ -316,6 +324,9 @@ impl Members {
                 Err(_) => break,
             };
             let patience = ANSWER.min(deadline.saturating_duration_since(Instant::now()));
+            if patience.is_zero() {
+                break;
+            }
             let named = |why: &str| format!("{}: {why}", channel.address);
             match channel.call(path, question, patience).await {
                 Ok(answer) => return Ok(answer),
@@ -339,8 +350,11 @@ impl Members {
                     said = named(&why);
                     channel.close();
                 }
-                Err(Failure::Lost(why) | Failure::Refused(_, why)) => {
-                    said = named(&why);
+                Err(failure) => {
+                    said = named(&match failure {
+                        Failure::Refused(code, why) => self.advice(code, &why),
+                        Failure::Lost(why) | Failure::Unsent(why) => why,
+                    });
                     channel.close();
                     if kind == Kind::Write {
                         return Err(CallError::Ambiguous(said));
@@ -371,6 +385,9 @@ impl Members {
             {
                 format!("{why}; it asks for a user: give --etcd-credentials FILE")
             }
+            Code::RESOURCE_EXHAUSTED if why.contains("space") => format!(
+                "{why}; etcd is full: compact and defragment it, or raise its quota, then run etcdctl alarm disarm"
+            ),
             _ => why.into(),
         }
     }
@@ -378,7 +395,7 @@ impl Members {
 
 /// Codes that etcd gives before it carries anything out. All others may come after it: "request timed out" (14) from a
 /// member whose proposal is still on its way, and "database space exceeded" (8), which etcd also says of a write that it
-/// has just applied.
+/// has just applied (its issue 16659).
 fn is_final(code: Code) -> bool {
     matches!(
         code,

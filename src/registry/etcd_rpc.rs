@@ -52,6 +52,7 @@ impl Code {
     pub const INVALID_ARGUMENT: Self = Self(3);
     pub const NOT_FOUND: Self = Self(5);
     pub const PERMISSION_DENIED: Self = Self(7);
+    pub const RESOURCE_EXHAUSTED: Self = Self(8);
     pub const FAILED_PRECONDITION: Self = Self(9);
     pub const OUT_OF_RANGE: Self = Self(11);
     pub const UNIMPLEMENTED: Self = Self(12);

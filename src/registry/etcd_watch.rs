@@ -126,9 +126,9 @@ impl Follower {
             create: Some(WatchCreateRequest {
                 key: self.key.clone(),
                 range_end: behind(&self.key),
-                // Not one later. etcd before 3.5.20 forgets a deletion made at the very revision that it compacts at, and
-                // would begin a watch there all the same: what was deleted would live on for the reader. From one
-                // earlier on, it says "compacted". What is told twice is left out below.
+                // Not one later. An etcd without its change 18274 (August 2024) forgets a deletion made at the very
+                // revision that it compacts at, and would begin a watch there all the same: what was deleted would live
+                // on for the reader. From one earlier on, it says "compacted". What is told twice is left out below.
                 start_revision: i64::try_from(self.from.0.max(1)).unwrap_or(i64::MAX),
                 progress_notify: true,
             }),
