@@ -198,3 +198,52 @@ fn a_guest_that_moves_finds_in_its_memory_what_the_disk_wrote_there() {
         MOVES + 1
     );
 }
+
+/// The node whose attachment is in the spec, once it serves.
+fn is_served_on(cluster: &Cluster, node: &str) {
+    cluster.wait_for(1, "vm1", "is served where its guest runs", |v| {
+        let a = &v["attachment"];
+        a["node"] == node && a["phase"] == "serving" && a["successor"].is_null()
+    });
+}
+
+#[test]
+fn a_guest_that_moves_to_another_node_takes_its_volume_along() {
+    // Given a guest at work on n1, whose volume has a copy on each node,
+    let cluster = Cluster::start(2);
+    let mut socket = cluster.serve(
+        "vm1",
+        "--size 64MiB --replicas 1 --master n1",
+        "--node n1 --num-queues 1",
+    );
+    let dir = cluster.dir.path();
+    let mut guest = Qemu::start(dir, 0, &socket);
+    guest.works(4);
+    // when it moves to n2, and back,
+    for (number, node) in [(1, 2), (2, 1)] {
+        let line = format!("volume attach vm1 --node n{node} --incoming");
+        socket = PathBuf::from(cluster.ok(1, &line).trim());
+        let mut there = Qemu::start(dir, number, &socket);
+        let uri = format!("unix:{}", dir.join(format!("way{number}")).display());
+        there.ask("migrate-incoming", json!({"uri": uri}));
+        guest.speed(SLOW);
+        guest.ask("migrate", json!({"uri": uri}));
+        guest.works(2);
+        guest.speed(FAST);
+        guest.migration("completed");
+        // then it goes on there and finds every byte,
+        there.works(4);
+        is_served_on(&cluster, &format!("n{node}"));
+        guest = there;
+    }
+    let mut control = UnixStream::connect(&guest.control).unwrap();
+    control.write_all(b"stop\n").unwrap();
+    eventually("the guest's verdict", || {
+        guest.goes_on();
+        guest.console().contains("GUEST-OK").then_some(())
+    });
+    eventually("the guest switches off", || guest.child.try_wait().unwrap());
+    // and both copies are the same.
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1"), ["n1", "n2"]);
+}
