@@ -108,7 +108,7 @@ impl Records for RegistryRecords {
         match self.0.cas_record(volume, Revision(expected), record) {
             Ok(revision) => CasOutcome::Done(revision.0),
             Err(CasError::Conflict { .. }) => match self.read(volume) {
-                Ok(found) => CasOutcome::Conflict(found),
+                Ok(found) => CasOutcome::Conflict(found.map(Box::new)),
                 Err(_) => CasOutcome::Ambiguous,
             },
             Err(CasError::Ambiguous { .. }) => CasOutcome::Ambiguous,

@@ -172,7 +172,9 @@ fn marks_what_is_written(vm: &mut Vm, features: u64) {
     let aligned = [(0x40_000, 8192)];
     // Straight from the disk, and by way of a buffer.
     let scattered = [(0x50_ffe, 4), (0x60_800, 4092), (0x70_fff, 4096)];
-    let cases: &[(u32, u64, &[(u64, u32)], u8, &[u64])] = &[
+    // (request, sector, data in guest memory, status, pages marked)
+    type Case<'a> = (u32, u64, &'a [(u64, u32)], u8, &'a [u64]);
+    let cases: &[Case<'_>] = &[
         (T_IN, 8, &aligned, 0, &[0x40, 0x41]),
         (
             T_IN,

@@ -203,8 +203,11 @@ impl World {
 
 pub fn brief(outcome: &CasOutcome) -> String {
     match outcome {
-        CasOutcome::Conflict(Some((r, revision))) => {
-            format!("conflict with revision {revision}, epoch {}", r.epoch)
+        CasOutcome::Conflict(Some(found)) => {
+            format!(
+                "conflict with revision {}, epoch {}",
+                found.1, found.0.epoch
+            )
         }
         other => format!("{other:?}"),
     }

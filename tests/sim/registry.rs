@@ -147,7 +147,7 @@ impl World {
             CasOutcome::Done(self.registry.revision)
         } else {
             let r = &self.registry;
-            CasOutcome::Conflict(Some((r.record.clone(), r.revision)))
+            CasOutcome::Conflict(Some(Box::new((r.record.clone(), r.revision))))
         };
         self.after(delay, Ev::CasAnswer(a, Box::new(outcome)));
     }

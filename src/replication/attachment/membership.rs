@@ -462,7 +462,7 @@ impl<D: Payload> Attachment<D> {
         change.retry = now.after(self.timing.registry_retry);
         match outcome {
             CasOutcome::Done(revision) => self.commit(revision),
-            CasOutcome::Conflict(found) => self.compare(found),
+            CasOutcome::Conflict(found) => self.compare(found.map(|found| *found)),
             // Never assume: read it back until it is known (PROTOCOL 2.6).
             CasOutcome::Ambiguous if mutants::on(Mutant::AmbiguousIsFailed) => {
                 let purpose = change.purpose;

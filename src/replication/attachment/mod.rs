@@ -143,7 +143,7 @@ pub enum CasOutcome {
     /// Swapped; the new revision.
     Done(Revision),
     /// Another value was there (`None`: the record is gone).
-    Conflict(Option<(Record, Revision)>),
+    Conflict(Option<Box<(Record, Revision)>>),
     /// Nobody knows whether it was swapped.
     Ambiguous,
     /// Not swapped: the registry did not answer.
