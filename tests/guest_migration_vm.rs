@@ -3,13 +3,13 @@
 
 mod cluster_support;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 
+use cluster_support::qemu::Qemu;
 use cluster_support::{Cluster, eventually};
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// Guest memory in KiB: not a multiple of 256. QEMU 7.2 takes the dirty bits of a block of memory that is by a shorter way
 /// than it should, and then misses writes of an emulated processor: a guest on QEMU's own disk does not survive that either.
@@ -21,119 +21,10 @@ const MOVES: usize = 4;
 const SLOW: (u64, u64) = (24 << 20, 1);
 const FAST: (u64, u64) = (4 << 30, 2000);
 
-/// One QEMU process. Dropped, it is killed.
-struct Qemu {
-    child: Child,
-    console: PathBuf,
-    control: PathBuf,
-    qmp: Option<BufReader<UnixStream>>,
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            println!("--- {}\n{}", self.console.display(), self.console());
-        }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Qemu {
-    fn start(dir: &Path, number: usize, socket: &Path) -> Qemu {
-        let file = |name: &str| dir.join(format!("{name}{number}"));
-        let (console, control, qmp) = (file("console"), file("control"), file("qmp"));
-        let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let mut command = Command::new(repository.join("qemu/run-guest"));
-        let arguments = [
-            ("--socket", socket),
-            ("--run", Path::new("cached")),
-            ("--mem", Path::new(MEMORY)),
-            ("--console", &console),
-            ("--control", &control),
-            ("--qmp", &qmp),
-        ];
-        for (flag, value) in arguments {
-            command.arg(flag).arg(value);
-        }
-        if number > 0 {
-            command.arg("--incoming");
-        }
-        let child = command
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("qemu/run-guest must run; see scripts/test");
-        let mut qemu = Qemu {
-            child,
-            console,
-            control,
-            qmp: None,
-        };
-        let stream = eventually("QEMU's monitor", || UnixStream::connect(&qmp).ok());
-        let mut reader = BufReader::new(stream);
-        reader.read_line(&mut String::new()).unwrap();
-        qemu.qmp = Some(reader);
-        qemu.ask("qmp_capabilities", json!({}));
-        qemu
-    }
-
-    /// A command of the monitor, and what it returns.
-    fn ask(&mut self, command: &str, arguments: Value) -> Value {
-        let qmp = self.qmp.as_mut().unwrap();
-        let request = json!({"execute": command, "arguments": arguments});
-        writeln!(qmp.get_mut(), "{request}").unwrap();
-        loop {
-            let mut line = String::new();
-            assert!(qmp.read_line(&mut line).unwrap() > 0, "QEMU is gone");
-            let mut answer: Value = serde_json::from_str(&line).unwrap();
-            assert!(answer.get("error").is_none(), "{command}: {answer}");
-            if answer.get("return").is_some() {
-                return answer["return"].take();
-            }
-            // An event.
-        }
-    }
-
-    fn console(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap_or_default()).into_owned()
-    }
-
-    /// Nothing went wrong inside, and QEMU runs.
-    fn goes_on(&mut self) {
-        let console = self.console();
-        let bad = ["GUEST-FAIL", "Kernel panic"]
-            .iter()
-            .any(|b| console.contains(b));
-        let over = !console.contains("GUEST-OK") && self.child.try_wait().unwrap().is_some();
-        assert!(!bad && !over, "the guest failed: {console}");
-    }
-
-    /// Waits for more looks of the guest at its memory; or until it has moved, if it was at rest for once.
-    fn works(&mut self, more: usize) {
-        let beats = |qemu: &Qemu| qemu.console().matches("HEARTBEAT").count();
-        let goal = beats(self) + more;
-        eventually("the guest goes on", || {
-            self.goes_on();
-            let moved = self.ask("query-status", json!({}))["status"] == "postmigrate";
-            (beats(self) >= goal || moved).then_some(())
-        });
-    }
-
-    fn speed(&mut self, (bytes, pause): (u64, u64)) {
-        self.ask(
-            "migrate-set-parameters",
-            json!({"max-bandwidth": bytes, "downtime-limit": pause}),
-        );
-    }
-
-    fn migration(&mut self, status: &str) {
-        eventually(&format!("a migration that is {status}"), || {
-            self.goes_on();
-            let now = self.ask("query-migrate", json!({}));
-            assert_ne!(now["status"], "failed", "{now}");
-            (now["status"] == status).then_some(())
-        });
-    }
+fn start(dir: &Path, number: usize, socket: &Path) -> Qemu {
+    let mut arguments = vec!["--run", "cached", "--mem", MEMORY];
+    arguments.extend((number > 0).then_some("--incoming"));
+    Qemu::start(dir, number, socket, &arguments)
 }
 
 /// What the node says of each switch of the log.
@@ -155,7 +46,7 @@ fn a_guest_that_moves_finds_in_its_memory_what_the_disk_wrote_there() {
         "--node n1 --num-queues 1",
     );
     let dir = cluster.dir.path();
-    let mut guest = Qemu::start(dir, 0, &socket);
+    let mut guest = start(dir, 0, &socket);
     guest.works(4);
     // When a migration begins and is given up, then nothing is logged any more, and the guest notices nothing;
     guest.speed(SLOW);
@@ -179,7 +70,7 @@ fn a_guest_that_moves_finds_in_its_memory_what_the_disk_wrote_there() {
         guest.speed(FAST);
         guest.migration("completed");
         drop(guest);
-        let next = Qemu::start(dir, number, &socket);
+        let next = start(dir, number, &socket);
         guest = next;
         let uri = format!("exec:cat {}", state.display());
         guest.ask("migrate-incoming", json!({"uri": uri}));
@@ -217,13 +108,13 @@ fn a_guest_that_moves_to_another_node_takes_its_volume_along() {
         "--node n1 --num-queues 1",
     );
     let dir = cluster.dir.path();
-    let mut guest = Qemu::start(dir, 0, &socket);
+    let mut guest = start(dir, 0, &socket);
     guest.works(4);
     // when it moves to n2, and back,
     for (number, node) in [(1, 2), (2, 1)] {
         let line = format!("volume attach vm1 --node n{node} --incoming");
         socket = PathBuf::from(cluster.ok(1, &line).trim());
-        let mut there = Qemu::start(dir, number, &socket);
+        let mut there = start(dir, number, &socket);
         let uri = format!("unix:{}", dir.join(format!("way{number}")).display());
         there.ask("migrate-incoming", json!({"uri": uri}));
         guest.speed(SLOW);

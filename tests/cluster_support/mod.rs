@@ -6,6 +6,7 @@ pub mod client;
 pub mod disks;
 pub mod net;
 pub mod oracle;
+pub mod qemu;
 pub mod schedule;
 pub mod vm;
 
