@@ -545,13 +545,12 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_or_bound_is_named_with_the_remedy() {
+    fn a_check_makes_nothing_and_a_port_in_use_is_named_with_the_remedy() {
         let dir = tempfile::tempdir().unwrap();
         let deep = dir.path().join("a/b/c");
         assert_eq!(existing(&deep), dir.path());
         assert_eq!(run_dir(&deep).outcome, Outcome::Ok);
         assert!(!deep.exists(), "a check makes nothing");
-        assert_eq!(run_dir(Path::new("/proc/lockstep")).outcome, Outcome::Fail);
 
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();

@@ -97,8 +97,8 @@ fn cannot_go(node: &NodeView, view: &DrainView, stuck: bool) -> Fault {
 
 fn still_attached(node: &NodeView, volume: &str) -> String {
     format!(
-        "node {} still serves {volume}: stop or migrate its virtual machine, then: lockstep volume detach {volume}; \
-         lockstep volume attach {volume} --node OTHER",
+        "node {} still serves {volume}: stop or migrate its virtual machine. To migrate it: lockstep volume attach {volume} \
+         --node OTHER --incoming; if it is stopped: lockstep volume detach {volume}",
         node.name
     )
 }

@@ -100,6 +100,9 @@ pub(super) fn inspect(v: &VolumeView) -> String {
         ("Epoch", format!("{} (tag {:016x})", v.epoch, v.epoch_tag.0)),
         ("Master", master(&v.master)),
     ];
+    if let Some(node) = &v.preferred {
+        lines.push(("Next master", node.to_string()));
+    }
     match &v.attachment {
         None => lines.push(("Attached", "-".into())),
         Some(a) => {

@@ -122,14 +122,21 @@ struct Held {
     only: Vec<String>,
     /// Volumes that should be served there.
     served: Vec<String>,
+    /// Volumes whose machine is to come there.
+    awaited: Vec<String>,
 }
 
 fn held(snapshot: &Snapshot, name: &NodeName) -> Held {
     let mut held = Held::default();
     for (_, (spec, _), (record, _)) in whole_volumes(snapshot) {
         let volume = spec.full_name().to_string();
-        if spec.attachment.as_ref().is_some_and(|a| a.node == *name) {
-            held.served.push(volume.clone());
+        if let Some(desired) = &spec.attachment {
+            if desired.node == *name {
+                held.served.push(volume.clone());
+            }
+            if desired.successor.as_ref().is_some_and(|s| s.node == *name) {
+                held.awaited.push(volume.clone());
+            }
         }
         if record.copy_on(name).is_none() {
             continue;
@@ -139,7 +146,12 @@ fn held(snapshot: &Snapshot, name: &NodeName) -> Held {
             false => held.only.push(volume),
         }
     }
-    for list in [&mut held.copies, &mut held.only, &mut held.served] {
+    for list in [
+        &mut held.copies,
+        &mut held.only,
+        &mut held.served,
+        &mut held.awaited,
+    ] {
         list.sort();
     }
     held
@@ -156,6 +168,17 @@ fn refusal(name: &NodeName, held: &Held) -> Option<Fault> {
             ))
             .hint(format!(
                 "it will not be while the node is gone: lockstep volume detach {first} --force"
+            )),
+        );
+    }
+    if let Some(first) = held.awaited.first() {
+        return Some(
+            Fault::state(format!(
+                "node {name} is where the machine of {} is to move",
+                list(&held.awaited)
+            ))
+            .hint(format!(
+                "take that back: lockstep volume detach {first} --incoming"
             )),
         );
     }
@@ -281,54 +304,63 @@ pub(super) fn shared(key: Option<&str>, nodes: &[&NodeName], snapshot: &Snapshot
 mod tests {
     use super::*;
     use crate::cluster::fixture::{node, record, spec};
-    use crate::cluster::model::Desired;
+    use crate::cluster::model::{Desired, Successor};
     use crate::cluster::snapshot::VolumeEntry;
     use crate::registry::Revision;
     use crate::replication::ids::VolumeId;
 
     #[test]
     fn a_node_is_kept_for_what_it_holds_and_the_remedy_is_named() {
-        // (copies, served on n3, what stands in the way, remedy)
+        // (copies, served on and awaited on, what stands in the way, remedy)
         for (copies, served, message, remedy) in [
-            ("n1:i n2:i", false, "", ""),
-            ("n1:i n3:r", false, "", ""),
+            ("n1:i n2:i", "", "", ""),
+            ("n1:i n2:i", "n1", "", ""),
+            ("n1:i n3:r", "", "", ""),
             (
                 "n1:i n2:i",
-                true,
+                "n3",
                 "should be served",
                 "volume detach default/vm1 --force",
             ),
             (
+                "n1:i n2:i",
+                "n1 n3",
+                "is to move",
+                "volume detach default/vm1 --incoming",
+            ),
+            (
                 "n1:i n3:i",
-                false,
+                "",
                 "still holds copies of default/vm1",
                 "node drain n3",
             ),
             (
                 "n1:i n3:m",
-                false,
+                "",
                 "still holds copies of default/vm1",
                 "node drain n3",
             ),
             (
                 "n3:i n1:m",
-                false,
+                "",
                 "the only copy of default/vm1",
                 "volume rm default/vm1",
             ),
-            ("n3:i", false, "the only copy", "start the node again"),
+            ("n3:i", "", "the only copy", "start the node again"),
         ] {
             let mut spec = spec();
-            if served {
-                spec.attachment = Some(Desired {
-                    node: node("n3"),
+            let mut places = served.split_whitespace();
+            spec.attachment = places.next().map(|name| Desired {
+                node: node(name),
+                socket: "/s".into(),
+                num_queues: 1,
+                read_only: false,
+                release: None,
+                successor: places.next().map(|name| Successor {
+                    node: node(name),
                     socket: "/s".into(),
-                    num_queues: 1,
-                    read_only: false,
-                    release: None,
-                    successor: None,
-                });
-            }
+                }),
+            });
             let mut snapshot = Snapshot::default();
             let entry = VolumeEntry {
                 spec: Some((spec, Revision(1))),

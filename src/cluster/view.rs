@@ -78,6 +78,9 @@ pub struct VolumeView {
     pub why: String,
     /// The node of the master copy and whether it answers.
     pub master: MasterView,
+    /// The node whose copy should become the master, while it is not yet.
+    #[serde(default)]
+    pub preferred: Option<NodeName>,
     /// Where it is served.
     pub attachment: Option<AttachmentView>,
     /// All copies.
@@ -363,6 +366,10 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
             node: master.map_or_else(|| NodeName("-".into()), |c| c.node.clone()),
             online: master.is_some_and(|c| c.online),
         },
+        preferred: record
+            .preferred
+            .and_then(|id| record.copy(id))
+            .map(|c| c.node.clone()),
         attachment: desired.map(|d| AttachmentView {
             node: d.node.clone(),
             socket: d.socket.clone(),
