@@ -3,7 +3,7 @@
 use super::ids::{COPIES_MAX, LINKS_MAX};
 
 /// A set of copies by their place in the record, or of links (see [`LINKS_MAX`]).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct CopySet(pub u16);
 
 const _: () = assert!(LINKS_MAX <= u16::BITS as usize);

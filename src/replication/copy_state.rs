@@ -29,7 +29,7 @@ pub struct CopyState {
 }
 
 /// Whether a copy's bytes can be relied on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Standing {
     /// Was in sync in the copy's epoch.
     InSync,
