@@ -63,14 +63,16 @@ impl World {
     /// them.
     fn zeroes(&mut self, few: Span) -> Span {
         let (mut start, mut len) = (few.offset, u64::from(few.len));
-        match self.rng.below(8) {
-            0..=2 => return few,
-            3..=5 => {
+        match self.rng.below(16) {
+            0..=8 => return few,
+            9..=12 => {
                 start = start / CHUNK * CHUNK;
-                len = self.rng.between(1, 3) * CHUNK;
+                len = CHUNK;
             }
-            6 => len += self.rng.below(3 * CHUNK / SECTOR) * SECTOR,
-            _ => (start, len) = (start / REGION * REGION, REGION),
+            13 | 14 => len += self.rng.below(2 * CHUNK / SECTOR) * SECTOR,
+            // Seldom: every sector of it is looked at from then on.
+            _ if self.rng.one_in(4) => (start, len) = (start / REGION * REGION, REGION),
+            _ => return few,
         }
         let end = (start / REGION + 1) * REGION;
         let end = end.min(self.registry.record.size).min(start + len);
