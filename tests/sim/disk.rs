@@ -150,7 +150,7 @@ pub struct Disk {
     /// Chunks that became holes.
     pub given_back: u64,
     /// Zeros that were under way when the process ended.
-    pub torn_zeros: u64,
+    pub cut_zeros: u64,
     maps: Vec<Vec<bool>>,
     pub running: HashMap<Ticket, (Running, Fate)>,
     /// Full until this moment.
@@ -177,7 +177,7 @@ impl Disk {
             bad: BTreeSet::new(),
             repaired: 0,
             given_back: 0,
-            torn_zeros: 0,
+            cut_zeros: 0,
             forgot: None,
             superblock,
             log: BTreeSet::new(),
@@ -509,6 +509,9 @@ impl Disk {
         let mut running: Vec<(Ticket, (Running, Fate))> = self.running.drain().collect();
         running.sort_unstable_by_key(|(ticket, _)| *ticket);
         for (ticket, (op, fate)) in running {
+            if let Running::Write { values, .. } = &op {
+                self.cut_zeros += u64::from(values.iter().all(|v| *v == 0));
+            }
             if fate != Fate::Done {
                 continue;
             }
@@ -519,7 +522,6 @@ impl Disk {
                     applied: false,
                     ..
                 } => {
-                    self.torn_zeros += u64::from(values.iter().all(|v| *v == 0));
                     // A hole that was half punched is none.
                     let took: Vec<bool> = values.iter().map(|_| rng.one_in(2)).collect();
                     self.put(ticket, span, |i| took[i].then_some(values[i]));

@@ -78,7 +78,7 @@ pub const DEMANDED: &[&str] = &[
     "discard completed",
     "write-zeroes completed",
     "chunk given back",
-    "zeros torn by a crash",
+    "zeros under way at a crash",
     "zeros on a copy that is brought up to date",
     "chunk of zeros brought up to date",
 ];
