@@ -393,11 +393,7 @@ fn bind(name: &str, record: &Record, front: &Front) -> Result<Bound, HostError> 
     let config = DeviceConfig {
         volume: name.into(),
         size: record.size,
-        block_size: if record.block_size == 4096 {
-            BlockSize::B4096
-        } else {
-            BlockSize::B512
-        },
+        block_size: BlockSize::of(record.block_size),
         num_queues: front.num_queues,
         seg_max: SEG_MAX,
         read_only: front.read_only,

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use guest_driver::*;
 use lockstep::engine::buffer::{Bytes, GuestPart, GuestRequest};
 use lockstep::guest::{
-    Chain, ChainFault, GuestMem, IoVec, Limits, MAX_DATA_SEGMENTS, Parsed, Ring, RingError, Status,
-    copy_from_guest,
+    BlockSize, Chain, ChainFault, GuestMem, IoVec, Limits, MAX_DATA_SEGMENTS, Parsed, Ring,
+    RingError, Status, copy_from_guest,
 };
 use vm_memory::GuestAddress;
 
@@ -605,6 +605,7 @@ fn a_write_that_was_sent_elsewhere_keeps_the_bytes_it_had_then() {
     let limits = Limits {
         capacity_sectors: 8,
         read_only: false,
+        block_size: BlockSize::B512,
     };
     let Some(Parsed::Request(request)) = ring.next_request(&limits).unwrap() else {
         panic!("a request")

@@ -22,12 +22,10 @@ fn qemu_starts_works_stops_and_starts_again() {
     let mut vm = served.vm();
     let features = vm.negotiate();
     assert_eq!(features & LINUX, LINUX, "{features:#x}");
-    // Discard and write-zeroes are not served yet, and a limit on segment size would only cost.
-    assert_eq!(
-        features & (1 << 13 | 1 << 14 | 1 << 1 | 1 << 5),
-        0,
-        "{features:#x}"
-    );
+    // Discard and write-zeroes.
+    assert_eq!(features >> 13 & 3, 3, "{features:#x}");
+    // A limit on segment size would only cost.
+    assert_eq!(features & (1 << 1 | 1 << 5), 0, "{features:#x}");
     // Masked notifiers come long before the device starts.
     let masked = EventFd::new(EFD_NONBLOCK).unwrap();
     vm.frontend.set_vring_call(0, &masked).unwrap();
@@ -53,7 +51,7 @@ fn qemu_starts_works_stops_and_starts_again() {
         1,
         "beyond the end"
     );
-    assert_eq!(vm.io(11, 0, &[0; 16]).0, 2, "discard");
+    assert_eq!(vm.io(12, 0, &[0; 16]).0, 2, "no such request");
     assert_eq!(vm.io(T_OUT, 0, &[0; 100]).0, 1, "part of a sector");
     assert_eq!(vm.frontend.get_vring_base(0).unwrap(), 7);
     // Stopped: nothing is taken any more, and asking again gives the same answer.
@@ -83,6 +81,58 @@ fn qemu_starts_works_stops_and_starts_again() {
     served.disconnects(1);
     served.was_logged(&["the front-end disconnected"]);
     until("the server says so", || !served.server.connected());
+}
+
+/// A segment of a discard or write-zeroes.
+fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    [
+        sector.to_le_bytes().as_slice(),
+        &sectors.to_le_bytes(),
+        &flags.to_le_bytes(),
+    ]
+    .concat()
+}
+
+#[test]
+fn zeros_are_asked_for_by_segments_and_what_breaks_a_rule_changes_nothing() {
+    let served = Served::new("zeroes");
+    let mut vm = served.vm();
+    vm.negotiate();
+    vm.start_like_qemu(LINUX | 1 << 13 | 1 << 14, 0);
+    let all = DISK as u64 / 512;
+    assert_eq!(vm.io(T_OUT, 0, &vec![7; 64 * 1024]).0, 0);
+    let both = [T_DISCARD, T_WRITE_ZEROES];
+    for kind in both {
+        for (segments, status) in [
+            (vec![], 1),
+            (vec![0; 8], 1),
+            (segment(all, 1, 0), 1),
+            (segment(u64::MAX - 7, 8, 0), 1),
+            (segment(0, u32::MAX, 0), 1),
+            (segment(0, 1, 0).repeat(33), 1),
+            (segment(0, 1, 2), 2),
+            (segment(0, 1, u32::MAX), 2),
+        ] {
+            assert_eq!(vm.io(kind, 0, &segments).0, status, "{kind} {segments:?}");
+        }
+    }
+    assert_eq!(vm.io(T_DISCARD, 0, &segment(0, 1, 1)).0, 2, "unmap");
+    assert!(served.world.disk.lock().unwrap()[..64 * 1024] == [7; 64 * 1024]);
+
+    for (kind, flags) in [(T_DISCARD, 0), (T_WRITE_ZEROES, 0), (T_WRITE_ZEROES, 1)] {
+        assert_eq!(vm.io(T_OUT, 0, &vec![7; 64 * 1024]).0, 0);
+        let segments = [segment(1, 7, flags), segment(16, 100, flags)].concat();
+        assert_eq!(vm.io(kind, 0, &segments).0, 0);
+        let disk = served.world.disk.lock().unwrap();
+        for (sector, bytes) in disk[..64 * 1024].chunks(512).enumerate() {
+            let zero = (1..8).contains(&sector) || (16..116).contains(&sector);
+            assert!(
+                bytes.iter().all(|b| *b == if zero { 0 } else { 7 }),
+                "{sector}"
+            );
+        }
+    }
+    vm.works(30);
 }
 
 #[test]
@@ -261,7 +311,9 @@ fn configuration_space_has_exactly_the_size_asked_for() {
         assert_eq!(bytes[24], 3, "physical blocks of 4 KiB");
         assert_eq!(bytes[32], 1, "writeback");
         assert_eq!(bytes[34..36], 2u16.to_le_bytes(), "num_queues");
-        assert!(bytes[36..].iter().all(|b| *b == 0));
+        // Discards and write-zeroes: 64 MiB in each of 32 segments, in blocks of 4 KiB; space may be given back.
+        let limits = [131_072u32, 32, 8, 131_072, 32, 1].map(u32::to_le_bytes);
+        assert_eq!(bytes[36..], limits.as_flattened()[..size as usize - 36]);
     }
     let (_, part) = vm.frontend.get_config(34, 2, CONFIG, &[0; 2]).unwrap();
     assert_eq!(part, 2u16.to_le_bytes());
@@ -379,6 +431,9 @@ fn a_client_that_knows_nothing_of_us_reads_and_writes() {
     client.connect().unwrap();
     assert_eq!(client.get_u64("capacity").unwrap(), DISK as u64);
     assert_eq!(client.get_i32("max-segments").unwrap(), 126);
+    assert_eq!(client.get_u64("max-discard-len").unwrap(), 64 << 20);
+    assert_eq!(client.get_u64("max-write-zeroes-len").unwrap(), 64 << 20);
+    assert_eq!(client.get_i32("discard-alignment").unwrap(), 4096);
     client.set_i32("num-queues", 2).unwrap();
     let mut queues = client.start().unwrap().queues;
     let region = client.alloc_mem_region(2 * 4096).unwrap();
@@ -411,6 +466,24 @@ fn a_client_that_knows_nothing_of_us_reads_and_writes() {
         assert!(read.iter().all(|b| *b == 0xa0 + i as u8));
         let at = offset as usize;
         assert_eq!(served.world.disk.lock().unwrap()[at..at + 4096], *read);
+        for request in 4..7 {
+            let none = blkio::ReqFlags::empty();
+            match request {
+                4 => queue.discard(offset, 512, request, none),
+                5 => queue.write_zeroes(offset + 1024, 512, request, none),
+                _ => queue.write_zeroes(offset + 2048, 512, request, blkio::ReqFlags::NO_UNMAP),
+            }
+            let mut completions = [const { std::mem::MaybeUninit::uninit() }; 1];
+            assert_eq!(queue.do_io(&mut completions, 1, None, None).unwrap(), 1);
+            // SAFETY: one completion was filled in.
+            let done = unsafe { completions[0].assume_init_ref() };
+            assert_eq!((done.user_data, done.ret), (request, 0));
+        }
+        let disk = served.world.disk.lock().unwrap();
+        for (n, sector) in disk[at..at + 4096].chunks(512).enumerate() {
+            let zero = [0, 2, 4].contains(&n);
+            assert!(sector.iter().all(|b| (*b == 0) == zero), "sector {n}");
+        }
     }
     drop((queues, client));
     served.disconnects(1);

@@ -310,3 +310,44 @@ fn a_guest_does_not_notice_the_death_of_a_replica() {
         String::from_utf8_lossy(&same.stdout)
     );
 }
+
+#[test]
+fn a_guest_gives_space_back_on_every_copy() {
+    // Given a volume with two replicas,
+    let cluster = Cluster::start(3);
+    let socket = cluster.serve("thin", 2);
+    // when a guest writes to it, discards all of it, makes a file system, writes a file, removes it and trims,
+    let mut guest = cluster.boot(&socket, "zeroes", &["mib=48"]);
+    cluster.expect_guest_ok(&mut guest);
+    cluster.wait("the guest to switch off", |_| {
+        guest.0.try_wait().unwrap().is_some()
+    });
+    // then its kernel knew the limits,
+    let limits =
+        "discard_max_bytes=67108864 discard_granularity=4096 write_zeroes_max_bytes=67108864";
+    assert!(cluster.console().contains(limits), "{}", cluster.logs());
+    // no copy takes the space of what was written,
+    for n in 1..=3 {
+        let data = fs::metadata(cluster.copy(n)).unwrap();
+        let takes = std::os::unix::fs::MetadataExt::blocks(&data) * 512;
+        assert!(
+            takes < 32 << 20,
+            "the copy on n{n} takes {takes} bytes{}",
+            cluster.logs()
+        );
+    }
+    // and the copies are the same.
+    cluster.ctl(1, &["volume", "detach", "thin"]);
+    for n in 2..=3 {
+        let same = Command::new("cmp")
+            .arg(cluster.copy(1))
+            .arg(cluster.copy(n))
+            .output()
+            .unwrap();
+        assert!(
+            same.status.success(),
+            "{}",
+            String::from_utf8_lossy(&same.stdout)
+        );
+    }
+}

@@ -51,11 +51,11 @@ pub struct Operation {
 pub struct Layer {
     /// Reads.
     pub read: Operation,
-    /// Writes, write-zeroes included.
+    /// Writes, and write-zeroes that keep their space.
     pub write: Operation,
     /// Flushes.
     pub flush: Operation,
-    /// Discards.
+    /// Discards, and write-zeroes that may give space back.
     pub discard: Operation,
 }
 

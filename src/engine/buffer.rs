@@ -291,6 +291,14 @@ impl Payload for Bytes {
             Self::Guest(g) => g.len,
         }
     }
+
+    fn is_zero(&self) -> bool {
+        match self {
+            // The first byte is zero, and each is as the one before.
+            Self::Buffer(b) => b.first() == Some(&0) && b[1..] == b[..b.len() - 1],
+            Self::Guest(_) => false,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -306,6 +314,21 @@ mod tests {
         drop(a);
         assert_eq!(Buffer::new(8192).as_ptr(), at, "the same class");
         assert_eq!(Buffer::new(IO_MAX as usize).len(), IO_MAX as usize);
+    }
+
+    #[test]
+    fn bytes_are_zero_only_if_all_are() {
+        for len in [1, 512, 65_536] {
+            let mut buffer = Buffer::new(len);
+            buffer.fill(0);
+            assert!(Bytes::from_buffer(buffer).is_zero());
+            for at in [0, len / 2, len - 1] {
+                let mut buffer = Buffer::new(len);
+                buffer.fill(0);
+                buffer[at] = 1;
+                assert!(!Bytes::from_buffer(buffer).is_zero(), "byte {at} of {len}");
+            }
+        }
     }
 
     #[test]

@@ -16,8 +16,9 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::buffer::{ALIGN, Buffer, Bytes, GuestPart};
 use super::extents::Walk;
+use super::fill::{Calls, Fill, Step};
 use crate::guest::{IoVec, copy_from_guest, copy_to_guest};
-use crate::replication::ids::{Chunk, Nanos, Seq, Span};
+use crate::replication::ids::{Chunk, IO_MAX, Nanos, Seq, Span};
 use crate::replication::in_flight::InFlight;
 
 /// Entries of the submission queue, and operations that the kernel has at once; more wait here.
@@ -41,7 +42,9 @@ pub enum Work {
     Read(u32),
     /// Data written.
     Write(u32),
-    /// Data made zero.
+    /// Data made zero, their space kept.
+    Zero(u32),
+    /// Data made zero, their space given back.
     Discard(u32),
     /// fdatasync of the data.
     Flush,
@@ -81,6 +84,7 @@ pub struct DataFile {
     align: usize,
     /// On tmpfs.
     memory: bool,
+    calls: Rc<Calls>,
 }
 
 impl DataFile {
@@ -90,6 +94,7 @@ impl DataFile {
             file: Rc::new(file),
             align,
             memory,
+            calls: Rc::default(),
         }
     }
 
@@ -122,6 +127,13 @@ enum Held {
     Meta {
         _bytes: Box<[u8]>,
     },
+    /// A step of making a range zero.
+    Fill {
+        fill: Fill,
+        step: Step,
+        /// Written from, if the step writes.
+        _zeros: Option<Rc<Buffer>>,
+    },
 }
 
 #[derive(Debug)]
@@ -133,7 +145,7 @@ struct Running {
     /// What a transfer of fewer bytes means.
     short: i32,
     started: Nanos,
-    _file: Rc<File>,
+    file: Rc<File>,
 }
 
 /// A walk along a file's extents, under way.
@@ -155,6 +167,8 @@ pub struct Disk {
     /// were that to overflow, completions would wait in the kernel for a call that never comes.
     in_kernel: u32,
     walks: VecDeque<Walking>,
+    /// [`IO_MAX`] zeros, once somebody needed them.
+    zeros: Option<Rc<Buffer>>,
     done: VecDeque<Completion>,
     round: u64,
     /// The turn's time.
@@ -173,6 +187,7 @@ impl Disk {
             unsubmitted: false,
             in_kernel: 0,
             walks: VecDeque::new(),
+            zeros: None,
             done: VecDeque::new(),
             round: 0,
             now: Nanos::default(),
@@ -319,15 +334,66 @@ impl Disk {
         !self.walks.is_empty()
     }
 
-    /// Makes `span` zero. A hole reads as zeros on every file system that has holes; not every one
-    /// can write zeros without them.
-    pub fn zero(&mut self, token: Token, file: &DataFile, span: Span) {
-        let mode = libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE;
-        let entry = opcode::Fallocate::new(fd(&file.file), u64::from(span.len))
-            .offset(span.offset)
-            .mode(mode)
-            .build();
-        self.start(token, &file.file, Held::Nothing, 0, entry);
+    /// Makes `span` zero; with `unmap` its space may be given back, with `dsync` the zeros are durable.
+    pub fn zero(&mut self, token: Token, file: &DataFile, span: Span, unmap: bool, dsync: bool) {
+        let fill = Fill::new(span, unmap, dsync, &file.calls);
+        let started = self.now;
+        self.fill(token, started, Rc::clone(&file.file), fill);
+    }
+
+    /// Starts the next step of a range. Also for a file in memory: giving back thousands of pages takes its time.
+    fn fill(&mut self, token: Token, started: Nanos, file: Rc<File>, fill: Fill) {
+        let fallocate = |span: Span, mode| {
+            opcode::Fallocate::new(fd(&file), u64::from(span.len))
+                .offset(span.offset)
+                .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
+                .build()
+        };
+        let Some(step) = fill.step() else {
+            let result = Ok(Output::Nothing);
+            return self.done.push_back(Completion {
+                token,
+                started,
+                result,
+            });
+        };
+        let mut zeros = None;
+        let entry = match step {
+            Step::Punch(span) => fallocate(span, libc::FALLOC_FL_PUNCH_HOLE),
+            Step::ZeroRange(span) => fallocate(span, libc::FALLOC_FL_ZERO_RANGE),
+            Step::Write(span) => {
+                let buffer = zeros.insert(Rc::clone(self.zeros.get_or_insert_with(|| {
+                    let mut buffer = Buffer::new(IO_MAX as usize);
+                    buffer.fill(0);
+                    Rc::new(buffer)
+                })));
+                opcode::Write::new(fd(&file), buffer.as_ptr(), span.len)
+                    .offset(span.offset)
+                    .build()
+            }
+            Step::Sync => opcode::Fsync::new(fd(&file))
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+        };
+        let expect = match step {
+            Step::Write(span) => span.len as usize,
+            _ => 0,
+        };
+        self.run(
+            Running {
+                token,
+                held: Held::Fill {
+                    fill,
+                    step,
+                    _zeros: zeros,
+                },
+                expect,
+                short: libc::ENOSPC,
+                started,
+                file,
+            },
+            entry,
+        );
     }
 
     /// fdatasync.
@@ -368,15 +434,19 @@ impl Disk {
             Held::ReadBuffer(_) | Held::HashBuffer(_) | Held::Bounce(..) => libc::EIO,
             _ => libc::ENOSPC,
         };
-        let started = self.now;
         let running = Running {
             token,
             held,
             expect,
             short,
-            started,
-            _file: Rc::clone(file),
+            started: self.now,
+            file: Rc::clone(file),
         };
+        self.run(running, entry);
+    }
+
+    fn run(&mut self, running: Running, entry: io_uring::squeue::Entry) {
+        let token = running.token;
         let Some(id) = self.running.insert(running) else {
             let result = Err(io::Error::from_raw_os_error(libc::EAGAIN));
             return self.finished(token, result);
@@ -439,11 +509,29 @@ impl Disk {
         self.in_kernel -= entries.len() as u32;
         for (id, result) in entries {
             if let Some(running) = self.running.remove(Seq(id)) {
-                let completion = running.complete(result);
-                self.done.push_back(completion);
+                self.ended(running, result);
             }
         }
         self.done.pop_front()
+    }
+}
+
+impl Disk {
+    fn ended(&mut self, running: Running, result: i32) {
+        let result = running.outcome(result);
+        let (token, started) = (running.token, running.started);
+        let result = match running.held {
+            Held::Fill { mut fill, step, .. } => match fill.ended(step, result) {
+                Ok(()) => return self.fill(token, started, running.file, fill),
+                Err(e) => Err(e),
+            },
+            held => result.map(|()| held.output()),
+        };
+        self.done.push_back(Completion {
+            token,
+            started,
+            result,
+        });
     }
 }
 
@@ -462,32 +550,35 @@ impl Drop for Disk {
 }
 
 impl Running {
-    fn complete(self, result: i32) -> Completion {
-        let token = self.token;
-        let result = if result < 0 {
+    fn outcome(&self, result: i32) -> io::Result<()> {
+        if result < 0 {
             Err(io::Error::from_raw_os_error(-result))
         } else if result as usize != self.expect {
             // Requests lie inside the file. A write falls short when the disk fills up, a read when
             // the file was cut behind our back.
             Err(io::Error::from_raw_os_error(self.short))
         } else {
-            Ok(match self.held {
-                Held::ReadBuffer(buffer) => Output::Data(Bytes::from_buffer(buffer)),
-                Held::HashBuffer(buffer) => Output::Hash(xxh3_128(&buffer)),
-                Held::Bounce(buffer, part) => {
-                    // SAFETY: the part holds its request, so its pieces are mapped.
-                    unsafe { copy_to_guest(&buffer, &part.pieces()) };
-                    Output::Nothing
-                }
-                Held::Guest { .. } | Held::Buffer { .. } | Held::Meta { .. } | Held::Nothing => {
-                    Output::Nothing
-                }
-            })
-        };
-        Completion {
-            token,
-            started: self.started,
-            result,
+            Ok(())
+        }
+    }
+}
+
+impl Held {
+    /// Of an operation that went well.
+    fn output(self) -> Output {
+        match self {
+            Held::ReadBuffer(buffer) => Output::Data(Bytes::from_buffer(buffer)),
+            Held::HashBuffer(buffer) => Output::Hash(xxh3_128(&buffer)),
+            Held::Bounce(buffer, part) => {
+                // SAFETY: the part holds its request, so its pieces are mapped.
+                unsafe { copy_to_guest(&buffer, &part.pieces()) };
+                Output::Nothing
+            }
+            Held::Guest { .. }
+            | Held::Buffer { .. }
+            | Held::Meta { .. }
+            | Held::Fill { .. }
+            | Held::Nothing => Output::Nothing,
         }
     }
 }
@@ -598,6 +689,8 @@ mod tests {
                     assert_eq!(done.token, token);
                     return done.result;
                 }
+                // What has several steps goes on.
+                self.disk.submit().unwrap();
                 if !self.disk.walks() {
                     self.event.read().unwrap();
                 }
@@ -651,6 +744,86 @@ mod tests {
             let short = file(dir, memory, &[1; 6000]);
             assert!(hash_of(span, &short).is_err());
         }
+    }
+
+    #[test]
+    fn a_range_is_zero_to_the_byte_and_its_space_is_given_back_or_kept() {
+        let (tmp, shm) = (std::env::temp_dir(), Path::new("/dev/shm"));
+        const LEN: usize = 3 << 20;
+        for (dir, memory) in [(tmp.as_path(), false), (shm, true), (shm, false)] {
+            for (offset, len) in [
+                (0, 2 << 20),
+                (4096, (2 << 20) + 512),
+                (512, 512),
+                (3584, 1 << 20),
+            ] {
+                for unmap in [true, false] {
+                    let before = file(dir, memory, &vec![7; LEN]);
+                    before.file.sync_all().unwrap();
+                    let blocks = |f: &DataFile| {
+                        std::os::unix::fs::MetadataExt::blocks(&f.file.metadata().unwrap()) * 512
+                    };
+                    let (had, span) = (blocks(&before), Span { offset, len });
+                    let done = Bench::new().one(|disk, token| {
+                        disk.zero(token, &before, span, unmap, true);
+                    });
+                    assert!(matches!(done, Ok(Output::Nothing)), "{done:?}");
+                    let all = Span {
+                        offset: 0,
+                        len: 1 << 20,
+                    };
+                    for third in 0..3u64 {
+                        let offset = third << 20;
+                        let bytes = read_now(&before.file, Span { offset, ..all }).unwrap();
+                        for (i, byte) in bytes.iter().enumerate() {
+                            let at = offset + i as u64;
+                            let inside = (span.offset..span.end()).contains(&at);
+                            assert_eq!(*byte == 0, inside, "byte {at} after {span:?}");
+                        }
+                    }
+                    // What is whole blocks is given back; a file system may keep what it needs for itself.
+                    let whole = span.end() / 4096 * 4096;
+                    let whole = whole.saturating_sub(span.offset.next_multiple_of(4096));
+                    let left = blocks(&before);
+                    if unmap && whole >= 1 << 20 {
+                        assert!(left + whole / 2 < had, "{had} - {whole} bytes left {left}");
+                    } else if !unmap {
+                        assert!(left >= LEN as u64, "{left} bytes left of {had}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_that_are_to_be_durable_are_synced_and_a_sync_that_fails_is_told() {
+        // Given a file that takes zeros, only not by a call, and cannot be synced,
+        let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
+        let null = DataFile::new(null.unwrap(), 1, false);
+        let span = Span {
+            offset: 0,
+            len: 3 << 20,
+        };
+        for unmap in [true, false] {
+            let zero =
+                |dsync| Bench::new().one(|disk, token| disk.zero(token, &null, span, unmap, dsync));
+            // when zeros need not be durable, then they are written, and that is all;
+            assert!(matches!(zero(false), Ok(Output::Nothing)));
+            // when they must be, then the sync is tried, and its failure is theirs.
+            assert_eq!(zero(true).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        }
+    }
+
+    #[test]
+    fn zeros_on_a_file_system_that_is_full_say_so() {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+        let full = DataFile::new(full.unwrap(), 1, false);
+        let span = Span {
+            offset: 512,
+            len: 8192,
+        };
+        let done = Bench::new().one(|disk, token| disk.zero(token, &full, span, true, false));
+        assert_eq!(done.unwrap_err().raw_os_error(), Some(libc::ENOSPC));
     }
 
     #[test]

@@ -8,11 +8,13 @@ mod conn;
 mod context;
 mod disk;
 mod extents;
+mod fill;
 mod plane;
 mod rings;
 mod volume;
 mod worker;
 mod write_cache;
+mod zeroes;
 
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, channel};

@@ -6,14 +6,15 @@ use std::sync::mpsc::SyncSender;
 
 use super::buffer::{Buffer, Bytes, GuestPart, GuestRequest};
 use super::command::GuestAnswer;
+use super::zeroes::Zeroes;
 use crate::cluster::metrics::Layer;
 use crate::guest::{
-    GuestMem, Kind, Limits, Parsed, Request, Ring, RingLog, RingStart, Serial, Status, Used,
-    copy_from_guest, copy_to_guest,
+    BlockSize, GuestMem, Kind, Limits, Parsed, Request, Ring, RingLog, RingStart, Serial, Status,
+    Used, copy_from_guest, copy_to_guest,
 };
 use crate::replication::attachment::{Attachment, Op, Outcome, RequestId};
 use crate::replication::ids::{IO_MAX, Nanos, Seq, Span};
-use crate::replication::in_flight::InFlight;
+use crate::replication::in_flight::{IN_FLIGHT_MAX, InFlight};
 
 /// How long a ring that is stopped may wait for its requests. QEMU's main loop, and with it the virtual machine,
 /// waits for the answer; beyond this a suspended volume would look like a dead host.
@@ -83,6 +84,7 @@ pub struct Rings {
     serial: Serial,
     queues: Vec<Queue>,
     parts: InFlight<Part>,
+    zeroes: Zeroes,
     lives: u64,
     limits: Limits,
     writeback: bool,
@@ -94,16 +96,24 @@ pub struct Rings {
 
 impl Rings {
     /// No ring yet. `serial` is the volume's id, `size` its bytes.
-    pub fn new(name: String, serial: Serial, size: u64, read_only: bool) -> Self {
+    pub fn new(
+        name: String,
+        serial: Serial,
+        size: u64,
+        block_size: BlockSize,
+        read_only: bool,
+    ) -> Self {
         let limits = Limits {
             capacity_sectors: size / 512,
             read_only,
+            block_size,
         };
         Self {
             name,
             serial,
             queues: Vec::new(),
             parts: InFlight::default(),
+            zeroes: Zeroes::default(),
             lives: 0,
             limits,
             writeback: true,
@@ -120,9 +130,9 @@ impl Rings {
         more
     }
 
-    /// Guest requests taken and not answered.
+    /// Guest requests taken and not answered, or parts of them.
     pub fn in_flight(&self) -> usize {
-        self.parts.len()
+        self.parts.len() + self.zeroes.waiting()
     }
 
     /// Whether the machine runs a ring.
@@ -253,6 +263,44 @@ impl Rings {
     /// The connection is gone: its rings are dropped, and what is under way is not answered any more.
     pub fn disconnect(&mut self) {
         self.queues.iter_mut().for_each(|queue| drop(queue.end()));
+        self.forget_zeroes();
+    }
+
+    /// Of zeros that a ring asked for that is no more, nothing further is started.
+    fn forget_zeroes(&mut self) {
+        let queues = &self.queues;
+        let lives = |guest: &GuestRequest| {
+            let slot = queues[usize::from(guest.ring)].slot.as_ref();
+            slot.is_some_and(|slot| slot.life == guest.life)
+        };
+        self.zeroes.retain(lives);
+    }
+
+    /// Starts zeros that were asked for, as many as may be under way.
+    fn start_zeroes(&mut self, now: Nanos, attachment: &mut Attachment<Bytes>) {
+        while self.parts.len() < IN_FLIGHT_MAX
+            && let Some(cut) = self.zeroes.next()
+        {
+            let (span, unmap, fua) = (cut.span, cut.unmap, cut.fua);
+            if let Some(slot) = self.origin(&cut.guest) {
+                slot.under_way += 1;
+            }
+            let part = Part {
+                guest: cut.guest,
+                kind: if unmap {
+                    Kind::Discard
+                } else {
+                    Kind::WriteZeroes
+                },
+                start: 0,
+                len: span.len as usize,
+                submitted: cut.taken,
+            };
+            if let Some(seq) = self.parts.insert(part) {
+                let op = Op::Zero { span, unmap, fua };
+                attachment.submit(now, RequestId(seq.0), op, None);
+            }
+        }
     }
 
     /// A kick came in.
@@ -287,18 +335,26 @@ impl Rings {
                             fua: !self.writeback,
                             direct,
                         };
-                        if request.kind() == Kind::GetId {
-                            request.write_id(&self.serial);
-                            slot.ring.push_used(request.finish(Status::Ok));
-                            slot.pushed = true;
-                        } else {
-                            let (under_way, refused) =
-                                submit(&mut self.parts, attachment, request, &from);
-                            slot.under_way += under_way;
-                            if let Some(used) = refused {
-                                slot.ring.push_used(used);
-                                slot.pushed = true;
+                        let answered = match request.kind() {
+                            Kind::GetId => {
+                                request.write_id(&self.serial);
+                                Some(request.finish(Status::Ok))
                             }
+                            Kind::Discard | Kind::WriteZeroes => {
+                                let (ring, life, fua) = (from.ring, from.life, from.fua);
+                                let empty = self.zeroes.add(request, ring, life, fua, now);
+                                empty.map(|request| request.finish(Status::Ok))
+                            }
+                            Kind::In | Kind::Out | Kind::Flush => {
+                                let (under_way, refused) =
+                                    submit(&mut self.parts, attachment, request, &from);
+                                slot.under_way += under_way;
+                                refused
+                            }
+                        };
+                        if let Some(used) = answered {
+                            slot.ring.push_used(used);
+                            slot.pushed = true;
                         }
                     }
                     Ok(Some(Parsed::Refused(refused))) => {
@@ -318,14 +374,26 @@ impl Rings {
                 }
             }
         }
+        self.start_zeroes(now, attachment);
         any
     }
 
     /// A part is done. The last part answers the request.
-    pub fn complete(&mut self, now: Nanos, id: RequestId, outcome: Outcome, data: Option<&Bytes>) {
+    pub fn complete(
+        &mut self,
+        now: Nanos,
+        attachment: &mut Attachment<Bytes>,
+        id: RequestId,
+        outcome: Outcome,
+        data: Option<&Bytes>,
+    ) {
         let Some(part) = self.parts.remove(Seq(id.0)) else {
             return;
         };
+        if matches!(part.kind, Kind::Discard | Kind::WriteZeroes) {
+            self.zeroes.ended();
+            self.start_zeroes(now, attachment);
+        }
         let guest = &part.guest;
         let alive = match self.origin(guest) {
             Some(slot) => {
@@ -357,7 +425,7 @@ impl Rings {
             .failed
             .set(guest.failed.get() || outcome == Outcome::IoError);
         guest.parts.set(guest.parts.get() - 1);
-        self.count(now, &part, outcome);
+        self.count(now, &part);
         if guest.parts.get() > 0 || !alive {
             return;
         }
@@ -373,16 +441,19 @@ impl Rings {
         }
     }
 
-    fn count(&mut self, now: Nanos, part: &Part, outcome: Outcome) {
+    fn count(&mut self, now: Nanos, part: &Part) {
         let op = match part.kind {
             Kind::In => &mut self.stats.read,
-            Kind::Out => &mut self.stats.write,
+            Kind::Out | Kind::WriteZeroes => &mut self.stats.write,
             Kind::Flush | Kind::GetId => &mut self.stats.flush,
+            Kind::Discard => &mut self.stats.discard,
         };
-        op.total += 1;
         op.bytes += part.len as u64;
-        op.errors += u64::from(outcome == Outcome::IoError);
-        op.seconds.observe(now.since(part.submitted).0 as f64 / 1e9);
+        if part.guest.parts.get() == 0 {
+            op.total += 1;
+            op.errors += u64::from(part.guest.failed.get());
+            op.seconds.observe(now.since(part.submitted).0 as f64 / 1e9);
+        }
     }
 
     /// Ends the turn: publishes answers with one notification a ring, and asks for kicks again. Returns whether a ring
@@ -437,6 +508,9 @@ impl Rings {
                 }
                 out.push((at as u16, slot.ring));
             }
+        }
+        if !out.is_empty() {
+            self.forget_zeroes();
         }
         out
     }
@@ -507,7 +581,8 @@ fn submit(
                 },
                 Some(snapshot(&memory)),
             ),
-            Kind::Flush | Kind::GetId => (Op::Flush, None),
+            // Serials and zeros do not come here.
+            Kind::Flush | Kind::GetId | Kind::Discard | Kind::WriteZeroes => (Op::Flush, None),
         };
         attachment.submit(from.now, RequestId(seq.0), op, data);
         under_way += 1;

@@ -6,6 +6,7 @@ use thiserror::Error;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use super::capacity::Capacity;
+use super::request::{MAX_ZERO_SECTORS, MAX_ZERO_SEGMENTS, SECTOR_SIZE};
 use super::ring::MAX_RING_SIZE;
 
 // Feature bits: virtio 1.2, sections 5.2.3 and 6, and the vhost-user specification.
@@ -16,6 +17,8 @@ const BLK_F_FLUSH: u64 = 1 << 9;
 const BLK_F_TOPOLOGY: u64 = 1 << 10;
 const BLK_F_CONFIG_WCE: u64 = 1 << 11;
 const BLK_F_MQ: u64 = 1 << 12;
+const BLK_F_DISCARD: u64 = 1 << 13;
+const BLK_F_WRITE_ZEROES: u64 = 1 << 14;
 pub(super) const RING_F_INDIRECT_DESC: u64 = 1 << 28;
 pub(super) const RING_F_EVENT_IDX: u64 = 1 << 29;
 const F_VERSION_1: u64 = 1 << 32;
@@ -67,6 +70,15 @@ pub enum BlockSize {
 }
 
 impl BlockSize {
+    /// The one of `bytes`; of two, the one that any volume may have.
+    pub fn of(bytes: u32) -> Self {
+        if bytes == 4096 {
+            BlockSize::B4096
+        } else {
+            BlockSize::B512
+        }
+    }
+
     /// In bytes.
     pub fn bytes(self) -> u32 {
         match self {
@@ -162,6 +174,8 @@ impl Device {
             | BLK_F_TOPOLOGY
             | BLK_F_CONFIG_WCE
             | BLK_F_MQ
+            | BLK_F_DISCARD
+            | BLK_F_WRITE_ZEROES
             | RING_F_INDIRECT_DESC
             | RING_F_EVENT_IDX
             | F_VERSION_1
@@ -242,6 +256,14 @@ impl Device {
             &[u8::from(self.writeback.load(Ordering::Relaxed))],
         );
         put(34, &self.config.num_queues.to_le_bytes());
+        // Discards: longest segment, most segments, and the granularity: what file systems give back is blocks of 4 KiB.
+        put(36, &MAX_ZERO_SECTORS.to_le_bytes());
+        put(40, &MAX_ZERO_SEGMENTS.to_le_bytes());
+        put(44, &(PHYSICAL_BLOCK / SECTOR_SIZE as u32).to_le_bytes());
+        // Write-zeroes: the same, and that it may give space back.
+        put(48, &MAX_ZERO_SECTORS.to_le_bytes());
+        put(52, &MAX_ZERO_SEGMENTS.to_le_bytes());
+        put(56, &[1]);
         space
     }
 }
@@ -285,6 +307,18 @@ mod tests {
             assert_eq!(space[28..32], u32::to_le_bytes(opt_io));
             assert_eq!(space[34..36], 4u16.to_le_bytes());
         }
+    }
+
+    #[test]
+    fn configuration_space_says_what_can_be_made_zero_at_once() {
+        let device = Device::new(config()).unwrap();
+        assert_eq!(device.features() & (1 << 13 | 1 << 14), 1 << 13 | 1 << 14);
+        let space = device.read_config(0, 60).unwrap();
+        // 64 MiB in each of 32 segments, in blocks of 4 KiB.
+        let numbers = [131_072u32, 32, 8, 131_072, 32];
+        let expected: Vec<u8> = numbers.into_iter().flat_map(u32::to_le_bytes).collect();
+        assert_eq!(space[36..56], expected);
+        assert_eq!(space[56..60], [1, 0, 0, 0], "and it may give space back");
     }
 
     #[test]

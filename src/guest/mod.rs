@@ -52,7 +52,10 @@ pub use dirty::{DirtyLog, LogError, RingLog};
 pub use inflight::{InflightError, InflightQueue, Region as InflightRegion};
 pub use iovec::{IoVec, copy_from_guest, copy_to_guest, total_len};
 pub use plane::{DataPlane, RingStart};
-pub use request::{Kind, Limits, Parsed, Refusal, Refused, Request, SECTOR_SIZE, Status};
+pub use request::{
+    Kind, Limits, MAX_ZERO_SECTORS, MAX_ZERO_SEGMENTS, Parsed, Refusal, Refused, Request,
+    SECTOR_SIZE, Segment, Status,
+};
 pub use ring::{MAX_RING_SIZE, Ring, RingError};
 pub use server::{Bound, Server};
 pub use socket::ServeError;

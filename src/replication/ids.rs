@@ -24,6 +24,9 @@ pub const LINKS_MAX: usize = 2 * COPIES_MAX;
 pub const REPLICAS_MAX: u8 = 5;
 /// The longest single write or read the protocol carries, in bytes. Larger guest requests are split.
 pub const IO_MAX: u32 = 1 << 20;
+/// The longest single span that is made zero, in bytes: one [`REGION`]. Larger guest requests are cut where regions end, so that
+/// no request ever needs more than a slot or two of an activity log, and all copies have done one soon.
+pub const ZERO_MAX: u32 = REGION as u32;
 
 macro_rules! id128 {
     ($(#[$doc:meta])* $name:ident) => {

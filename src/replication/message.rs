@@ -28,7 +28,8 @@ pub enum Message {
     },
     /// → Apply the payload at `span`.
     Write(Request),
-    /// → Make `span` read as zeros; `unmap` allows giving the space back.
+    /// → Make `span` read as zeros; `unmap` allows giving the space back. Over a bulk connection: a chunk of a sync, as
+    /// [`Message::SyncData`].
     WriteZeroes {
         /// What and where.
         request: Request,

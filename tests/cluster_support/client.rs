@@ -102,9 +102,14 @@ impl Disk {
             .discard(offset, len, lane, ReqFlags::empty());
     }
 
-    pub fn write_zeroes(&mut self, lane: usize, offset: u64, len: u64) {
-        self.queue(lane)
-            .write_zeroes(offset, len, lane, ReqFlags::empty());
+    /// `unmap`: the space may be given back.
+    pub fn write_zeroes(&mut self, lane: usize, offset: u64, len: u64, unmap: bool) {
+        let flags = if unmap {
+            ReqFlags::empty()
+        } else {
+            ReqFlags::NO_UNMAP
+        };
+        self.queue(lane).write_zeroes(offset, len, lane, flags);
     }
 
     /// Hands over what was asked and takes the completions there are, of all queues; waits a moment for the first.
@@ -177,9 +182,10 @@ pub struct Plan {
     pub depth: usize,
     /// Lengths of requests, drawn with equal chance.
     pub sizes: Vec<usize>,
-    /// Of 100 requests, how many are reads and how many flushes; the rest writes.
+    /// Of 100 requests, how many are reads, flushes, and discards or write-zeroes; the rest writes.
     pub reads: u64,
     pub flushes: u64,
+    pub zeroes: u64,
     /// Of 100 reads, how many begin where a write is under way, or let one begin where they are.
     pub careless: u64,
     pub seed: u64,
@@ -206,6 +212,7 @@ impl Plan {
             ],
             reads: 20,
             flushes: 5,
+            zeroes: 6,
             careless: 0,
             seed: 7,
         }
@@ -592,6 +599,12 @@ fn submit(
     } else if is_read {
         disk.read(lane, offset, len);
         Under::Read(sector, sectors)
+    } else if dice < plan.flushes + plan.reads + plan.zeroes {
+        match random.below(3) {
+            0 => disk.discard(lane, offset, len as u64),
+            kind => disk.write_zeroes(lane, offset, len as u64, kind == 1),
+        }
+        Under::Write(oracle.begin_zeros(sector, sectors), sector, sectors)
     } else {
         let ticket = oracle.begin(sector, disk.buffer(lane, len));
         disk.write(lane, offset, len);

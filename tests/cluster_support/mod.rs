@@ -497,6 +497,12 @@ impl Cluster {
         self.data_dir(n).join("volumes").join(id).join("data")
     }
 
+    /// Bytes that the volume's copy on node n takes on its disk.
+    pub fn allocated(&self, n: usize, volume: &Value) -> u64 {
+        let data = self.copy(n, volume);
+        std::os::unix::fs::MetadataExt::blocks(&fs::metadata(data).unwrap()) * 512
+    }
+
     /// S14: every copy that the record counts holds the same bytes as the master. Gives the nodes compared.
     #[track_caller]
     pub fn copies_are_identical(&self, n: usize, name: &str) -> Vec<String> {

@@ -1,6 +1,7 @@
 //! What a disk may answer. Every write has a number of its own, and each 512-byte sector is made of the write's number and
 //! the sector's place, so that any sector read tells which write it came from.
 
+use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 /// Bytes of a sector.
@@ -31,6 +32,8 @@ pub struct Oracle {
     writes: u64,
     /// Where each write went, and when it began, by its number less one.
     places: Vec<(usize, usize, SystemTime)>,
+    /// The writes that write zeros. What they leave looks like write 0.
+    zeros: BTreeSet<u64>,
 }
 
 /// What sectors may hold when a read begins.
@@ -59,6 +62,7 @@ impl Oracle {
             clock: 0,
             writes: 0,
             places: Vec::new(),
+            zeros: BTreeSet::new(),
         }
     }
 
@@ -78,14 +82,26 @@ impl Oracle {
 
     /// A write is submitted: fills its buffer.
     pub fn begin(&mut self, sector: usize, data: &mut [u8]) -> Ticket {
+        let ticket = self.begun(sector, data.len() / SECTOR);
+        for (place, bytes) in (sector..).zip(data.chunks_mut(SECTOR)) {
+            content(ticket.write, place, bytes);
+        }
+        ticket
+    }
+
+    /// A discard, or a write of zeros, is submitted.
+    pub fn begin_zeros(&mut self, sector: usize, sectors: usize) -> Ticket {
+        let ticket = self.begun(sector, sectors);
+        self.zeros.insert(ticket.write);
+        ticket
+    }
+
+    fn begun(&mut self, sector: usize, sectors: usize) -> Ticket {
         let begun = self.tick();
         self.writes += 1;
         let write = self.writes;
-        let sectors = data.len() / SECTOR;
         self.places.push((sector, sectors, SystemTime::now()));
-        for (place, bytes) in (sector..).zip(data.chunks_mut(SECTOR)) {
-            content(write, place, bytes);
-            let held = &mut self.sectors[place];
+        for held in &mut self.sectors[sector..sector + sectors] {
             if held.is_empty() {
                 held.push(BLANK);
             }
@@ -117,17 +133,20 @@ impl Oracle {
     /// sector holds what was seen (S9).
     pub fn judge(&mut self, sector: usize, data: &[u8]) -> Result<(), String> {
         let mut expected = [0; SECTOR];
+        let zeros = &self.zeros;
         for (place, bytes) in (sector..).zip(data.chunks(SECTOR)) {
             let found = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+            let shows = |h: &Held| h.write == found || found == 0 && zeros.contains(&h.write);
             let held = &mut self.sectors[place];
-            let known = held.iter().any(|h| h.write == found) || held.is_empty() && found == 0;
+            let known = held.iter().any(shows) || held.is_empty() && found == 0;
             content(found, place, &mut expected);
             if !known || bytes != expected {
                 let held = held.clone();
                 return Err(self.explain(place, bytes, &format!("{held:?}"), &held));
             }
-            held.retain(|h| h.write == found);
-            if let Some(h) = held.first_mut() {
+            // Of several writes of zeros nobody can tell which one it was.
+            held.retain(shows);
+            for h in held {
                 h.answered.get_or_insert(0);
             }
         }
@@ -155,8 +174,11 @@ impl Oracle {
         for (place, (may, bytes)) in (look.sector..).zip(sectors) {
             let found = u64::from_le_bytes(bytes[..8].try_into().unwrap());
             content(found, place, &mut expected);
-            let since = found > look.writes && self.went_to(found, place);
-            if bytes != expected || !may.contains(&found) && !since {
+            let mut zeros = self.zeros.range(look.writes + 1..);
+            let zeros_since = found == 0 && zeros.any(|w| self.went_to(*w, place));
+            let since = found > look.writes && self.went_to(found, place) || zeros_since;
+            let zeros = found == 0 && may.iter().any(|w| self.zeros.contains(w));
+            if bytes != expected || !may.contains(&found) && !zeros && !since {
                 let may = format!("{may:?} or one after {}", look.writes);
                 return Err(self.explain(place, bytes, &may, &self.sectors[place]));
             }
@@ -282,4 +304,31 @@ fn a_sector_holds_the_last_write_answered_or_one_under_way() {
     let mut torn = second_data;
     torn[511] ^= 2;
     assert!(oracle.judge(0, &torn).is_err());
+}
+
+#[test]
+fn zeros_are_a_write_like_any_other() {
+    let mut oracle = Oracle::new(1024);
+    let none = [0; SECTOR];
+    let mut data = vec![0; SECTOR];
+    let write = oracle.begin(0, &mut data);
+    oracle.end(write, true);
+    // A read that began before the zeros may bring what was there before or them,
+    let early = oracle.look(0, 1);
+    let zeros = oracle.begin_zeros(0, 2);
+    assert!(oracle.judge_look(&early, &data).is_ok());
+    assert!(oracle.judge_look(&early, &none).is_ok());
+    oracle.end(zeros, true);
+    // one that begins after them only them,
+    let late = oracle.look(0, 1);
+    assert!(oracle.judge_look(&late, &none).is_ok());
+    assert!(oracle.judge_look(&late, &data).is_err());
+    assert!(oracle.judge(0, &data).is_err());
+    assert!(oracle.judge(0, &[none, none].concat()).is_ok());
+    // and zeros are wrong again once something else was written.
+    let write = oracle.begin(0, &mut data);
+    oracle.end(write, true);
+    assert!(oracle.judge_look(&oracle.look(0, 1), &none).is_err());
+    assert!(oracle.judge(0, &none).is_err());
+    assert!(oracle.judge(0, &data).is_ok());
 }

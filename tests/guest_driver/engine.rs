@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use lockstep::guest::{
-    DataPlane, GuestMem, Kind, Limits, Parsed, Request, Ring, RingLog, RingStart, Serial, Status,
+    BlockSize, DataPlane, GuestMem, Kind, Limits, Parsed, Request, Ring, RingLog, RingStart,
+    Serial, Status,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -232,6 +233,7 @@ fn serve_all(world: &World, rings: &mut BTreeMap<u16, Running>) {
         let limits = Limits {
             capacity_sectors: world.disk.lock().unwrap().len() as u64 / 512,
             read_only: false,
+            block_size: BlockSize::B512,
         };
         let ring = &mut running.ring;
         loop {
@@ -274,6 +276,12 @@ fn serve(world: &World, request: Request) -> lockstep::guest::Used {
         Kind::Out => drop(request.read_data(&mut disk[range])),
         Kind::Flush => {}
         Kind::GetId => request.write_id(&Serial::new("0123456789abcdef")),
+        Kind::Discard | Kind::WriteZeroes => {
+            for segment in request.segments() {
+                let at = segment.offset as usize;
+                disk[at..at + segment.len as usize].fill(0);
+            }
+        }
     }
     request.finish(Status::Ok)
 }

@@ -27,6 +27,8 @@ pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
 pub const T_FLUSH: u32 = 4;
 pub const T_GET_ID: u32 = 8;
+pub const T_DISCARD: u32 = 11;
+pub const T_WRITE_ZEROES: u32 = 13;
 
 /// Two adjacent regions of 1 MiB, a hole, and one more.
 pub fn memory() -> Arc<GuestMem> {

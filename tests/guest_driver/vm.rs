@@ -248,7 +248,8 @@ impl Vm {
         self.driver.write(self.scratch, &header(kind, sector));
         self.driver.write(at, data);
         self.driver.write(status, &[0xff]);
-        let direction = if kind == T_OUT { 0 } else { WRITE };
+        let is_read = !matches!(kind, T_OUT | T_DISCARD | T_WRITE_ZEROES);
+        let direction = if is_read { WRITE } else { 0 };
         let mut chain = vec![desc(self.scratch, 16, 0, 0)];
         if !data.is_empty() {
             chain.push(desc(at, data.len() as u32, direction, 0));

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use lockstep::replication::attachment::{Action, Attachment, CasOutcome, Phase, Revision};
-use lockstep::replication::ids::{Epoch, LINKS_MAX, Nanos, Seq};
+use lockstep::replication::ids::{COPIES_MAX, Epoch, LINKS_MAX, Nanos, Seq};
 use lockstep::replication::message::{Message, Proof, Status};
-use lockstep::replication::record::{self, CopyEntry, Record};
+use lockstep::replication::record::{self, CopyEntry, CopyStatus, Record};
 use lockstep::replication::timing::Timing;
 
 use super::disk::Stamps;
@@ -120,7 +120,16 @@ impl World {
     pub fn act(&mut self, a: usize, action: Action<Stamps>) {
         match action {
             Action::Send { to, message, data } => {
+                let zeros = matches!(message, Message::WriteZeroes { .. });
                 for link in to.iter() {
+                    let copies = &self.atts[a].machine.record().copies;
+                    let target = copies[link % COPIES_MAX].status != CopyStatus::InSync;
+                    if zeros && link >= COPIES_MAX {
+                        self.seen.count("chunk of zeros brought up to date");
+                    } else if zeros && target {
+                        self.seen
+                            .count("zeros on a copy that is brought up to date");
+                    }
                     if let Some(s) = self.atts[a].links[link] {
                         self.tell_copy(s, message.clone(), data.clone());
                     }

@@ -3,7 +3,7 @@
 //! S2 and S16 in `disk.rs`, S9 and S10 in `oracle.rs`, S8, S17 and S19 where the guest is answered (`guest.rs`).
 
 use lockstep::replication::copy_state::{CopyState, Standing};
-use lockstep::replication::ids::{Chunk, CopyId, IO_MAX, REGION, Region, SECTOR, Span};
+use lockstep::replication::ids::{Chunk, CopyId, IO_MAX, REGION, Region, SECTOR, Span, ZERO_MAX};
 use lockstep::replication::message::{MAP_CHUNKS, Message, RUNS_MAX};
 use lockstep::replication::record::{CopyEntry, CopyStatus, Record};
 use lockstep::replication::replica::{DiskOp, REQUESTS_MAX};
@@ -124,6 +124,9 @@ impl World {
             Message::AckVec { acks, .. } => (acks.len(), REQUESTS_MAX),
             Message::MapRead { count, .. } => (*count as usize, MAP_CHUNKS as usize),
             Message::Clear { runs, .. } => (runs.len(), RUNS_MAX),
+            Message::WriteZeroes { request, .. } | Message::Discard(request) => {
+                (request.span.len as usize, ZERO_MAX as usize)
+            }
             _ => return,
         };
         assert!(is <= most, "S19: {is} in {message:?}");

@@ -27,6 +27,10 @@ impl Payload for Stamps {
     fn count(&self) -> usize {
         self.0.len() * SECTOR as usize
     }
+
+    fn is_zero(&self) -> bool {
+        self.0.iter().all(|stamp| *stamp == 0)
+    }
 }
 
 /// Sectors of a chunk.
@@ -143,6 +147,10 @@ pub struct Disk {
     pub forgot: Option<Forgot>,
     /// Bad sectors that were written with what they had held.
     pub repaired: u64,
+    /// Chunks that became holes.
+    pub given_back: u64,
+    /// Zeros that were under way when the process ended.
+    pub cut_zeros: u64,
     maps: Vec<Vec<bool>>,
     pub running: HashMap<Ticket, (Running, Fate)>,
     /// Full until this moment.
@@ -168,6 +176,8 @@ impl Disk {
             data: vec![false; chunks],
             bad: BTreeSet::new(),
             repaired: 0,
+            given_back: 0,
+            cut_zeros: 0,
             forgot: None,
             superblock,
             log: BTreeSet::new(),
@@ -348,7 +358,9 @@ impl Disk {
             span.end()
         };
         let whole = span.offset.div_ceil(CHUNK)..end / CHUNK;
-        whole.for_each(|c| self.data[c as usize] = false);
+        for c in whole {
+            self.given_back += u64::from(std::mem::take(&mut self.data[c as usize]));
+        }
     }
 
     fn harden(&mut self, s: usize, upto: impl Fn(&Unsynced) -> bool) {
@@ -497,6 +509,9 @@ impl Disk {
         let mut running: Vec<(Ticket, (Running, Fate))> = self.running.drain().collect();
         running.sort_unstable_by_key(|(ticket, _)| *ticket);
         for (ticket, (op, fate)) in running {
+            if let Running::Write { values, .. } = &op {
+                self.cut_zeros += u64::from(values.iter().all(|v| *v == 0));
+            }
             if fate != Fate::Done {
                 continue;
             }

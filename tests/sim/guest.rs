@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use lockstep::replication::attachment::{Op, Outcome, RequestId};
-use lockstep::replication::ids::{Nanos, SECTOR, Span};
+use lockstep::replication::ids::{CHUNK, Nanos, REGION, SECTOR, Span};
 use lockstep::replication::record::State;
 
 use super::disk::{Stamps, sectors};
@@ -50,12 +50,35 @@ impl World {
             match self.rng.below(20) {
                 0..=9 => self.submit(a, Op::Write { span, fua }, Some(len)),
                 10 => {
-                    let unmap = self.rng.one_in(2);
+                    let (span, unmap) = (self.zeroes(span), self.rng.one_in(2));
                     self.submit(a, Op::Zero { span, unmap, fua }, None);
                 }
                 11..=16 => self.submit(a, Op::Read(span), None),
                 _ => self.submit(a, Op::Flush, None),
             }
+        }
+    }
+
+    /// Zeros of a few sectors, of whole chunks, or long ones that begin and end anywhere: within a region, as the engine cuts
+    /// them.
+    fn zeroes(&mut self, few: Span) -> Span {
+        let (mut start, mut len) = (few.offset, u64::from(few.len));
+        match self.rng.below(16) {
+            0..=8 => return few,
+            9..=12 => {
+                start = start / CHUNK * CHUNK;
+                len = CHUNK;
+            }
+            13 | 14 => len += self.rng.below(2 * CHUNK / SECTOR) * SECTOR,
+            // Seldom: every sector of it is looked at from then on.
+            _ if self.rng.one_in(4) => (start, len) = (start / REGION * REGION, REGION),
+            _ => return few,
+        }
+        let end = (start / REGION + 1) * REGION;
+        let end = end.min(self.registry.record.size).min(start + len);
+        Span {
+            offset: start,
+            len: (end - start) as u32,
         }
     }
 
@@ -148,6 +171,11 @@ impl World {
                 }
             }
             Op::Write { span, fua } | Op::Zero { span, fua, .. } => {
+                match asked.op {
+                    Op::Zero { unmap: true, .. } => self.seen.count("discard completed"),
+                    Op::Zero { .. } => self.seen.count("write-zeroes completed"),
+                    _ => {}
+                }
                 self.check_applied(by, id.0, span, fua, asked.start);
                 for s in sectors(span) {
                     self.oracle.complete(s, by, id.0, now, fua);

@@ -75,4 +75,10 @@ pub const DEMANDED: &[&str] = &[
     "sector repaired",
     "volume grown",
     "growth refused",
+    "discard completed",
+    "write-zeroes completed",
+    "chunk given back",
+    "zeros under way at a crash",
+    "zeros on a copy that is brought up to date",
+    "chunk of zeros brought up to date",
 ];

@@ -189,9 +189,12 @@ impl World {
     pub fn finish(&mut self) {
         self.seen
             .times("sector decided by a read", self.oracle.collapses);
-        let repaired = |n: &Node| n.disk.as_ref().map_or(0, |d| d.repaired);
-        self.seen
-            .times("sector repaired", self.nodes.iter().map(repaired).sum());
+        for disk in self.nodes.iter().filter_map(|n| n.disk.as_ref()) {
+            self.seen.times("sector repaired", disk.repaired);
+            self.seen.times("chunk given back", disk.given_back);
+            self.seen
+                .times("zeros under way at a crash", disk.cut_zeros);
+        }
     }
 
     pub fn run_until(&mut self, end: u64) {

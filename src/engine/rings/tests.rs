@@ -62,6 +62,12 @@ fn attachment() -> Attachment<Bytes> {
     Attachment::new(me, record, 1, Proof::None, Timing::DEFAULT, 1, START)
 }
 
+/// Of a volume of 64 MiB and a MiB.
+fn rings() -> Rings {
+    let serial = Serial::new("v");
+    Rings::new("test/v".into(), serial, 65 << 20, BlockSize::B512, false)
+}
+
 fn event() -> OwnedFd {
     let fd = EventFd::new(EFD_NONBLOCK).unwrap().into_raw_fd();
     // SAFETY: it was just given up by its only owner.
@@ -82,7 +88,7 @@ impl World {
         let mem = GuestMem::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
         World {
             mem: Arc::new(mem),
-            rings: Rings::new("test/v".into(), Serial::new("v"), 1 << 20, false),
+            rings: rings(),
             attachment: attachment(),
             avail: 0,
             inflight,
@@ -144,6 +150,27 @@ impl World {
         }
     }
 
+    /// Makes a discard (11) or write-zeroes (13) of segments (sector, sectors) available in the same way.
+    fn offer_zeroes(&mut self, head: u16, kind: u32, segments: &[(u64, u32)]) {
+        self.offer(head);
+        let put = |at: u64, bytes: &[u8]| self.mem.write_slice(bytes, GuestAddress(at)).unwrap();
+        let at = DATA + 0x400 * u64::from(head);
+        put(at, &kind.to_le_bytes());
+        for (i, (sector, sectors)) in (0u64..).zip(segments) {
+            put(at + 16 + 16 * i, &sector.to_le_bytes());
+            put(at + 24 + 16 * i, &sectors.to_le_bytes());
+            put(at + 28 + 16 * i, &0u32.to_le_bytes());
+        }
+        let len = 16 + 16 * segments.len() as u32;
+        put(DESC + 16 * u64::from(head) + 8, &len.to_le_bytes());
+    }
+
+    /// The status byte of what was offered at `head`.
+    fn status(&self, head: u16) -> u8 {
+        let at = DATA + 0x400 * u64::from(head) + 0x300;
+        self.mem.read_obj(GuestAddress(at)).unwrap()
+    }
+
     /// A worker's turn. Whether there is more to take at once.
     fn turn(&mut self) -> bool {
         self.rings.take(START, &mut self.attachment, false);
@@ -156,8 +183,16 @@ impl World {
         all.into_iter().map(|seq| RequestId(seq.0)).collect()
     }
 
+    fn fail(&mut self, id: RequestId) {
+        let attachment = &mut self.attachment;
+        self.rings
+            .complete(START, attachment, id, Outcome::IoError, None);
+    }
+
     fn complete(&mut self, id: RequestId) {
-        self.rings.complete(START, id, Outcome::Ok, None);
+        let attachment = &mut self.attachment;
+        self.rings
+            .complete(START, attachment, id, Outcome::Ok, None);
     }
 
     fn stop(&mut self) -> Receiver<GuestAnswer> {
@@ -309,4 +344,114 @@ fn a_ring_that_stops_answers_first_what_the_process_before_had_taken() {
     world.complete(taken[0]);
     world.turn();
     assert_eq!(world.answered(), [0, 2, 4]);
+}
+
+/// 64 MiB from the second sector on: the longest segment, in 17 regions.
+const LONG: (u64, u32) = (1, 131_072);
+
+#[test]
+fn zeros_are_done_a_few_regions_at_a_time_and_answered_once() {
+    // Given a long discard, one after it, and a write,
+    let mut world = World::tracked();
+    world.start(0, true);
+    world.offer_zeroes(0, 11, &[LONG, (0, 1)]);
+    world.offer_zeroes(2, 13, &[(0, 8), (3, 0), (16, 8)]);
+    world.offer(4);
+    world.turn();
+    // then a few cuts of it are under way, and the write;
+    let mut cuts = 0;
+    assert_eq!(world.under_way().len(), 8 + 1);
+    assert_eq!(world.rings.in_flight(), 8 + 1 + 2);
+    let write = world.under_way()[0];
+    world.complete(write);
+    world.turn();
+    assert_eq!(world.answered(), [4]);
+    // each that ends lets the next one start, and the last one answers.
+    while world.answered().len() == 1 {
+        let next = world.under_way()[0];
+        world.complete(next);
+        world.turn();
+        cuts += 1;
+        assert!(world.under_way().len() <= 8);
+    }
+    assert_eq!((cuts, world.answered()), (17 + 1, vec![4, 0]));
+    while let Some(next) = world.under_way().first() {
+        world.complete(*next);
+        cuts += 1;
+    }
+    world.turn();
+    assert_eq!((cuts, world.answered()), (18 + 2, vec![4, 0, 2]));
+    assert_eq!((world.status(0), world.status(2)), (0, 0));
+    assert_eq!(world.rings.in_flight(), 0);
+    // Each counts as one request, under what it does to the space.
+    let stats = &world.rings.stats;
+    assert_eq!(
+        (stats.discard.total, stats.discard.bytes),
+        (1, (64 << 20) + 512)
+    );
+    assert_eq!((stats.write.total, stats.write.bytes), (2, 16 * 512 + 512));
+}
+
+#[test]
+fn zeros_that_fail_in_part_fail_and_a_request_for_nothing_succeeds() {
+    let mut world = World::tracked();
+    world.start(0, true);
+    world.offer_zeroes(0, 11, &[LONG]);
+    world.offer_zeroes(2, 13, &[(5, 0)]);
+    world.offer_zeroes(4, 11, &[(0, 131_073)]);
+    world.turn();
+    assert_eq!(world.answered(), [2, 4]);
+    assert_eq!((world.status(2), world.status(4)), (0, 1));
+    let first = world.under_way()[0];
+    world.fail(first);
+    while let Some(next) = world.under_way().first() {
+        world.complete(*next);
+    }
+    world.turn();
+    assert_eq!((world.answered(), world.status(0)), (vec![2, 4, 0], 1));
+    assert_eq!(world.rings.stats.discard.errors, 1);
+}
+
+#[test]
+fn nothing_more_is_started_of_zeros_whose_ring_is_gone() {
+    // Given a long discard of a front-end that disconnects,
+    let mut world = World::tracked();
+    world.start(0, true);
+    world.offer_zeroes(0, 11, &[LONG]);
+    world.turn();
+    let old = world.under_way();
+    world.rings.disconnect();
+    assert_eq!(world.rings.in_flight(), old.len());
+    // when it comes back before what is under way has ended,
+    world.start(1, true);
+    world.turn();
+    assert_eq!(world.under_way(), old);
+    for id in old {
+        world.complete(id);
+    }
+    assert_eq!(world.under_way(), []);
+    // then it is done from the start, and answered once.
+    world.turn();
+    let mut cuts = 0;
+    while let Some(next) = world.under_way().first() {
+        world.complete(*next);
+        cuts += 1;
+    }
+    world.turn();
+    assert_eq!((cuts, world.answered()), (17, vec![0]));
+}
+
+#[test]
+fn a_volume_that_is_detached_ends_the_zeros_it_began() {
+    let mut world = World::tracked();
+    world.start(0, true);
+    world.offer_zeroes(0, 11, &[LONG]);
+    world.turn();
+    world.rings.paused = true;
+    world.offer(2);
+    while let Some(next) = world.under_way().first() {
+        world.complete(*next);
+        world.turn();
+    }
+    assert_eq!((world.rings.in_flight(), world.answered()), (0, vec![0]));
 }

@@ -240,7 +240,10 @@ impl Volume {
         let work = match &op {
             DiskOp::Write { span, .. } => Work::Write(span.len),
             DiskOp::Read { span, .. } | DiskOp::Hash { span } => Work::Read(span.len),
-            DiskOp::Zero { span, .. } => Work::Discard(span.len),
+            DiskOp::Zero {
+                span, unmap: true, ..
+            } => Work::Discard(span.len),
+            DiskOp::Zero { span, .. } => Work::Zero(span.len),
             DiskOp::Sync => Work::Flush,
             _ => Work::Meta,
         };
@@ -257,8 +260,8 @@ impl Volume {
             DiskOp::Read { span, into } => {
                 ctx.disk.read(token, &copy.data, span, into);
             }
-            DiskOp::Zero { span, .. } => {
-                ctx.disk.zero(token, &copy.data, span);
+            DiskOp::Zero { span, unmap, dsync } => {
+                ctx.disk.zero(token, &copy.data, span, unmap, dsync);
             }
             DiskOp::Sync => {
                 ctx.disk.sync(token, &copy.data);
@@ -324,7 +327,7 @@ impl LocalCopy {
     fn count(&mut self, done: &Completion, now: Nanos) {
         let (op, bytes) = match done.token.work {
             Work::Read(len) => (&mut self.stats.read, len),
-            Work::Write(len) => (&mut self.stats.write, len),
+            Work::Write(len) | Work::Zero(len) => (&mut self.stats.write, len),
             Work::Discard(len) => (&mut self.stats.discard, len),
             Work::Flush => (&mut self.stats.flush, 0),
             Work::Meta => return,

@@ -10,7 +10,7 @@ use crate::engine::buffer::Bytes;
 use crate::engine::command::{AttachVolume, Event, GuestAnswer, GuestCommand, RegistryRequest};
 use crate::engine::context::Context;
 use crate::engine::rings::Rings;
-use crate::guest::Serial;
+use crate::guest::{BlockSize, Serial};
 use crate::replication::attachment::{Action as Do, Attachment, Op};
 use crate::replication::ids::{COPIES_MAX, CopyId, LINKS_MAX, Nanos, Seq};
 use crate::replication::message::{Message, Refusal, Status};
@@ -23,7 +23,8 @@ impl Volume {
         }
         let serial = Serial::new(&self.id.to_string());
         let (size, read_only) = (attach.record.size, attach.read_only);
-        let rings = Rings::new(attach.name.clone(), serial, size, read_only);
+        let block_size = BlockSize::of(attach.record.block_size);
+        let rings = Rings::new(attach.name.clone(), serial, size, block_size, read_only);
         let seat = Seat::new(attach.me, attach.record, attach.revision, attach.by_turns);
         let attachment = match attach.by_turns {
             true => None,
@@ -135,7 +136,8 @@ impl Volume {
                 }
             }
             Do::Complete { id, outcome, data } => {
-                s.rings.complete(ctx.now, id, outcome, data.as_ref())
+                s.rings
+                    .complete(ctx.now, attachment, id, outcome, data.as_ref())
             }
             Do::Dial {
                 copy,
@@ -347,8 +349,10 @@ impl Serving {
         };
         let (counter, bytes) = match op {
             Op::Read(span) => (&mut self.network.read, span.len),
-            Op::Write { span, .. } => (&mut self.network.write, span.len),
-            Op::Zero { span, .. } => (&mut self.network.discard, span.len),
+            Op::Zero {
+                span, unmap: true, ..
+            } => (&mut self.network.discard, span.len),
+            Op::Write { span, .. } | Op::Zero { span, .. } => (&mut self.network.write, span.len),
             Op::Flush => (&mut self.network.flush, 0),
         };
         counter.total += 1;

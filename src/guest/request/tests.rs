@@ -11,6 +11,7 @@ use crate::guest::GuestMem;
 const LIMITS: Limits = Limits {
     capacity_sectors: 64,
     read_only: false,
+    block_size: BlockSize::B512,
 };
 /// Where the writable part of a test chain begins in guest memory.
 const WRITABLE: u64 = 0x10_0000;
@@ -200,8 +201,8 @@ fn what_breaks_the_rules_is_answered_with_an_error() {
         (header(T_IN, u64::MAX), &[512, 1], range(u64::MAX, 1)),
         (out(u64::MAX - 1, 1024), &[1], range(u64::MAX - 1, 2)),
         (out(1 << 55, 512), &[1], range(1 << 55, 1)),
-        (header(11, 0), &[1], Refusal::Unsupported(11)),
-        (header(13, 0), &[1], Refusal::Unsupported(13)),
+        (header(12, 0), &[1], Refusal::Unsupported(12)),
+        (header(14, 0), &[1], Refusal::Unsupported(14)),
         (header(u32::MAX, 0), &[1], Refusal::Unsupported(u32::MAX)),
     ];
     for (bytes, writable, reason) in cases {
@@ -231,6 +232,222 @@ fn what_breaks_the_rules_is_answered_with_an_error() {
     assert_eq!(answer.reason, Refusal::ReadOnly);
     let chain = guest.chain(&header(T_IN, 0), &[16], &[512, 1]);
     request(Request::parse(chain, &read_only)).abandon();
+}
+
+/// A segment as a driver writes it.
+fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    [
+        sector.to_le_bytes().as_slice(),
+        &sectors.to_le_bytes(),
+        &flags.to_le_bytes(),
+    ]
+    .concat()
+}
+
+/// Limits of a volume of a TiB.
+const LARGE: Limits = Limits {
+    capacity_sectors: 1 << 31,
+    ..LIMITS
+};
+
+#[test]
+fn zeros_are_asked_for_in_segments() {
+    let guest = Guest::new();
+    let at = |offset, len, unmap| Segment { offset, len, unmap };
+    let most = MAX_ZERO_SECTORS;
+    let many = MAX_ZERO_SEGMENTS as usize;
+    let bytes = 512 * most;
+    let cases: &[(u32, &Limits, Vec<Vec<u8>>, Vec<Segment>)] = &[
+        // The unmap flag is a write-zeroes' own; a discard gives space back without it.
+        (
+            T_DISCARD,
+            &LIMITS,
+            vec![segment(3, 5, 0)],
+            vec![at(3 * 512, 5 * 512, true)],
+        ),
+        (
+            T_WRITE_ZEROES,
+            &LIMITS,
+            vec![segment(3, 5, 0), segment(9, 1, 1)],
+            vec![at(3 * 512, 5 * 512, false), at(9 * 512, 512, true)],
+        ),
+        // Up to the end of the volume; as long and as many as was said; nothing at all, also behind the last sector.
+        (
+            T_DISCARD,
+            &LIMITS,
+            vec![segment(0, 64, 0)],
+            vec![at(0, 64 * 512, true)],
+        ),
+        (
+            T_DISCARD,
+            &LARGE,
+            vec![segment(u64::from(most), most, 0)],
+            vec![at(u64::from(bytes), bytes, true)],
+        ),
+        (
+            T_WRITE_ZEROES,
+            &LIMITS,
+            vec![segment(1, 1, 0); many],
+            vec![at(512, 512, false); many],
+        ),
+        (
+            T_DISCARD,
+            &LIMITS,
+            vec![segment(64, 0, 0)],
+            vec![at(64 * 512, 0, true)],
+        ),
+    ];
+    for (kind, limits, segments, expected) in cases {
+        // The header's sector means nothing.
+        let bytes = [header(*kind, u64::MAX), segments.concat()].concat();
+        let chain = guest.chain(&bytes, &[16, bytes.len() - 16], &[1]);
+        let request = request(Request::parse(chain, limits));
+        let kind = if *kind == T_DISCARD {
+            Kind::Discard
+        } else {
+            Kind::WriteZeroes
+        };
+        assert_eq!((request.kind(), request.data_len()), (kind, 0));
+        assert_eq!(request.segments(), expected);
+        assert_eq!(request.finish(Status::Ok).len(), 1);
+        assert_eq!(guest.written(&[1]), [0]);
+    }
+}
+
+#[test]
+fn segments_that_break_the_rules_are_refused_by_the_right_status() {
+    let guest = Guest::new();
+    let blocks = Limits {
+        block_size: BlockSize::B4096,
+        ..LIMITS
+    };
+    let read_only = Limits {
+        read_only: true,
+        ..LIMITS
+    };
+    let range = |sector, sectors| Refusal::Range {
+        sector,
+        sectors,
+        capacity: 64,
+    };
+    let part = |sector, sectors| Refusal::PartBlock {
+        sector,
+        sectors,
+        block: 4096,
+    };
+    let flags = |kind, flags| Refusal::Flags { kind, flags };
+    let good = segment(0, 1, 0);
+    let both = [T_DISCARD, T_WRITE_ZEROES];
+    let cases: &[(&[u32], &Limits, Vec<u8>, Refusal, u8)] = &[
+        // How long the data is.
+        (&both, &LIMITS, vec![0], Refusal::PartSegment(1), 1),
+        (&both, &LIMITS, vec![0; 15], Refusal::PartSegment(15), 1),
+        (&both, &LIMITS, vec![0; 17], Refusal::PartSegment(17), 1),
+        (&both, &LIMITS, good.repeat(33), Refusal::Segments(33), 1),
+        (
+            &both,
+            &LIMITS,
+            good.repeat(1000),
+            Refusal::Segments(1000),
+            1,
+        ),
+        // How long a segment is.
+        (
+            &both,
+            &LARGE,
+            segment(0, MAX_ZERO_SECTORS + 1, 0),
+            Refusal::LongSegment(MAX_ZERO_SECTORS + 1),
+            1,
+        ),
+        (
+            &both,
+            &LARGE,
+            segment(0, u32::MAX, 0),
+            Refusal::LongSegment(u32::MAX),
+            1,
+        ),
+        // Where it ends; the second of two as well as the first.
+        (&both, &LIMITS, segment(64, 1, 0), range(64, 1), 1),
+        (&both, &LIMITS, segment(0, 65, 0), range(0, 65), 1),
+        (&both, &LIMITS, segment(65, 0, 0), range(65, 0), 1),
+        (
+            &both,
+            &LIMITS,
+            segment(u64::MAX, 1, 0),
+            range(u64::MAX, 1),
+            1,
+        ),
+        (&both, &LIMITS, segment(1 << 55, 8, 0), range(1 << 55, 8), 1),
+        (
+            &both,
+            &LIMITS,
+            [good.clone(), segment(60, 5, 0)].concat(),
+            range(60, 5),
+            1,
+        ),
+        // Whole blocks of 4 KiB, where the guest was told of such.
+        (&both, &blocks, segment(4, 8, 0), part(4, 8), 1),
+        (&both, &blocks, segment(8, 12, 0), part(8, 12), 1),
+        (&both, &read_only, good.clone(), Refusal::ReadOnly, 1),
+        // Flags: 5.2.6.2 wants UNSUPP, and that whatever else is wrong.
+        (
+            &[T_DISCARD],
+            &LIMITS,
+            segment(0, 1, 1),
+            flags(T_DISCARD, 1),
+            2,
+        ),
+        (
+            &[T_DISCARD],
+            &LIMITS,
+            segment(0, 1, 2),
+            flags(T_DISCARD, 2),
+            2,
+        ),
+        (
+            &[T_WRITE_ZEROES],
+            &LIMITS,
+            segment(0, 1, 3),
+            flags(T_WRITE_ZEROES, 3),
+            2,
+        ),
+        (
+            &[T_WRITE_ZEROES],
+            &LIMITS,
+            [segment(99, 1, 0), segment(0, 1, 1 << 31)].concat(),
+            flags(T_WRITE_ZEROES, 1 << 31),
+            2,
+        ),
+    ];
+    for (kinds, limits, data, reason, status) in cases {
+        for kind in *kinds {
+            let bytes = [header(*kind, 0), data.clone()].concat();
+            // In pieces of a page at most, as `chain` lays them out.
+            let readable = vec![0x1000; bytes.len() / 0x1000]
+                .into_iter()
+                .chain([bytes.len() % 0x1000])
+                .collect::<Vec<_>>();
+            let answer = refused(Request::parse(guest.chain(&bytes, &readable, &[1]), limits));
+            assert_eq!(answer.reason, *reason);
+            assert_eq!(
+                (answer.used.len(), guest.written(&[1])),
+                (1, vec![*status]),
+                "{reason}"
+            );
+        }
+    }
+    // No data, or data to be written.
+    for kind in both {
+        for (data, writable) in [(0, vec![1]), (0, vec![17]), (16, vec![17])] {
+            let bytes = [header(kind, 0), vec![0; data]].concat();
+            let answer = refused(Request::parse(
+                guest.chain(&bytes, &[bytes.len()], &writable),
+                &LIMITS,
+            ));
+            assert_eq!(answer.reason, Refusal::Direction(kind));
+            assert_eq!(guest.written(&writable).last(), Some(&1));
+        }
+    }
 }
 
 #[test]
@@ -292,6 +509,18 @@ proptest! {
         prop_assert_eq!((write.sector(), write.data_len()), (3, 1024));
         prop_assert_eq!(write.finish(Status::Ok).len(), 1);
         prop_assert_eq!(guest.written(&[1]), [0]);
+
+        let many: Vec<u8> = (0..32).flat_map(|n| segment(n, 1, 1)).collect();
+        let bytes = [header(T_WRITE_ZEROES, 0), many].concat();
+        let mut lengths: Vec<usize> = Vec::new();
+        for len in &readable {
+            let left = bytes.len() - lengths.iter().sum::<usize>();
+            lengths.push((*len).min(left));
+        }
+        lengths.retain(|len| *len > 0);
+        let zeroes = request(Request::parse(guest.chain(&bytes, &lengths, &[1]), &LIMITS));
+        prop_assert!(zeroes.segments().iter().map(|s| s.offset).eq((0..32).map(|n| n * 512)));
+        prop_assert_eq!(zeroes.finish(Status::Ok).len(), 1);
 
         let read = request(Request::parse(guest.chain(&header(T_IN, 3), &header_cut, &writable), &LIMITS));
         prop_assert!(read.data().iter().all(|piece| piece.len > 0));

@@ -179,7 +179,9 @@ impl<D: Payload> Attachment<D> {
             step: Step::Data(chunk),
         };
         let to = CopySet::one(copy);
-        self.request(origin, Kind::Data, span, false, Some(data), to);
+        // Zeros go as a command: a target gives the space back that it had for what was discarded while it was away.
+        let data = (!data.is_zero()).then_some(data);
+        self.request(origin, Kind::Data, span, false, data, to);
     }
 
     /// The target holds the chunk: from now on its writes are mirrored.

@@ -194,6 +194,10 @@ impl<D: Payload> Attachment<D> {
             Kind::Write => (Message::Write(request), p.data.clone()),
             Kind::Zero { unmap } => (Message::WriteZeroes { request, unmap }, None),
             Kind::Flush { .. } => (Message::Flush { epoch, seq }, None),
+            Kind::Data if p.data.is_none() => {
+                let unmap = true;
+                (Message::WriteZeroes { request, unmap }, None)
+            }
             Kind::Data => (Message::SyncData(request), p.data.clone()),
             Kind::Hash => (Message::SyncHash(request), None),
             Kind::Map => {

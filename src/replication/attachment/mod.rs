@@ -83,6 +83,9 @@ pub trait Payload: Clone {
 
     /// How many.
     fn count(&self) -> usize;
+
+    /// Whether all of them are zero, as far as that is known.
+    fn is_zero(&self) -> bool;
 }
 
 /// What the engine is to do for an attachment.
@@ -261,7 +264,7 @@ enum Kind {
     Flush {
         covers: Seq,
     },
-    /// A chunk of a sync.
+    /// A chunk of a sync; without bytes, one of zeros.
     Data,
     Hash,
     /// Marks and holes of the chunks of the span, for a sync.

@@ -248,7 +248,12 @@ impl<D: Payload> Attachment<D> {
         }
         // Log before data there too: it is a write like any other.
         let (origin, span) = (Origin::Reconcile { chunk }, self.chunk_span(chunk));
-        self.request(origin, Kind::Write, span, false, Some(wins), differ);
+        let (kind, data) = if wins.is_zero() {
+            (Kind::Zero { unmap: true }, None)
+        } else {
+            (Kind::Write, Some(wins))
+        };
+        self.request(origin, kind, span, false, data, differ);
     }
 
     pub(super) fn chunk_written(&mut self, chunk: Chunk, outcome: Outcome) {

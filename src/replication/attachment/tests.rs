@@ -19,6 +19,10 @@ impl Payload for Bytes {
     fn count(&self) -> usize {
         self.0.len()
     }
+
+    fn is_zero(&self) -> bool {
+        self.0.iter().all(|b| *b == 0)
+    }
 }
 
 const MS: u64 = 1_000_000;

@@ -69,7 +69,7 @@ impl<D> Replica<D> {
             }
             (Message::SyncData(request), Some(data)) => {
                 let status = self.invalid(&request);
-                self.sync_data(session, request, status, data);
+                self.sync_data(session, request, status, Change::Write(data));
             }
             (
                 Message::Mark {

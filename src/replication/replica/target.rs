@@ -103,7 +103,12 @@ impl<D> Replica<D> {
             }
             (Message::SyncData(request), Some(data)) => {
                 let status = self.outside(&request, self.room());
-                self.sync_data(session, request, status, data);
+                self.sync_data(session, request, status, Change::Write(data));
+            }
+            // A chunk of zeros.
+            (Message::WriteZeroes { request, unmap }, None) => {
+                let status = self.outside(&request, self.room());
+                self.sync_data(session, request, status, Change::Zero { unmap });
             }
             (
                 Message::MapRead {
@@ -127,13 +132,13 @@ impl<D> Replica<D> {
         session: SessionId,
         request: Request,
         status: Option<Status>,
-        data: D,
+        change: Change<D>,
     ) {
         let target = matches!(self.role, Role::Target { .. });
         match status {
             Some(status) => self.ack(session, request.seq, status),
             None if !target => self.unexpected(session, &Message::SyncData(request), true),
-            None => self.issue(session, request, Change::Write(data), false),
+            None => self.issue(session, request, change, false),
         }
     }
 

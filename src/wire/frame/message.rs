@@ -4,7 +4,9 @@ use super::{
     FLAG_ALL, FLAG_CLEAN, FLAG_FUA, FLAG_LOG_PRESSURE, FLAG_LOGGED, FLAG_LZ4, FLAG_PROBE,
     FLAG_UNMAP, Header, kind,
 };
-use crate::replication::ids::{BootId, CopyId, Epoch, IO_MAX, Instance, Nanos, NodeName, Seq, Tag};
+use crate::replication::ids::{
+    BootId, CopyId, Epoch, IO_MAX, Instance, Nanos, NodeName, Seq, Tag, ZERO_MAX,
+};
 use crate::replication::message::{
     Configuration, DiskState, MAP_CHUNKS, Message, Promise, Proof, Refusal, Status,
 };
@@ -248,13 +250,13 @@ pub(super) fn read_message(header: &Header, body: &mut Reader<'_>) -> Result<Mes
         kind::DETACH_ACK => (Message::DetachAck { epoch }, 0),
         kind::WRITE => (Message::Write(header.request(IO_MAX)?), FLAG_FUA | FLAG_LZ4),
         kind::WRITE_ZEROES => {
-            let (request, unmap) = (header.request(u32::MAX)?, header.flag(FLAG_UNMAP));
+            let (request, unmap) = (header.request(ZERO_MAX)?, header.flag(FLAG_UNMAP));
             (
                 Message::WriteZeroes { request, unmap },
                 FLAG_FUA | FLAG_UNMAP,
             )
         }
-        kind::DISCARD => (Message::Discard(header.request(u32::MAX)?), FLAG_FUA),
+        kind::DISCARD => (Message::Discard(header.request(ZERO_MAX)?), FLAG_FUA),
         kind::READ => (Message::Read(header.request(IO_MAX)?), FLAG_FUA),
         kind::FLUSH => (Message::Flush { epoch, seq }, 0),
         kind::ACK_VEC => {

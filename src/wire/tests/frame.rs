@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::messages;
 use crate::replication::ids::{
     BootId, COPIES_MAX, Chunk, CopyId, Epoch, IO_MAX, Instance, Nanos, NodeName, REGIONS_MAX,
-    Region, Seq, Span, Tag,
+    Region, Seq, Span, Tag, ZERO_MAX,
 };
 use crate::replication::message::{
     Absent, Configuration, DiskState, MAP_CHUNKS, Message, Promise, Proof, RUNS_MAX, Refusal,
@@ -190,9 +190,9 @@ fn arb_message() -> impl Strategy<Value = Message> {
         epoch().prop_map(|epoch| Message::Detach { epoch }),
         epoch().prop_map(|epoch| Message::DetachAck { epoch }),
         arb_request(8192).prop_map(Message::Write),
-        (arb_request(u32::MAX), any::<bool>())
+        (arb_request(ZERO_MAX), any::<bool>())
             .prop_map(|(request, unmap)| Message::WriteZeroes { request, unmap }),
-        arb_request(u32::MAX).prop_map(Message::Discard),
+        arb_request(ZERO_MAX).prop_map(Message::Discard),
         arb_request(IO_MAX).prop_map(Message::Read),
         (epoch(), any::<u64>()).prop_map(|(epoch, seq)| Message::Flush {
             epoch,
@@ -680,6 +680,19 @@ fn ranges_that_are_not_of_whole_sectors_or_overflow_are_refused() {
         let mut f = frame(&message, 1, None);
         forge(&mut f, 40, &(IO_MAX + 512).to_le_bytes());
         assert!(matches!(decode(&f), Err(WireError::TooLong { .. })));
+    }
+    let zeroes = Message::WriteZeroes {
+        request,
+        unmap: true,
+    };
+    for message in [zeroes, Message::Discard(request)] {
+        let mut f = frame(&message, 1, None);
+        forge(&mut f, 40, &ZERO_MAX.to_le_bytes());
+        assert!(decode(&f).is_ok());
+        for longer in [ZERO_MAX + 512, u32::MAX - 511] {
+            forge(&mut f, 40, &longer.to_le_bytes());
+            assert!(matches!(decode(&f), Err(WireError::TooLong { .. })));
+        }
     }
 }
 
