@@ -21,8 +21,8 @@ const MIB: u64 = 1 << 20;
 const VOLUME: &str = "--size 32MiB --replicas 2 --master n1";
 
 /// Nodes with a volume that has copies on n1, n2 and n3, is full of data and served by n1, under load.
-fn under_load(nodes: usize) -> (Cluster, Load) {
-    let cluster = Cluster::start(nodes);
+fn under_load() -> (Cluster, Load) {
+    let cluster = Cluster::start(3);
     let load = loaded(&cluster);
     (cluster, load)
 }
@@ -36,9 +36,16 @@ fn loaded(cluster: &Cluster) -> Load {
 fn served(cluster: &Cluster) -> PathBuf {
     let socket = cluster.serve("vm1", VOLUME, "--node n1");
     cluster.wait_for(1, "vm1", "has all copies", |v| {
-        copies(v, "in_sync") == ["n1", "n2", "n3"]
+        in_sync(v) == ["n1", "n2", "n3"]
     });
     socket
+}
+
+/// The nodes of the copies in sync, in the order of their names.
+fn in_sync(volume: &Value) -> Vec<String> {
+    let mut nodes = copies(volume, "in_sync");
+    nodes.sort_unstable();
+    nodes
 }
 
 /// Writes all of the disk once.
@@ -72,7 +79,7 @@ fn lose(cluster: &mut Cluster, n: usize, load: &Load) {
 fn heals(cluster: &Cluster, nodes: &[&str], load: &Load) {
     let what = format!("is healthy on {nodes:?}");
     cluster.wait_for(1, "vm1", &what, |v| {
-        v["health"] == "healthy" && copies(v, "in_sync") == nodes
+        v["health"] == "healthy" && in_sync(v) == nodes
     });
     load.goes_on();
 }
@@ -94,7 +101,9 @@ fn all_is_well(cluster: &Cluster, load: Load, nodes: &[&str]) {
     load.goes_on();
     assert_eq!(load.finish().failed, 0);
     cluster.detach(1, "vm1");
-    assert_eq!(cluster.copies_are_identical(1, "vm1"), nodes);
+    let mut compared = cluster.copies_are_identical(1, "vm1");
+    compared.sort_unstable();
+    assert_eq!(compared, nodes);
 }
 
 /// What the last sync of the copy on a node was made of.
@@ -125,7 +134,7 @@ fn made_anew_by_hand(cluster: &mut Cluster, n: usize, load: &Load) {
 
 #[test]
 fn half_a_superblock_costs_a_copy_nothing() {
-    let (mut cluster, load) = under_load(3);
+    let (mut cluster, load) = under_load();
     for (n, half, name) in [(2, 0, "A"), (3, 1, "B")] {
         // Given a copy whose node is down, with one of its two superblocks damaged,
         lose(&mut cluster, n, &load);
@@ -152,7 +161,8 @@ fn half_a_superblock_costs_a_copy_nothing() {
 
 #[test]
 fn a_copy_without_superblocks_is_refused_and_another_node_gets_its_successor() {
-    let (mut cluster, load) = under_load(4);
+    let (mut cluster, load) = under_load();
+    cluster.start_node(4);
     // Given a copy whose node is down, with both superblocks damaged,
     lose(&mut cluster, 3, &load);
     let meta = copy_dir(&cluster, 3).join("meta");
@@ -172,7 +182,7 @@ fn a_copy_without_superblocks_is_refused_and_another_node_gets_its_successor() {
 
 #[test]
 fn a_torn_transaction_of_the_activity_log_never_was() {
-    let (mut cluster, load) = under_load(3);
+    let (mut cluster, load) = under_load();
     // Given a copy whose newest log transaction is half of it as it was before,
     lose(&mut cluster, 3, &load);
     disks::tear_last_transaction(&copy_dir(&cluster, 3).join("meta"));
@@ -187,7 +197,7 @@ fn a_torn_transaction_of_the_activity_log_never_was() {
 
 #[test]
 fn a_damaged_activity_log_costs_a_comparison_of_everything() {
-    let (mut cluster, load) = under_load(3);
+    let (mut cluster, load) = under_load();
     for whole_ring in [false, true] {
         // Given a copy whose log does not verify, in part of its last block or in all of it,
         lose(&mut cluster, 3, &load);
@@ -229,7 +239,7 @@ fn compared(cluster: &Cluster) -> u64 {
 
 #[test]
 fn a_copy_without_its_bytes_is_refused_and_made_anew() {
-    let (mut cluster, load) = under_load(3);
+    let (mut cluster, load) = under_load();
     let no_superblock = |dir: &Path| scribble(&dir.join("meta"), 0, 2 * 4096);
     let no_data = |dir: &Path| fs::remove_file(dir.join("data")).unwrap();
     let short_data = |dir: &Path| truncate(&dir.join("data"), SIZE - 4096);
@@ -256,7 +266,7 @@ fn a_copy_without_its_bytes_is_refused_and_made_anew() {
 
 #[test]
 fn a_wiped_node_gets_its_copy_anew_by_itself() {
-    let (mut cluster, load) = under_load(3);
+    let (mut cluster, load) = under_load();
     // Given a node that is down and loses all that its disk had,
     lose(&mut cluster, 3, &load);
     fs::remove_dir_all(cluster.data_dir(3)).unwrap();
@@ -275,7 +285,7 @@ fn the_serving_node_comes_back_without_its_copy_and_serves_from_the_others() {
     let no_data = |dir: &Path| fs::remove_file(dir.join("data")).unwrap();
     type Damage = fn(&Path);
     for damage in [no_superblock as Damage, no_data] {
-        let (mut cluster, load) = under_load(3);
+        let (mut cluster, load) = under_load();
         // Given a volume whose serving node dies and finds its own copy damaged,
         let dir = copy_dir(&cluster, 1);
         cluster.kill(1);
@@ -284,7 +294,7 @@ fn the_serving_node_comes_back_without_its_copy_and_serves_from_the_others() {
         // when it comes back, then it serves what the others have, and says what is wrong.
         cluster.start_node(1);
         let volume = says(&cluster, 1, &["move", "away"]);
-        assert_eq!(copies(&volume, "in_sync").len(), 2);
+        assert_eq!(in_sync(&volume).len(), 2);
         let socket = volume["attachment"]["socket"].as_str().unwrap().to_string();
         let load = Load::start(Path::new(&socket), Plan::small(), oracle);
         load.goes_on();
@@ -296,7 +306,7 @@ fn the_serving_node_comes_back_without_its_copy_and_serves_from_the_others() {
 
 #[test]
 fn the_serving_nodes_log_is_garbage_and_every_copy_is_compared_with_it() {
-    let (mut cluster, load) = under_load(3);
+    let (mut cluster, load) = under_load();
     // Given a volume whose serving node dies with writes under way and finds the log of its copy damaged,
     let meta = copy_dir(&cluster, 1).join("meta");
     cluster.kill(1);
@@ -313,7 +323,7 @@ fn the_serving_nodes_log_is_garbage_and_every_copy_is_compared_with_it() {
 
 #[test]
 fn a_copy_with_requests_of_a_dead_process_is_opened_when_they_have_ended() {
-    let (mut cluster, load) = under_load(3);
+    let (mut cluster, load) = under_load();
     // Given a node that comes back while its copy's lock is still held, as by requests at a disk that hangs,
     lose(&mut cluster, 3, &load);
     let data = File::open(copy_dir(&cluster, 3).join("data")).unwrap();
@@ -336,12 +346,12 @@ fn a_copy_with_requests_of_a_dead_process_is_opened_when_they_have_ended() {
 fn a_copy_cut_short_under_a_running_node_is_ejected_before_it_does_harm() {
     // A replica's file, then the one that reads come from.
     for n in [3, 1] {
-        let (mut cluster, load) = under_load(3);
+        let (mut cluster, load) = under_load();
         // When the data file is cut short under the node's hands,
         truncate(&copy_dir(&cluster, n).join("data"), SIZE / 2);
         // then the copy is out, also after writes have made its file long again, no request fails, and nobody reads zeros.
         let volume = says(&cluster, n, &["cut short", "move", "away"]);
-        assert_eq!(copies(&volume, "in_sync").len(), 2);
+        assert_eq!(in_sync(&volume).len(), 2);
         load.goes_on();
         if n == 3 {
             made_anew_by_hand(&mut cluster, 3, &load);
