@@ -23,7 +23,7 @@ const MEANS: usize = 60;
 const LIMITS: Limits = Limits {
     capacity_sectors: 1 << 20,
     read_only: false,
-    block_size: 512,
+    block_size: lockstep::guest::BlockSize::B512,
 };
 
 fn log() -> RingLog {
