@@ -13,7 +13,7 @@ use crate::replication::ids::{NodeName, REPLICAS_MAX, SECTOR};
 /// The smallest volume, in bytes. Below it a partition table and one file system do not fit.
 pub const SIZE_MIN: u64 = 1 << 20;
 /// The largest volume, in bytes: a chunk's index is 32 bits wide, and 64 TiB keeps bitmaps within 128 MiB a peer.
-pub const SIZE_MAX: u64 = 64 << 40;
+pub const SIZE_MAX: u64 = crate::replication::ids::VOLUME_MAX;
 /// How long a volume that may not serve holds its requests (PROTOCOL 7).
 pub const SUSPEND_DEADLINE: Duration = Duration::from_secs(30);
 /// The longest deadline: a guest whose disk hangs for an hour is better told.

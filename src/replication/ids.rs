@@ -22,6 +22,8 @@ pub const COPIES_MAX: usize = 8;
 pub const LINKS_MAX: usize = 2 * COPIES_MAX;
 /// Replicas of one volume (R).
 pub const REPLICAS_MAX: u8 = 5;
+/// The largest volume, in bytes. A copy keeps two bytes of memory for each region, whatever an attachment asks for.
+pub const VOLUME_MAX: u64 = 64 << 40;
 /// The longest single write or read the protocol carries, in bytes. Larger guest requests are split.
 pub const IO_MAX: u32 = 1 << 20;
 /// The longest single span that is made zero, in bytes: one [`REGION`]. Larger guest requests are cut where regions end, so that

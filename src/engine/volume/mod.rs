@@ -126,6 +126,8 @@ impl Volume {
     /// Takes the guest's requests, and carries out decisions until there are none.
     pub fn settle(&mut self, ctx: &mut Context) {
         if let Some(s) = &mut self.serving {
+            // A machine that comes from another node may have seen the volume grow there: before its first request.
+            s.follow_size();
             let direct = s.is_direct(self.copy.is_some());
             if let Some(attachment) = &mut s.attachment {
                 s.rings.take(ctx.now, attachment, direct);

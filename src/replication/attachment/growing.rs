@@ -50,7 +50,7 @@ impl<D: Payload> Attachment<D> {
             // Nobody is put out for that: the volume keeps its size, and all its copies.
             Status::NoSpace => {
                 let why = format!(
-                    "the copy on node {node} has no room: make space there, then ask again"
+                    "the copy on node {node} has no room for it (that node's log says why): make space there, then ask again"
                 );
                 self.no_room = Some((to, why));
             }

@@ -262,7 +262,10 @@ impl<D: Payload> Attachment<D> {
             session,
             step: Step::Mark,
         };
-        let (nowhere, to) = (Span { offset: 0, len: 0 }, self.in_sync);
+        // S13: A is in sync, B is synced and a slow swap takes it in; C, new, begins: marked on A alone. B is a member, A is put
+        // out, B is asked what C lacks, and knows of nothing. So those that may be members by then mark it, too.
+        let others = self.begun_targets().without(CopySet::one(copy));
+        let (nowhere, to) = (Span { offset: 0, len: 0 }, self.in_sync.or(others));
         self.request(origin, Kind::Mark, nowhere, false, None, to);
     }
 

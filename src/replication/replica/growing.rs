@@ -3,6 +3,7 @@
 //! configuration's.
 
 use super::*;
+use crate::replication::ids::VOLUME_MAX;
 
 /// Somebody waits for room.
 #[derive(Debug)]
@@ -22,6 +23,9 @@ impl<D> Replica<D> {
     pub(super) fn grow(&mut self, session: SessionId, epoch: Epoch, seq: Seq, size: u64) {
         if !self.current(epoch) {
             return self.ack(session, seq, Status::Stale);
+        }
+        if size > VOLUME_MAX {
+            return self.ack(session, seq, Status::NoSpace);
         }
         self.growing.push(Asked { session, seq, size });
     }

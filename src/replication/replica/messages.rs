@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::replication::fence;
+use crate::replication::ids::VOLUME_MAX;
 
 impl<D> Replica<D> {
     pub(super) fn dispatch(&mut self, session: SessionId, message: Message, data: Option<D>) {
@@ -202,6 +203,9 @@ impl<D> Replica<D> {
         let target = matches!(self.role, Role::Target { .. }) && !attach;
         if self.state.standing == Standing::Inconsistent && !target {
             return self.refuse(session, Refusal::Inconsistent);
+        }
+        if config.size > VOLUME_MAX {
+            return self.refuse(session, Refusal::NoRoom);
         }
         if attach {
             if let Some(old) = self.bound.take()

@@ -1,6 +1,7 @@
 //! The copy as the target of a sync (PROTOCOL 6): from the mark that makes it unreadable to the one that makes it whole.
 
 use super::*;
+use crate::replication::ids::VOLUME_MAX;
 
 impl<D> Replica<D> {
     /// An attachment that owns the record in `config.epoch` is to bring this copy up to date.
@@ -8,6 +9,9 @@ impl<D> Replica<D> {
         let least = self.state.promised.max(self.state.epoch);
         if config.epoch < least {
             return self.refuse(session, Refusal::Stale { promised: least });
+        }
+        if config.size > VOLUME_MAX {
+            return self.refuse(session, Refusal::NoRoom);
         }
         for old in [self.bound.take(), self.bulk.take()].into_iter().flatten() {
             if old != session {

@@ -252,6 +252,31 @@ fn a_copy_without_room_says_so_and_goes_on_at_its_size() {
 }
 
 #[test]
+fn a_size_that_no_volume_has_is_refused_before_anything_is_made_for_it() {
+    let mut r = attached();
+    grow(&mut r, 7, u64::MAX);
+    assert!(matches!(
+        next(&mut r),
+        Some(Action::Ack {
+            status: Status::NoSpace,
+            ..
+        })
+    ));
+    let config = Configuration {
+        epoch: Epoch(3),
+        tag: Tag(3),
+        size: u64::MAX,
+        logged: true,
+        absent: Vec::new(),
+    };
+    for message in [Message::Attach(config.clone()), Message::SyncBegin(config)] {
+        r.on_message(T0, SessionId(2), message, None);
+        assert_eq!(settle(&mut r), [Message::Nack(Refusal::NoRoom)]);
+    }
+    assert_eq!(r.room(), 1 << 20);
+}
+
+#[test]
 fn a_target_makes_room_before_its_sync_begins_and_ends_the_session_without_it() {
     for room in [true, false] {
         let mut r = replica();
