@@ -138,6 +138,8 @@ pub struct GuestRequest {
     pub parts: Cell<u32>,
     /// One of them failed.
     pub failed: Cell<bool>,
+    /// System calls under way that use its memory.
+    pinned: Cell<u32>,
     /// Bytes of parts that were sent to other nodes, by where the part starts.
     snapshots: RefCell<Vec<(usize, Rc<Buffer>)>>,
 }
@@ -153,6 +155,7 @@ impl GuestRequest {
             life,
             parts,
             failed,
+            pinned: Cell::new(0),
             snapshots: RefCell::default(),
         })
     }
@@ -160,6 +163,12 @@ impl GuestRequest {
     /// Answers it; `None` when that was done before.
     pub fn finish(&self, status: Status) -> Option<Used> {
         self.request.borrow_mut().take().map(|r| r.finish(status))
+    }
+
+    /// Whether the kernel may still read or write its memory: then it cannot be answered, whatever became of it, because
+    /// the guest would use that memory for something else.
+    pub fn is_pinned(&self) -> bool {
+        self.pinned.get() > 0
     }
 
     /// Looks at the request, while it is not answered.
@@ -173,6 +182,17 @@ impl Drop for GuestRequest {
         if let Some(request) = self.request.get_mut().take() {
             request.abandon();
         }
+    }
+}
+
+/// A part whose memory the kernel is using.
+#[derive(Debug)]
+pub struct Pinned(GuestPart);
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let pinned = &self.0.request.pinned;
+        pinned.set(pinned.get() - 1);
     }
 }
 
@@ -193,6 +213,13 @@ impl GuestPart {
         self.request
             .with(|r| slice(r.data(), self.start, self.len))
             .unwrap_or_default()
+    }
+
+    /// Says that the kernel is using the memory, until the returned value is dropped.
+    pub fn pin(self) -> Pinned {
+        let pinned = &self.request.pinned;
+        pinned.set(pinned.get() + 1);
+        Pinned(self)
     }
 
     /// What [`GuestPart::snapshot`] took.

@@ -14,7 +14,7 @@ use std::rc::Rc;
 use io_uring::{IoUring, opcode, types};
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::buffer::{ALIGN, Buffer, Bytes, GuestPart};
+use super::buffer::{ALIGN, Buffer, Bytes, GuestPart, Pinned};
 use super::extents::Walk;
 use crate::guest::{IoVec, copy_from_guest, copy_to_guest};
 use crate::replication::ids::{Chunk, Nanos, Seq, Span};
@@ -115,7 +115,7 @@ enum Held {
     Bounce(Buffer, GuestPart),
     /// The kernel reads `_pieces` while the operation runs; the part keeps the guest's memory.
     Guest {
-        _part: GuestPart,
+        _part: Pinned,
         _pieces: Vec<IoVec>,
     },
     /// Written from.
@@ -207,7 +207,7 @@ impl Disk {
                 .rw_flags(flags)
                 .build();
                 let held = Held::Guest {
-                    _part: part,
+                    _part: part.pin(),
                     _pieces: pieces,
                 };
                 self.start(token, &file.file, held, span.len as usize, entry);
@@ -261,7 +261,7 @@ impl Disk {
                     .build();
                     (
                         Held::Guest {
-                            _part: part,
+                            _part: part.pin(),
                             _pieces: pieces,
                         },
                         entry,
