@@ -6,9 +6,9 @@ mod cluster_support;
 mod guest_driver;
 
 use std::io::Write;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
+use std::os::fd::{FromRawFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cluster_support::client::{Load, Plan};
@@ -17,7 +17,6 @@ use cluster_support::{Cluster, eventually};
 use guest_driver::vm::{LINUX, Vm, regions, shared_memory};
 use guest_driver::*;
 use vhost::VhostBackend;
-use vhost::vhost_user::message::VhostUserVringState;
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -40,9 +39,13 @@ struct Street {
 }
 
 impl Street {
-    /// Two volumes on one node; a load on the first.
+    /// Two volumes on one node, on a disk; a load on the first.
     fn new() -> Street {
-        let mut cluster = Cluster::start(1);
+        Street::in_directory("/tmp")
+    }
+
+    fn in_directory(parent: &str) -> Street {
+        let mut cluster = Cluster::start_in(Path::new(parent), 1);
         let good = cluster.serve("good", "--size 16MiB --replicas 0 --master n1", "--node n1");
         let socket = cluster.serve(
             "evil",
@@ -216,13 +219,9 @@ fn rings_that_break_the_rules() {
             vm.driver.offer_chain(0, &chain);
             vm.driver.offer(0);
             vm.driver.kick.write(1).unwrap();
-            // The first one is answered, or was not yet when the second was seen.
-            eventually("it was looked at", || {
-                vm.frontend.set_vring_enable(0, true).unwrap();
-                vm.settle();
-                Some(vm.driver.completions())
+            eventually("the first is answered", || {
+                (!vm.driver.completions().is_empty()).then_some(())
             });
-            vm.driver.set_avail_idx(500);
         }),
         ("an index far ahead", |vm| vm.driver.set_avail_idx(1000)),
         ("an index that goes back", |vm| {
@@ -331,13 +330,11 @@ fn memory_and_rings_that_go_away_under_requests() {
     street.is_quiet("a ring moved");
 
     // Queue sizes and enables of queues that are not there, or not yet.
-    let vm = street.machine();
+    let mut vm = street.machine();
     let _ = vm.frontend.set_vring_num(0, 64);
     let _ = vm.frontend.set_vring_base(0, 77);
     let _ = vm.frontend.set_vring_enable(1, true);
     let _ = vm.frontend.get_vring_base(1);
-    let state = VhostUserVringState::new(9, 1);
-    let _ = vm.frontend.set_vring_enable(state.index as usize, true);
     drop(vm);
     street.is_quiet("odd orders");
     street.end();
@@ -414,14 +411,16 @@ fn sockets_that_stall_half_way_through_a_message() {
         assert_eq!(inspected["health"], "healthy");
     }
     street.is_quiet("half messages");
-    // One that stalls for good does not keep the volume from being detached.
+    // One that stalls for good (in the header: half a body is an error at once) does not keep the volume from being detached.
     let mut stream = UnixStream::connect(&street.socket).unwrap();
-    stream.write_all(&whole[..13]).unwrap();
+    stream.write_all(&whole[..7]).unwrap();
     street.cluster.wait_for(1, "evil", "is connected", |v| {
         v["attachment"]["connected"] == true
     });
     street.cluster.ok(1, "volume detach evil --force");
-    street.cluster.ok(1, "volume attach evil --node n1");
+    street
+        .cluster
+        .ok(1, "volume attach evil --node n1 --num-queues 2");
     street
         .cluster
         .wait_for(1, "evil", "is healthy", |v| v["health"] == "healthy");
@@ -481,10 +480,17 @@ fn what_looks_odd_and_is_right() {
     street.end();
 }
 
-/// What lies in the memory that is cut short under a running machine.
 #[test]
 fn memory_that_is_cut_short_after_it_was_shared() {
-    let mut street = Street::new();
+    memory_is_cut_short(Street::new());
+}
+
+#[test]
+fn memory_that_is_cut_short_when_the_copies_are_in_memory_too() {
+    memory_is_cut_short(Street::in_directory("/dev/shm"));
+}
+
+fn memory_is_cut_short(mut street: Street) {
     let cut = |vm: &Vm, region: usize, bytes: u64| {
         let region = vm.driver.mem.iter().nth(region).unwrap();
         let file = region.file_offset().unwrap().file();

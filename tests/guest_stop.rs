@@ -104,6 +104,9 @@ impl World {
         offer(&mut self.vm, 0, T_OUT, 8, 2);
         offer(&mut self.vm, 3, T_OUT, 16, 3);
         offer(&mut self.vm, 6, T_FLUSH, 0, 0);
+        // Looked at once more, they have been taken when the next message is.
+        self.vm.frontend.set_vring_enable(0, true).unwrap();
+        self.vm.settle();
     }
 
     fn all_goes_on(&mut self) {
@@ -112,9 +115,9 @@ impl World {
     }
 
     /// Asks something of the front-end, which must be answered though nothing moves.
-    fn ask<T: Send + 'static>(&self, ask: impl FnOnce(&Vm) -> T + Send) -> T {
+    fn ask<T: Send>(&mut self, ask: impl FnOnce(&mut Vm) -> T + Send) -> T {
         let (answer, answered) = channel();
-        let vm = &self.vm;
+        let vm = &mut self.vm;
         std::thread::scope(|scope| {
             scope.spawn(move || drop(answer.send(ask(vm))));
             // A test that hangs says nothing.
@@ -125,7 +128,7 @@ impl World {
         })
     }
 
-    fn stop(&self) -> u32 {
+    fn stop(&mut self) -> u32 {
         self.ask(|vm| vm.frontend.get_vring_base(0).unwrap())
     }
 
@@ -205,19 +208,19 @@ fn a_device_is_reset_though_nothing_moves() {
 fn a_paused_ring_takes_nothing_and_answers_what_it_had() {
     let mut world = World::new(false);
     world.nothing_moves();
-    let pause = |world: &World, on: bool| {
+    let pause = |world: &mut World, on: bool| {
         world.ask(move |vm| {
             vm.frontend.set_vring_enable(0, on).unwrap();
             vm.frontend.get_features().unwrap();
         });
     };
-    pause(&world, false);
+    pause(&mut world, false);
     offer(&mut world.vm, 9, T_OUT, 24, 5);
     world.all_goes_on();
     assert_eq!(answers(&mut world.vm, 3), [(0, 0), (3, 0), (6, 0)]);
-    pause(&world, false);
+    pause(&mut world, false);
     assert_eq!(world.vm.driver.completions(), []);
-    pause(&world, true);
+    pause(&mut world, true);
     assert_eq!(answers(&mut world.vm, 1), [(9, 0)]);
     assert_eq!(world.reads(24), 5);
 }
@@ -233,10 +236,7 @@ fn state(
         VhostTransferStateDirection::LOAD => reader.try_clone().unwrap().into(),
     };
     let phase = VhostTransferStatePhase::STOPPED;
-    let own = vm
-        .frontend
-        .set_device_state_fd(direction, phase, &fd)
-        .ok()?;
+    let own = vm.frontend.set_device_state_fd(direction, phase, fd).ok()?;
     assert!(own.is_none(), "it uses the front-end's");
     Some((reader, writer))
 }
@@ -256,7 +256,7 @@ fn a_device_has_no_state_beside_its_rings() {
     let mut saved = Vec::new();
     reader.read_to_end(&mut saved).unwrap();
     vm.frontend.check_device_state().unwrap();
-    assert_eq!(saved, []);
+    assert_eq!(saved.len(), 0);
 
     let (reader, mut writer) = state(vm, VhostTransferStateDirection::LOAD).unwrap();
     writer.write_all(&saved).unwrap();

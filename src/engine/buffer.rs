@@ -189,6 +189,13 @@ impl Drop for GuestRequest {
 #[derive(Debug)]
 pub struct Pinned(GuestPart);
 
+impl Pinned {
+    /// The part. To be used when the kernel has finished.
+    pub fn part(&self) -> &GuestPart {
+        &self.0
+    }
+}
+
 impl Drop for Pinned {
     fn drop(&mut self) {
         let pinned = &self.0.request.pinned;
@@ -229,8 +236,18 @@ impl GuestPart {
         own.map(|(_, buffer)| Rc::clone(buffer))
     }
 
+    /// Its bytes, copied. Zeros for what cannot be had any more, since the request was answered: not what the buffer held
+    /// before.
+    pub fn copied(&self) -> Buffer {
+        let mut buffer = Buffer::new(self.len);
+        // SAFETY: pieces are given while the request is not answered, and mapped that long.
+        let n = unsafe { copy_from_guest(&self.pieces(), &mut buffer) };
+        buffer[n..].fill(0);
+        buffer
+    }
+
     /// The part's bytes as they were at the first call; `None` when the request was answered before that.
-    fn snapshot(&self) -> Option<Rc<Buffer>> {
+    pub fn snapshot(&self) -> Option<Rc<Buffer>> {
         if let Some(taken) = self.taken() {
             return Some(taken);
         }

@@ -46,6 +46,16 @@ struct Part {
     submitted: Nanos,
 }
 
+impl Part {
+    fn memory(&self) -> GuestPart {
+        GuestPart {
+            request: Rc::clone(&self.guest),
+            start: self.start,
+            len: self.len,
+        }
+    }
+}
+
 /// Stops of several rings that belong together. They have [`DRAIN`] in all: what one waits for in vain, the next one would
 /// not see either, and a device may have 256 of them.
 #[derive(Clone, Copy)]
@@ -96,15 +106,20 @@ impl Queue {
         if slot.ring.is_tracked() && !migrated {
             return 0;
         }
-        let mut failed = 0;
-        for (_, part) in parts.iter() {
+        let (ring, life) = (slot.ring.index(), slot.life);
+        let given_up = |part: &&Part| {
             let guest = &part.guest;
-            let ours = (guest.ring, guest.life) == (slot.ring.index(), slot.life);
-            if !ours || guest.is_pinned() {
-                continue;
-            }
+            (guest.ring, guest.life) == (ring, life) && !guest.is_pinned()
+        };
+        let given_up = || parts.iter().map(|(_, part)| part).filter(given_up);
+        for part in given_up().filter(|part| part.kind == Kind::Out) {
+            // Carried out or not, it is this write, and not what the guest does with its memory next.
+            part.memory().snapshot();
+        }
+        let mut failed = 0;
+        for part in given_up() {
             // Once, however many parts it has.
-            if let Some(used) = guest.finish(Status::IoErr) {
+            if let Some(used) = part.guest.finish(Status::IoErr) {
                 slot.ring.push_used(used);
                 failed += 1;
             }
@@ -403,12 +418,7 @@ impl Rings {
         if let (Outcome::Ok, Some(Bytes::Buffer(buffer)), Kind::In) = (outcome, data, part.kind)
             && alive
         {
-            let pieces = GuestPart {
-                request: Rc::clone(guest),
-                start: part.start,
-                len: part.len,
-            }
-            .pieces();
+            let pieces = part.memory().pieces();
             // SAFETY: the request is not answered yet, so its pieces are mapped.
             unsafe { copy_to_guest(buffer, &pieces) };
         }
