@@ -138,6 +138,8 @@ pub struct GuestRequest {
     pub parts: Cell<u32>,
     /// One of them failed.
     pub failed: Cell<bool>,
+    /// System calls under way that use its memory.
+    pinned: Cell<u32>,
     /// Bytes of parts that were sent to other nodes, by where the part starts.
     snapshots: RefCell<Vec<(usize, Rc<Buffer>)>>,
 }
@@ -153,6 +155,7 @@ impl GuestRequest {
             life,
             parts,
             failed,
+            pinned: Cell::new(0),
             snapshots: RefCell::default(),
         })
     }
@@ -160,6 +163,12 @@ impl GuestRequest {
     /// Answers it; `None` when that was done before.
     pub fn finish(&self, status: Status) -> Option<Used> {
         self.request.borrow_mut().take().map(|r| r.finish(status))
+    }
+
+    /// Whether the kernel may still read or write its memory: then it cannot be answered, whatever became of it, because
+    /// the guest would use that memory for something else.
+    pub fn is_pinned(&self) -> bool {
+        self.pinned.get() > 0
     }
 
     /// Looks at the request, while it is not answered.
@@ -173,6 +182,24 @@ impl Drop for GuestRequest {
         if let Some(request) = self.request.get_mut().take() {
             request.abandon();
         }
+    }
+}
+
+/// A part whose memory the kernel is using.
+#[derive(Debug)]
+pub struct Pinned(GuestPart);
+
+impl Pinned {
+    /// The part. To be used when the kernel has finished.
+    pub fn part(&self) -> &GuestPart {
+        &self.0
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let pinned = &self.0.request.pinned;
+        pinned.set(pinned.get() - 1);
     }
 }
 
@@ -195,6 +222,13 @@ impl GuestPart {
             .unwrap_or_default()
     }
 
+    /// Says that the kernel is using the memory, until the returned value is dropped.
+    pub fn pin(self) -> Pinned {
+        let pinned = &self.request.pinned;
+        pinned.set(pinned.get() + 1);
+        Pinned(self)
+    }
+
     /// What [`GuestPart::snapshot`] took.
     fn taken(&self) -> Option<Rc<Buffer>> {
         let all = self.request.snapshots.borrow();
@@ -202,8 +236,18 @@ impl GuestPart {
         own.map(|(_, buffer)| Rc::clone(buffer))
     }
 
+    /// Its bytes, copied. Zeros for what cannot be had any more, since the request was answered: not what the buffer held
+    /// before.
+    pub fn copied(&self) -> Buffer {
+        let mut buffer = Buffer::new(self.len);
+        // SAFETY: pieces are given while the request is not answered, and mapped that long.
+        let n = unsafe { copy_from_guest(&self.pieces(), &mut buffer) };
+        buffer[n..].fill(0);
+        buffer
+    }
+
     /// The part's bytes as they were at the first call; `None` when the request was answered before that.
-    fn snapshot(&self) -> Option<Rc<Buffer>> {
+    pub fn snapshot(&self) -> Option<Rc<Buffer>> {
         if let Some(taken) = self.taken() {
             return Some(taken);
         }

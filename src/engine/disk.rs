@@ -14,10 +14,10 @@ use std::rc::Rc;
 use io_uring::{IoUring, opcode, types};
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::buffer::{ALIGN, Buffer, Bytes, GuestPart};
+use super::buffer::{ALIGN, Buffer, Bytes, GuestPart, Pinned};
 use super::extents::Walk;
 use super::fill::{Calls, Fill, Step};
-use crate::guest::{IoVec, copy_from_guest, copy_to_guest};
+use crate::guest::{IoVec, copy_to_guest};
 use crate::replication::ids::{Chunk, IO_MAX, Nanos, Seq, Span};
 use crate::replication::in_flight::InFlight;
 
@@ -120,8 +120,11 @@ enum Held {
     Bounce(Buffer, GuestPart),
     /// The kernel reads `_pieces` while the operation runs; the part keeps the guest's memory.
     Guest {
-        _part: GuestPart,
+        part: Pinned,
         _pieces: Vec<IoVec>,
+        /// Where, and the flags of a write.
+        offset: u64,
+        write: Option<i32>,
     },
     /// Written from.
     Meta {
@@ -196,6 +199,8 @@ impl Disk {
 
     /// Writes `data` at `span`; durably when `dsync`.
     pub fn write(&mut self, token: Token, file: &DataFile, span: Span, data: Bytes, dsync: bool) {
+        // A write that was failed while it waited is what it was then.
+        let data = data.stable(false);
         if file.memory {
             let result = write_now(&file.file, span.offset, &data, dsync);
             let result = result.map(|()| Output::Nothing);
@@ -208,10 +213,8 @@ impl Disk {
             Bytes::Guest(part) => {
                 let pieces = part.pieces();
                 if !aligned(&pieces, file.align) {
-                    let mut buffer = Buffer::new(part.len);
-                    // SAFETY: the part holds its request, so its pieces are mapped.
-                    unsafe { copy_from_guest(&pieces, &mut buffer) };
-                    return self.write_buffer(token, file, span, Rc::new(buffer), flags);
+                    let buffer = Rc::new(part.copied());
+                    return self.write_buffer(token, file, span, buffer, flags);
                 }
                 let entry = opcode::Writev::new(
                     fd(&file.file),
@@ -222,8 +225,10 @@ impl Disk {
                 .rw_flags(flags)
                 .build();
                 let held = Held::Guest {
-                    _part: part,
+                    part: part.pin(),
                     _pieces: pieces,
+                    offset: span.offset,
+                    write: Some(flags),
                 };
                 self.start(token, &file.file, held, span.len as usize, entry);
             }
@@ -276,8 +281,10 @@ impl Disk {
                     .build();
                     (
                         Held::Guest {
-                            _part: part,
+                            part: part.pin(),
                             _pieces: pieces,
+                            offset: span.offset,
+                            write: None,
                         },
                         entry,
                     )
@@ -430,6 +437,18 @@ impl Disk {
         expect: usize,
         entry: io_uring::squeue::Entry,
     ) {
+        self.start_at(self.now, token, file, held, expect, entry);
+    }
+
+    fn start_at(
+        &mut self,
+        started: Nanos,
+        token: Token,
+        file: &Rc<File>,
+        held: Held,
+        expect: usize,
+        entry: io_uring::squeue::Entry,
+    ) {
         let short = match held {
             Held::ReadBuffer(_) | Held::HashBuffer(_) | Held::Bounce(..) => libc::EIO,
             _ => libc::ENOSPC,
@@ -439,7 +458,7 @@ impl Disk {
             held,
             expect,
             short,
-            started: self.now,
+            started,
             file: Rc::clone(file),
         };
         self.run(running, entry);
@@ -490,6 +509,46 @@ impl Disk {
         Ok(())
     }
 
+    /// Makes an operation again with memory of ours: now it can only be the disk's fault.
+    fn again(&mut self, running: Running) {
+        let Running {
+            token,
+            held,
+            expect,
+            started,
+            file,
+            ..
+        } = running;
+        let Held::Guest {
+            part,
+            offset,
+            write,
+            ..
+        } = held
+        else {
+            return;
+        };
+        let part = part.part().clone();
+        let (held, entry) = match write {
+            Some(flags) => {
+                let buffer = Rc::new(part.copied());
+                let entry = opcode::Write::new(fd(&file), buffer.as_ptr(), part.len as u32)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build();
+                (Held::Buffer { _buffer: buffer }, entry)
+            }
+            None => {
+                let buffer = Buffer::new(part.len);
+                let entry = opcode::Read::new(fd(&file), buffer.as_ptr(), part.len as u32)
+                    .offset(offset)
+                    .build();
+                (Held::Bounce(buffer, part), entry)
+            }
+        };
+        self.start_at(started, token, &file, held, expect, entry);
+    }
+
     /// Two operations that were completed in one round had both been done when the first of them was reported.
     pub fn round(&self) -> u64 {
         self.round
@@ -508,8 +567,10 @@ impl Disk {
             .collect();
         self.in_kernel -= entries.len() as u32;
         for (id, result) in entries {
-            if let Some(running) = self.running.remove(Seq(id)) {
-                self.ended(running, result);
+            match self.running.remove(Seq(id)) {
+                Some(running) if running.doubts(result) => self.again(running),
+                Some(running) => self.ended(running, result),
+                None => {}
             }
         }
         self.done.pop_front()
@@ -550,6 +611,14 @@ impl Drop for Disk {
 }
 
 impl Running {
+    /// The guest's memory may be to blame, not the disk: the front-end took it away, or it is not of a kind that a disk
+    /// can work with. Or the request was failed before it began, and has none.
+    fn doubts(&self, result: i32) -> bool {
+        let whole = result >= 0 && result as usize == self.expect;
+        let memory = result >= 0 || result == -libc::EFAULT;
+        matches!(self.held, Held::Guest { .. }) && !whole && memory
+    }
+
     fn outcome(&self, result: i32) -> io::Result<()> {
         if result < 0 {
             Err(io::Error::from_raw_os_error(-result))
@@ -613,7 +682,10 @@ fn write_now(file: &File, offset: u64, data: &Bytes, dsync: bool) -> io::Result<
                     offset as i64,
                 )
             };
-            whole(wrote, part.len, libc::ENOSPC)?;
+            if usize::try_from(wrote) != Ok(part.len) {
+                // As [`Running::doubts`]; and what else it may have been shows again.
+                write_all_at(file, &part.copied(), offset)?;
+            }
         }
     }
     if dsync { file.sync_data() } else { Ok(()) }
@@ -645,15 +717,13 @@ fn read_guest_now(file: &File, span: Span, part: &GuestPart) -> io::Result<()> {
             span.offset as i64,
         )
     };
-    whole(read, part.len, libc::EIO)
-}
-
-fn whole(done: isize, want: usize, short: i32) -> io::Result<()> {
-    match usize::try_from(done) {
-        Err(_) => Err(io::Error::last_os_error()),
-        Ok(n) if n == want => Ok(()),
-        Ok(_) => Err(io::Error::from_raw_os_error(short)),
+    if usize::try_from(read) != Ok(part.len) {
+        // As [`Running::doubts`]; and what else it may have been shows again.
+        let buffer = read_now(file, span)?;
+        // SAFETY: as above.
+        unsafe { copy_to_guest(&buffer, &part.pieces()) };
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -19,6 +19,9 @@ use crate::replication::in_flight::{IN_FLIGHT_MAX, InFlight};
 /// How long a ring that is stopped may wait for its requests. QEMU's main loop, and with it the virtual machine,
 /// waits for the answer; beyond this a suspended volume would look like a dead host.
 pub const DRAIN: Nanos = Nanos::from_ms(5_000);
+/// A stop that comes this soon after the last one belongs with it: a front-end stops its rings one after another, each when
+/// the one before has stopped.
+const SERIES: Nanos = Nanos::from_ms(1_000);
 
 /// One started ring.
 struct Slot {
@@ -44,6 +47,24 @@ struct Part {
     submitted: Nanos,
 }
 
+impl Part {
+    fn memory(&self) -> GuestPart {
+        GuestPart {
+            request: Rc::clone(&self.guest),
+            start: self.start,
+            len: self.len,
+        }
+    }
+}
+
+/// Stops of several rings that belong together. They have [`DRAIN`] in all: what one waits for in vain, the next one would
+/// not see either, and a device may have 256 of them.
+#[derive(Clone, Copy)]
+struct Stops {
+    deadline: Nanos,
+    latest: Nanos,
+}
+
 /// One queue of the device.
 #[derive(Default)]
 struct Queue {
@@ -63,6 +84,49 @@ impl Queue {
         let slot = self.slot.take()?;
         self.orphans += slot.under_way;
         Some(slot)
+    }
+
+    /// The ring stops in spite of requests that do not end. What becomes of them:
+    ///
+    /// * Tracked, and the front-end stays (a machine that is paused, or shut down): they are left where they are, in the
+    ///   in-flight region. When the ring goes on they are submitted again, and the guest has seen a pause. An error would
+    ///   make of a replica's silence, which the suspend deadline allows for, a file system that is read-only.
+    /// * Tracked, while the machine is migrated (its writes are logged): no front-end takes the region along, so that nobody
+    ///   would answer them at the machine's new place, and its driver does not give up waiting. They fail: a bad answer is
+    ///   better than none.
+    /// * Not tracked: nobody remembers them. They fail, too.
+    ///
+    /// A write that failed may still be carried out; the guest knows nothing of such a sector until it writes it again, and
+    /// that write is ordered behind this one. But while the kernel works with a request's memory (this node's disk hangs),
+    /// the guest must not get that back: such a request stays unanswered.
+    fn give_up(&mut self, parts: &InFlight<Part>) -> usize {
+        let migrated = self.log.as_ref().is_some_and(|log| log.all);
+        let Some(slot) = self.slot.as_mut() else {
+            return 0;
+        };
+        if slot.ring.is_tracked() && !migrated {
+            return 0;
+        }
+        let (ring, life) = (slot.ring.index(), slot.life);
+        let given_up = |part: &&Part| {
+            let guest = &part.guest;
+            (guest.ring, guest.life) == (ring, life) && !guest.is_pinned()
+        };
+        let given_up = || parts.iter().map(|(_, part)| part).filter(given_up);
+        for part in given_up().filter(|part| part.kind == Kind::Out) {
+            // Carried out or not, it is this write, and not what the guest does with its memory next.
+            part.memory().snapshot();
+        }
+        let mut failed = 0;
+        for part in given_up() {
+            // Once, however many parts it has.
+            if let Some(used) = part.guest.finish(Status::IoErr) {
+                slot.ring.push_used(used);
+                failed += 1;
+            }
+        }
+        slot.ring.publish_and_notify();
+        failed
     }
 
     /// How many requests may be taken now. A ring that stops takes what it has to answer before it has stopped: its
@@ -86,6 +150,7 @@ pub struct Rings {
     parts: InFlight<Part>,
     zeroes: Zeroes,
     lives: u64,
+    stops: Option<Stops>,
     limits: Limits,
     writeback: bool,
     /// The volume is being detached: nothing new is taken.
@@ -115,6 +180,7 @@ impl Rings {
             parts: InFlight::default(),
             zeroes: Zeroes::default(),
             lives: 0,
+            stops: None,
             limits,
             writeback: true,
             paused: false,
@@ -254,8 +320,16 @@ impl Rings {
 
     /// Stops a ring; answered when its requests are done, or the time is over.
     pub fn stop(&mut self, now: Nanos, index: u16, reply: SyncSender<GuestAnswer>) {
+        let deadline = match self.stops {
+            Some(stops) if now < stops.latest.after(SERIES) => stops.deadline,
+            _ => now.after(DRAIN),
+        };
         match self.slot_mut(index) {
-            Some(slot) => slot.stopping = Some((reply, now.after(DRAIN))),
+            Some(slot) => {
+                slot.stopping = Some((reply, deadline));
+                let latest = now;
+                self.stops = Some(Stops { deadline, latest });
+            }
             None => drop(reply.try_send(Err(format!("queue {index} was not started")))),
         }
     }
@@ -412,12 +486,7 @@ impl Rings {
         if let (Outcome::Ok, Some(Bytes::Buffer(buffer)), Kind::In) = (outcome, data, part.kind)
             && alive
         {
-            let pieces = GuestPart {
-                request: Rc::clone(guest),
-                start: part.start,
-                len: part.len,
-            }
-            .pieces();
+            let pieces = part.memory().pieces();
             // SAFETY: the request is not answered yet, so its pieces are mapped.
             unsafe { copy_to_guest(buffer, &pieces) };
         }
@@ -496,11 +565,14 @@ impl Rings {
                 continue;
             }
             if left > 0 {
-                // With an in-flight region they are there still, and are submitted again when the ring goes on.
+                let failed = queue.give_up(&self.parts);
                 log::error!(
-                    "volume {}: queue {at} stopped with {left} requests unanswered",
+                    "volume {}: queue {at} stopped with {left} requests unanswered, of which {failed} were failed now",
                     self.name
                 );
+            }
+            if let Some(stops) = &mut self.stops {
+                stops.latest = now;
             }
             if let Some(slot) = queue.end() {
                 if let Some((reply, _)) = slot.stopping {

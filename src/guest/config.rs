@@ -197,6 +197,7 @@ impl Device {
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::DEVICE_STATE
     }
 
     /// Whether a write may complete before it is durable: the guest can flush, and left the write cache on (5.2.6.2).

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::dirty::DirtyLog;
+use super::fault::Guard;
 use super::{GuestMem, IoVec};
 
 /// A guest-physical range that is not, or not wholly, backed by a region.
@@ -23,6 +24,8 @@ struct Span {
 #[derive(Debug)]
 pub(super) struct MemMap {
     spans: Box<[Span]>,
+    // Before the mappings, which it must not outlive.
+    guard: Guard,
     // Holds the mappings that `spans` points into.
     _mem: Arc<GuestMem>,
 }
@@ -30,7 +33,7 @@ pub(super) struct MemMap {
 impl MemMap {
     pub(super) fn new(mem: Arc<GuestMem>) -> MemMap {
         // The collection keeps its regions sorted and free of overlaps.
-        let spans = mem
+        let spans: Box<[Span]> = mem
             .iter()
             .map(|region| Span {
                 start: region.start_addr().0,
@@ -38,7 +41,21 @@ impl MemMap {
                 host: region.as_ptr(),
             })
             .collect();
-        MemMap { spans, _mem: mem }
+        let ranges = spans.iter().map(|span| {
+            let start = span.host.addr();
+            (start, start + span.len as usize)
+        });
+        MemMap {
+            guard: Guard::new(ranges),
+            spans,
+            _mem: mem,
+        }
+    }
+
+    /// Whether the front-end took memory away that it had shared. What is read and written there since means nothing.
+    #[inline]
+    pub(super) fn is_lost(&self) -> bool {
+        self.guard.is_lost()
     }
 
     /// Host address of `addr`, and how many bytes from there on lie in the same region (at least 1).

@@ -17,8 +17,10 @@
 //! | `session` | one connection: the vhost-user messages, and the state of its rings as the front-end described it |
 //! | `config` | the device itself: features offered, configuration space, write-cache switch |
 //! | `capacity` | the size the guest is shown, and telling it of a larger one |
+//! | `state` | what is saved of the device with a virtual machine: nothing |
 //! | `table` | the front-end's memory table: regions mapped, its addresses translated |
 //! | `plane` | the contract between the two sides |
+//! | `fault` | guest memory that goes away under us |
 //! | `memory` | guest memory as host pointers, looked up fast and never beyond a region |
 //! | `ring` | the checked split-ring reader and writer |
 //! | `inflight` | which requests are in flight, in memory that survives this process |
@@ -34,6 +36,7 @@ mod capacity;
 mod chain;
 mod config;
 mod dirty;
+mod fault;
 mod inflight;
 mod iovec;
 mod memory;
@@ -43,6 +46,7 @@ mod ring;
 mod server;
 mod session;
 mod socket;
+mod state;
 mod table;
 
 pub use capacity::Capacity;

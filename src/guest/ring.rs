@@ -162,6 +162,9 @@ pub enum RingError {
         /// The entry.
         head: u16,
     },
+    /// The front-end cut short the file behind memory that it had shared.
+    #[error("guest memory is gone: its file was made shorter under the running machine")]
+    MemoryLost,
     /// A request without a place for its status: it cannot be answered at all.
     #[error("descriptor chain {head} has no reachable status byte")]
     NoStatus {
@@ -378,6 +381,11 @@ impl Ring {
         self.resubmit.len() as u16
     }
 
+    /// Whether requests in flight are written down for the next process.
+    pub fn is_tracked(&self) -> bool {
+        self.tracker.is_some()
+    }
+
     /// Chains in flight by an in-flight region that was about an earlier life of the ring. They are forgotten.
     pub fn discarded(&self) -> u16 {
         self.discarded
@@ -478,6 +486,9 @@ impl Ring {
     /// Reads the guest's available index. Acquire: the entries and descriptors that it covers are read after it.
     fn look_for_more(&mut self) -> Result<bool, RingError> {
         let idx = u16::from_le(self.avail_u16(AVAIL_IDX).load(Ordering::Acquire));
+        if self.parts.mem.is_lost() {
+            return Err(RingError::MemoryLost);
+        }
         let ahead = idx.wrapping_sub(self.next_avail);
         if ahead > self.size() {
             return Err(RingError::AvailableIndex {

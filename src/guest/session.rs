@@ -30,6 +30,7 @@ use super::dirty::{DirtyLog, RingLog};
 use super::inflight::{InflightQueue, Region};
 use super::plane::{DataPlane, RingStart};
 use super::ring::Ring;
+use super::state::Incoming;
 use super::table::{MAX_MEM_SLOTS, MemTable, SHARE_HINT, TableError};
 
 /// Where the front-end says that a ring is, in its own address space.
@@ -122,6 +123,8 @@ pub(super) struct Session<'a> {
     log: Option<Arc<DirtyLog>>,
     /// The way to tell the front-end of a new size.
     channel: Option<Channel>,
+    /// A device state on its way here.
+    incoming: Option<Incoming>,
 }
 
 /// An error with a reason for the log, which ends the connection.
@@ -145,6 +148,7 @@ impl<'a> Session<'a> {
             untracked: false,
             log: None,
             channel: None,
+            incoming: None,
         }
     }
 
@@ -731,6 +735,38 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         self.start_complete()
     }
 
+    fn set_device_state_fd(
+        &mut self,
+        direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        channel: File,
+    ) -> Result<Option<File>> {
+        // An error is sent as such and does not close the connection.
+        if let Some(queue) = self.vrings.iter().position(|vring| vring.running) {
+            log::warn!(
+                "volume {}: device state is asked for while queue {queue} runs",
+                self.volume()
+            );
+            return Err(Error::InvalidParam);
+        }
+        self.incoming = match direction {
+            // Closed by being dropped: that is the end of the state, and all of it.
+            VhostTransferStateDirection::SAVE => None,
+            VhostTransferStateDirection::LOAD => Some(Incoming::new(channel)),
+        };
+        Ok(None)
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        let Some(incoming) = self.incoming.take() else {
+            return Ok(());
+        };
+        incoming.check().map_err(|why| {
+            log::warn!("volume {}: {why}", self.volume());
+            refuse(why)
+        })
+    }
+
     // What follows is never offered. The message layer refuses most of it by itself.
 
     fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
@@ -739,19 +775,6 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
 
     fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
         Err(Error::InvalidOperation("no shared objects"))
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        _: VhostTransferStateDirection,
-        _: VhostTransferStatePhase,
-        _: File,
-    ) -> Result<Option<File>> {
-        Err(Error::InvalidOperation("device state was not offered"))
-    }
-
-    fn check_device_state(&mut self) -> Result<()> {
-        Err(Error::InvalidOperation("device state was not offered"))
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

@@ -1,15 +1,18 @@
 //! Rings that stop, or lose their front-end, with requests under way.
 
+use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 
-use vhost::vhost_user::message::VhostUserInflight;
+use rustix::fs::MemfdFlags;
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog};
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
-use crate::guest::{InflightQueue, InflightRegion};
+use crate::guest::{DirtyLog, InflightQueue, InflightRegion};
 use crate::replication::failure_mode::FailureMode;
 use crate::replication::ids::{BootId, CopyId, Epoch, Instance, NodeName, Tag, VolumeId};
 use crate::replication::message::Proof;
@@ -74,6 +77,17 @@ fn event() -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
+fn memory_file() -> File {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file: File = rustix::fs::memfd_create("log", flags).unwrap().into();
+    file.set_len(4096).unwrap();
+    file
+}
+
+fn log_in(file: File) -> DirtyLog {
+    DirtyLog::open(&VhostUserLog::new(4096, 0), file).unwrap()
+}
+
 /// A guest and the rings of its volume.
 struct World {
     mem: Arc<GuestMem>,
@@ -128,6 +142,7 @@ impl World {
         let at = DATA + 0x400 * u64::from(head);
         put(at, &1u32.to_le_bytes());
         put(at + 8, &u64::from(head).to_le_bytes());
+        put(at + 0x300, &[0xff]);
         for (index, addr, len, flags) in
             [(head, at, 16 + 512u32, 1u16), (head + 1, at + 0x300, 1, 2)]
         {
@@ -165,12 +180,6 @@ impl World {
         put(DESC + 16 * u64::from(head) + 8, &len.to_le_bytes());
     }
 
-    /// The status byte of what was offered at `head`.
-    fn status(&self, head: u16) -> u8 {
-        let at = DATA + 0x400 * u64::from(head) + 0x300;
-        self.mem.read_obj(GuestAddress(at)).unwrap()
-    }
-
     /// A worker's turn. Whether there is more to take at once.
     fn turn(&mut self) -> bool {
         self.rings.take(START, &mut self.attachment, false);
@@ -199,6 +208,16 @@ impl World {
         let (reply, answer) = sync_channel(1);
         self.rings.stop(START, 0, reply);
         answer
+    }
+
+    fn put(&self, at: u64, bytes: &[u8]) {
+        self.mem.write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    /// The status byte of a request.
+    fn status(&self, head: u16) -> u8 {
+        let at = DATA + 0x400 * u64::from(head) + 0x300;
+        self.mem.read_obj(GuestAddress(at)).unwrap()
     }
 
     /// Heads in the used ring.
@@ -256,6 +275,88 @@ fn a_ring_that_stopped_with_requests_under_way_submits_them_again_when_those_hav
     assert_eq!(world.answered(), [0, 2, 4]);
 }
 
+/// Heads 0 and 2 are taken and stay under way.
+fn two_under_way(world: &mut World) -> Vec<RequestId> {
+    world.start(0, true);
+    world.offer(0);
+    world.offer(2);
+    world.turn();
+    world.under_way()
+}
+
+#[test]
+fn without_tracking_what_does_not_end_fails_when_the_ring_stops() {
+    // Given two requests that nobody would remember, and one of which the kernel still uses the memory,
+    let mut world = World::new(None);
+    let old = two_under_way(&mut world);
+    let part = world.rings.parts.get_mut(Seq(old[0].0)).unwrap();
+    let in_use = GuestPart {
+        request: Rc::clone(&part.guest),
+        start: 0,
+        len: 512,
+    };
+    let in_use = in_use.pin();
+    // when the ring stops,
+    let answer = world.stop();
+    world.rings.stopped(START.after(DRAIN));
+    // then the other one has failed, and its end comes to nothing.
+    assert_eq!(answer.try_recv(), Ok(Ok(2)));
+    assert_eq!(world.answered(), [2]);
+    assert_eq!((world.status(0), world.status(2)), (0xff, 1));
+    drop(in_use);
+    world.complete(old[1]);
+    world.complete(old[0]);
+    assert_eq!(world.answered(), [2]);
+    assert_eq!((world.status(0), world.status(2)), (0xff, 1));
+}
+
+#[test]
+fn what_does_not_end_fails_when_the_machine_moves_and_waits_when_it_only_stops() {
+    for moves in [false, true] {
+        let mut world = World::tracked();
+        two_under_way(&mut world);
+        let log = moves.then(|| RingLog {
+            log: Arc::new(log_in(memory_file())),
+            all: true,
+            used: None,
+        });
+        world.rings.set_log(0, log);
+        let answer = world.stop();
+        world.rings.stopped(START.after(DRAIN));
+        assert_eq!(answer.try_recv(), Ok(Ok(2)));
+        let answered = if moves { vec![0, 2] } else { vec![] };
+        assert_eq!(world.answered(), answered);
+        // The next process finds in the region exactly what is not answered.
+        world.rings = World::new(None).rings;
+        world.start(2, true);
+        let left = world.rings.slot(0).map(|s| s.ring.to_resubmit());
+        assert_eq!(left, Some(if moves { 0 } else { 2 }));
+    }
+}
+
+#[test]
+fn rings_that_stop_one_after_another_wait_once() {
+    let mut world = World::tracked();
+    two_under_way(&mut world);
+    let over = START.after(DRAIN);
+    world.stop();
+    assert_eq!(world.rings.stopped(over).len(), 1);
+    let stop_again = |world: &mut World, now: Nanos| {
+        world.start(2, true);
+        let (reply, answer) = sync_channel(1);
+        world.rings.stop(now, 0, reply);
+        (world.rings.stopped(now).len(), answer)
+    };
+    // Its requests are under way still, and there is no more time for them.
+    assert_eq!(stop_again(&mut world, over).0, 1);
+    // Much later it is another matter.
+    let later = over.after(SERIES);
+    let (stopped, answer) = stop_again(&mut world, later);
+    assert_eq!(stopped, 0);
+    assert_eq!(answer.try_recv(), Err(TryRecvError::Empty));
+    assert_eq!(world.rings.stopped(later.after(DRAIN)).len(), 1);
+}
+
 #[test]
 fn without_tracking_late_answers_of_a_stopped_ring_are_dropped() {
     let mut world = World::new(None);
@@ -266,18 +367,51 @@ fn without_tracking_late_answers_of_a_stopped_ring_are_dropped() {
     let answer = world.stop();
     world.rings.stopped(START.after(DRAIN));
     assert_eq!(answer.try_recv(), Ok(Ok(1)));
+    assert_eq!(world.answered(), [0]);
     // The guest's driver began anew meanwhile, and uses the same head.
     world.start(1, true);
     world.offer(0);
     world.complete(old[0]);
     world.turn();
     world.turn();
-    assert_eq!(world.answered(), [0u32; 0]);
+    assert_eq!(world.answered(), [0]);
     let new = world.under_way();
     assert_eq!(new.len(), 1);
     world.complete(new[0]);
     world.turn();
-    assert_eq!(world.answered(), [0]);
+    assert_eq!(world.answered(), [0, 0]);
+}
+
+#[test]
+fn a_read_that_ends_when_its_ring_has_stopped_is_marked_in_the_log() {
+    // Given a ring that stopped while a disk reads into the guest's memory,
+    let mut world = World::tracked();
+    world.start(0, true);
+    world.offer(0);
+    world.put(DATA, &0u32.to_le_bytes());
+    world.put(DESC, &DATA.to_le_bytes());
+    world.put(DESC + 8, &16u32.to_le_bytes());
+    world.put(DESC + 12, &1u16.to_le_bytes());
+    world.put(DESC + 16, &(DATA + 0x1000).to_le_bytes());
+    world.put(DESC + 24, &513u32.to_le_bytes());
+    world.turn();
+    let read = world.under_way();
+    assert_eq!(read.len(), 1);
+    world.stop();
+    world.rings.stopped(START.after(DRAIN));
+    // when the machine is migrated and then the read ends,
+    let file = memory_file();
+    let log = RingLog {
+        log: Arc::new(log_in(file.try_clone().unwrap())),
+        all: true,
+        used: None,
+    };
+    world.rings.set_log(0, Some(log));
+    world.complete(read[0]);
+    // then its page is marked.
+    let mut bits = [0; 2];
+    file.read_exact_at(&mut bits, 0).unwrap();
+    assert_eq!(bits, [1 << 3, 0]);
 }
 
 #[test]
