@@ -180,7 +180,9 @@ mod tests {
     #[test]
     fn whole_blocks_are_called_for_and_edges_are_written() {
         use Step::{Punch, Sync, Write, ZeroRange};
-        let table: &[((u64, u64), (bool, bool), &[Step])] = &[
+        // (offset and length, unmap and dsync, steps)
+        type Case<'a> = ((u64, u64), (bool, bool), &'a [Step]);
+        let table: &[Case<'_>] = &[
             ((0, 4 * MIB), (true, false), &[Punch(at(0, 4 * MIB))]),
             ((0, 4 * MIB), (false, false), &[ZeroRange(at(0, 4 * MIB))]),
             ((4096, 8192), (true, true), &[Punch(at(4096, 8192)), Sync]),

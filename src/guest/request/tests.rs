@@ -257,7 +257,8 @@ fn zeros_are_asked_for_in_segments() {
     let most = MAX_ZERO_SECTORS;
     let many = MAX_ZERO_SEGMENTS as usize;
     let bytes = 512 * most;
-    let cases: &[(u32, &Limits, Vec<Vec<u8>>, Vec<Segment>)] = &[
+    type Case<'a> = (u32, &'a Limits, Vec<Vec<u8>>, Vec<Segment>);
+    let cases: &[Case<'_>] = &[
         // The unmap flag is a write-zeroes' own; a discard gives space back without it.
         (
             T_DISCARD,
@@ -338,7 +339,8 @@ fn segments_that_break_the_rules_are_refused_by_the_right_status() {
     let flags = |kind, flags| Refusal::Flags { kind, flags };
     let good = segment(0, 1, 0);
     let both = [T_DISCARD, T_WRITE_ZEROES];
-    let cases: &[(&[u32], &Limits, Vec<u8>, Refusal, u8)] = &[
+    type Case<'a> = (&'a [u32], &'a Limits, Vec<u8>, Refusal, u8);
+    let cases: &[Case<'_>] = &[
         // How long the data is.
         (&both, &LIMITS, vec![0], Refusal::PartSegment(1), 1),
         (&both, &LIMITS, vec![0; 15], Refusal::PartSegment(15), 1),
