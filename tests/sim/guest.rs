@@ -50,7 +50,7 @@ impl World {
             match self.rng.below(20) {
                 0..=9 => self.submit(a, Op::Write { span, fua }, Some(len)),
                 10 => {
-                    let (span, unmap) = (self.zeroes(span), self.rng.one_in(2));
+                    let (span, unmap) = (self.zeroes(span, all * SECTOR), self.rng.one_in(2));
                     self.submit(a, Op::Zero { span, unmap, fua }, None);
                 }
                 11..=16 => self.submit(a, Op::Read(span), None),
@@ -61,7 +61,7 @@ impl World {
 
     /// Zeros of a few sectors, of whole chunks, or long ones that begin and end anywhere: within a region, as the engine cuts
     /// them.
-    fn zeroes(&mut self, few: Span) -> Span {
+    fn zeroes(&mut self, few: Span, size: u64) -> Span {
         let (mut start, mut len) = (few.offset, u64::from(few.len));
         match self.rng.below(16) {
             0..=8 => return few,
@@ -75,7 +75,7 @@ impl World {
             _ => return few,
         }
         let end = (start / REGION + 1) * REGION;
-        let end = end.min(self.registry.record.size).min(start + len);
+        let end = end.min(size).min(start + len);
         Span {
             offset: start,
             len: (end - start) as u32,
