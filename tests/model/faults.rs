@@ -125,7 +125,7 @@ impl State {
 
     /// Somebody attaches the volume on this node.
     pub fn start(&mut self, node: usize) {
-        let at = Attachment::new(node, self.registry.record.clone(), self.registry.revision);
+        let at = Attachment::new(node, self.registry.record, self.registry.revision);
         self.attachments[self.started] = Some(at);
         self.started += 1;
     }
