@@ -159,6 +159,14 @@ impl Cluster {
         cluster
     }
 
+    /// The same with addresses that are no loopback addresses, as machines have them. The registry must be etcd.
+    pub fn empty_on_machines(parent: &Path, places: usize) -> Cluster {
+        let mut cluster = Cluster::empty(parent);
+        let net = format!("10.{}.{}", cluster.block.a, cluster.block.b);
+        cluster.network = Some(Network::new(&net, places));
+        cluster
+    }
+
     /// Nodes with a network of their own.
     pub fn start_on_a_network(parent: &Path, nodes: usize) -> Cluster {
         let mut cluster = Cluster::empty_on_a_network(parent, nodes);
@@ -186,9 +194,12 @@ impl Cluster {
         alive.map(|(n, _)| *n).collect()
     }
 
-    /// 127.A.B.n
+    /// 127.A.B.n, or the network's own.
     pub fn ip(&self, n: usize) -> String {
-        format!("127.{}.{}.{n}", self.block.a, self.block.b)
+        match &self.network {
+            Some(network) => network.address(n),
+            None => format!("127.{}.{}.{n}", self.block.a, self.block.b),
+        }
     }
 
     /// Where node n takes replication connections.
@@ -216,7 +227,7 @@ impl Cluster {
 
     /// The arguments of `lockstep node` for node n with this data directory.
     pub fn node_arguments(&self, n: usize, data: &Path) -> Vec<String> {
-        [
+        let mut arguments: Vec<String> = [
             "node".to_string(),
             "--name".into(),
             format!("n{n}"),
@@ -234,7 +245,11 @@ impl Cluster {
                 None => format!("sqlite:{}", self.registry().display()),
             },
         ]
-        .into()
+        .into();
+        if !self.ip(n).starts_with("127.") {
+            arguments.push("--insecure-plaintext".into());
+        }
+        arguments
     }
 
     /// Starts node n (again), with the same directories as before, and waits until it answers.

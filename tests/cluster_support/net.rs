@@ -5,6 +5,8 @@
 //! here carry 127.A.B.n: the namespace's own `lo` gives its 127.0.0.0/8 up, and `route_localnet` lets the kernel treat the
 //! addresses as any others. To the nodes they are loopback addresses; to us they are wires that can be cut. On the real
 //! `lo` they could not be told apart: whatever connects there comes from 127.0.0.1.
+//!
+//! Nodes whose registry is etcd have no such bound, and get addresses as machines have them: 10.A.B.n.
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -36,7 +38,7 @@ pub struct Cut {
 pub struct Network {
     /// Of this network's namespaces.
     prefix: String,
-    /// 127.A.B of its addresses.
+    /// The first three numbers of its addresses.
     net: String,
     nodes: usize,
 }
@@ -67,12 +69,17 @@ impl Network {
         let (node, port) = (self.namespace(n), format!("n{n}"));
         ip(&["netns", "add", &node]);
         ip(&["-n", &node, "link", "set", "lo", "up"]);
-        ip(&["-n", &node, "addr", "flush", "dev", "lo"]);
+        let loopback = self.net.starts_with("127.");
+        if loopback {
+            ip(&["-n", &node, "addr", "flush", "dev", "lo"]);
+        }
         let veth = ["link", "add", "eth0", "type", "veth"];
         let peer = ["peer", "name", &port, "netns", switch];
         ip(&[&["-n", &node][..], &veth, &peer].concat());
-        let allow = "echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet";
-        ip(&["netns", "exec", &node, "sh", "-c", allow]);
+        if loopback {
+            let allow = "echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet";
+            ip(&["netns", "exec", &node, "sh", "-c", allow]);
+        }
         let address = format!("{}/24", self.address(n));
         ip(&["-n", &node, "addr", "add", &address, "dev", "eth0"]);
         ip(&["-n", &node, "link", "set", "eth0", "up"]);
@@ -89,7 +96,7 @@ impl Network {
         self.name(&format!("n{n}"))
     }
 
-    fn address(&self, n: usize) -> String {
+    pub fn address(&self, n: usize) -> String {
         format!("{}.{n}", self.net)
     }
 

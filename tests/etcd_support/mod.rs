@@ -100,6 +100,29 @@ impl Etcd {
 
     /// Starts member m (again) with the data it has.
     pub fn start_member(&mut self, m: usize) {
+        self.spawn_member(m, "new");
+    }
+
+    /// Member m's machine is gone with its disk: a new machine takes its place and address, as etcd's manual says.
+    pub fn replace_member(&mut self, m: usize) {
+        assert!(!self.is_running(m), "m{m} still runs");
+        let asked = (1..=self.addresses.len())
+            .find(|other| self.is_running(*other))
+            .expect("a member runs");
+        let list = self.ok(asked, &["member", "list", "-w", "json"]);
+        let list: serde_json::Value = serde_json::from_str(&list).unwrap();
+        let members = list["members"].as_array().unwrap();
+        let gone = members.iter().find(|v| v["name"] == format!("m{m}"));
+        let id = gone.and_then(|v| v["ID"].as_u64()).expect("m is a member");
+        self.ok(asked, &["member", "remove", &format!("{id:x}")]);
+        let peer = format!("--peer-urls=http://{}:2380", self.addresses[m - 1]);
+        self.ok(asked, &["member", "add", &format!("m{m}"), &peer]);
+        fs::remove_dir_all(self.dir.path().join(format!("m{m}"))).unwrap();
+        self.spawn_member(m, "existing");
+        self.await_member(m);
+    }
+
+    fn spawn_member(&mut self, m: usize, state: &str) {
         let (scheme, ip) = (self.scheme, &self.addresses[m - 1]);
         let all: Vec<String> = self
             .addresses
@@ -128,6 +151,7 @@ impl Etcd {
                 &format!("http://{ip}:2380"),
             ])
             .args(["--initial-cluster", &all.join(",")])
+            .args(["--initial-cluster-state", state])
             .args(["--logger", "zap"])
             .args(&self.extra)
             .stdin(Stdio::null())
