@@ -12,6 +12,7 @@ mod node_flags;
 mod output;
 mod pages;
 mod progress;
+mod registry;
 mod remote;
 mod rule;
 mod samples;
@@ -102,6 +103,9 @@ enum Noun {
     /// Look at the cluster
     #[command(subcommand)]
     Cluster(cluster::Command),
+    /// Move the cluster's records
+    #[command(subcommand)]
+    Registry(registry::Command),
     /// Show every change of state
     Events(events::Command),
     /// Show what the volumes do now: requests, bytes and latency, on one screen
@@ -153,6 +157,7 @@ pub fn run(run_node: RunNode) -> ExitCode {
         Noun::Rule(command) => rule::run(command, global),
         Noun::Namespace(command) => namespace::run(&command, global),
         Noun::Cluster(command) => cluster::run(&command, global),
+        Noun::Registry(command) => registry::run(&command, global),
         Noun::Events(command) => events::run(&command, global),
         Noun::Top(command) => top::run(&command, global),
         Noun::Doctor(command) => doctor::run(*command, global),

@@ -115,6 +115,9 @@ impl From<RegistryError> for Fault {
             RegistryError::Unusable { .. } | RegistryError::Malformed { .. } => {
                 Self::internal(text)
             }
+            RegistryError::Moved { to, .. } => Self::state(text).hint(format!(
+                "start the node with --registry {to}; the records left behind are of the past"
+            )),
         }
     }
 }

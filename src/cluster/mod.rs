@@ -40,6 +40,7 @@ pub mod nodes;
 pub mod placement;
 pub mod plane;
 pub mod policy;
+pub mod registry_move;
 pub mod replicas;
 pub mod rules;
 pub mod selector;

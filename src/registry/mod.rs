@@ -113,6 +113,14 @@ pub enum RegistryError {
         /// What is wrong and what to do.
         why: String,
     },
+    /// Its records are elsewhere now (`lockstep registry migrate`); what is still here is of the past.
+    #[error("the registry {registry} was moved to {to}")]
+    Moved {
+        /// Which.
+        registry: String,
+        /// Where the records are.
+        to: String,
+    },
     /// A value is not what the key's reader expects.
     #[error("the registry holds an unreadable value under '{key}': {why}")]
     Malformed {

@@ -4,12 +4,15 @@
 //! readers from blocking; `synchronous=FULL` makes a commit durable before it is reported, which ejections need (S4).
 //! A change is written twice: to `entries`, and to the log `changes` that watches read.
 
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, params};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::sqlite_watch::Watcher;
 use super::{
@@ -29,6 +32,13 @@ const PREPARE_PAUSE: Duration = Duration::from_millis(10);
 const HISTORY: u64 = 10_000;
 /// Old changes are cut off once in this many revisions, not at each.
 const COMPACT_EVERY: u64 = 256;
+
+/// Ends the name of the file beside the registry on which everybody who has it open holds a shared lock, and who moves it
+/// the only one. Not on the registry itself: closing a second descriptor of that would drop SQLite's own locks.
+const USERS: &str = "-users";
+
+/// A table that is there once the records were moved elsewhere. It names the place.
+const MOVED: &str = "moved";
 
 const SCHEMA: &str = "
     CREATE TABLE entries (key TEXT PRIMARY KEY, value BLOB NOT NULL, revision INTEGER NOT NULL) WITHOUT ROWID;
@@ -62,22 +72,56 @@ pub struct Sqlite {
     name: String,
     connection: Mutex<Connection>,
     watcher: Watcher,
+    /// Held for its lock alone.
+    _user: File,
 }
 
 impl Sqlite {
     /// Opens `path`, creating the file (not its directory) when it is absent.
     ///
-    /// A file that is not ours, of a later version, damaged or read-only is [`RegistryError::Unusable`].
+    /// A file that is not ours, of a later version, damaged or read-only is [`RegistryError::Unusable`], one whose
+    /// records are elsewhere [`RegistryError::Moved`].
     pub fn open(path: &Path) -> Result<Self, RegistryError> {
-        let name = format!("sqlite:{}", path.display());
+        let shared = FlockOperation::NonBlockingLockShared;
+        Self::open_as(path, shared)?.ok_or_else(|| RegistryError::Unavailable {
+            registry: name(path),
+            why: "it is being moved (lockstep registry migrate); look where it is when that has ended".into(),
+        })
+    }
+
+    /// The same for one who moves it: nobody else opens it as long as this lives. `None`: somebody has it open.
+    pub fn open_alone(path: &Path) -> Result<Option<Self>, RegistryError> {
+        Self::open_as(path, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    fn open_as(path: &Path, how: FlockOperation) -> Result<Option<Self>, RegistryError> {
+        let name = name(path);
         let mut connection = connect(path, &name)?;
-        prepare_patiently(&mut connection, &name)?;
+        patiently(&mut connection, &name, refuse_strangers)?;
+        let Some(user) = lock_users(path, &name, how)? else {
+            return Ok(None);
+        };
+        patiently(&mut connection, &name, prepare)?;
         let watcher = Watcher::start(Arc::from(path), name.clone())?;
-        Ok(Self {
+        Ok(Some(Self {
             name,
             connection: Mutex::new(connection),
             watcher,
-        })
+            _user: user,
+        }))
+    }
+
+    /// Notes that the records are at `to` now. From then on nobody can open this one; what it holds stays as it is.
+    pub fn mark_moved(&self, to: &str) -> Result<(), RegistryError> {
+        let mut connection = self.lock();
+        let mark = |connection: &mut Connection| -> rusqlite::Result<()> {
+            let transaction =
+                connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            transaction.execute_batch(&format!("CREATE TABLE {MOVED} (place TEXT NOT NULL)"))?;
+            transaction.execute(&format!("INSERT INTO {MOVED} VALUES (?1)"), [to])?;
+            transaction.commit()
+        };
+        mark(&mut connection).map_err(|e| self.failed(&e))
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -165,6 +209,49 @@ impl Registry for Sqlite {
     }
 }
 
+fn name(path: &Path) -> String {
+    format!("sqlite:{}", path.display())
+}
+
+/// `None`: somebody else's lock forbids it.
+fn lock_users(path: &Path, name: &str, how: FlockOperation) -> Result<Option<File>, RegistryError> {
+    let mut users = path.as_os_str().to_owned();
+    users.push(USERS);
+    let users = PathBuf::from(users);
+    let cannot = |why: String| {
+        unusable(
+            name,
+            &format!(
+                "{} cannot be locked ({why}); give this user write access to it",
+                users.display()
+            ),
+        )
+    };
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&users)
+        .map_err(|e| cannot(e.to_string()))?;
+    match flock(&file, how) {
+        Ok(()) => Ok(Some(file)),
+        Err(Errno::WOULDBLOCK) => Ok(None),
+        Err(e) => Err(cannot(e.to_string())),
+    }
+}
+
+/// Where the records are, if they are not here.
+fn moved(connection: &Connection) -> rusqlite::Result<Option<String>> {
+    let tables = "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = ?1";
+    let count: i64 = connection.query_row(tables, [MOVED], |row| row.get(0))?;
+    if count == 0 {
+        return Ok(None);
+    }
+    connection
+        .query_row(&format!("SELECT place FROM {MOVED}"), [], |row| row.get(0))
+        .optional()
+}
+
 fn read_entry(connection: &Connection, key: &str) -> rusqlite::Result<Option<Entry>> {
     connection
         .prepare_cached("SELECT value, revision FROM entries WHERE key = ?1")?
@@ -247,12 +334,14 @@ pub(super) fn connect(path: &Path, name: &str) -> Result<Connection, RegistryErr
     Ok(connection)
 }
 
+type Step = fn(&mut Connection, &str) -> Result<(), RegistryError>;
+
 /// Nodes that start together find the same new file. SQLite answers some of the races for its journal mode with
 /// "busy" at once, whatever the busy timeout, because waiting could deadlock: so the waiting is done here.
-fn prepare_patiently(connection: &mut Connection, name: &str) -> Result<(), RegistryError> {
+fn patiently(connection: &mut Connection, name: &str, step: Step) -> Result<(), RegistryError> {
     let deadline = Instant::now() + BUSY_TIMEOUT;
     loop {
-        match prepare(connection, name) {
+        match step(connection, name) {
             Err(RegistryError::Unavailable { .. }) if Instant::now() < deadline => {
                 std::thread::sleep(PREPARE_PAUSE);
             }
@@ -261,13 +350,14 @@ fn prepare_patiently(connection: &mut Connection, name: &str) -> Result<(), Regi
     }
 }
 
-/// Makes the tables in a new file and refuses one that is not ours.
-fn prepare(connection: &mut Connection, name: &str) -> Result<(), RegistryError> {
+fn pragma(connection: &Connection, what: &str) -> rusqlite::Result<i32> {
+    connection.query_row(&format!("PRAGMA {what}"), [], |row| row.get(0))
+}
+
+/// Refuses a file that is not ours or too new. Comes before any write to it or beside it: the journal mode is stored in
+/// the file.
+fn refuse_strangers(connection: &mut Connection, name: &str) -> Result<(), RegistryError> {
     let fail = |e: rusqlite::Error| explain(name, &e);
-    let pragma = |c: &Connection, what: &str| -> rusqlite::Result<i32> {
-        c.query_row(&format!("PRAGMA {what}"), [], |row| row.get(0))
-    };
-    // Whose file it is comes before any write to it: the journal mode is stored in the file.
     let tables: i64 = connection
         .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
         .map_err(fail)?;
@@ -287,6 +377,18 @@ fn prepare(connection: &mut Connection, name: &str) -> Result<(), RegistryError>
                  run the newer lockstep that wrote it"
             ),
         ));
+    }
+    Ok(())
+}
+
+/// Makes the tables in a new file and refuses one that was left.
+fn prepare(connection: &mut Connection, name: &str) -> Result<(), RegistryError> {
+    let fail = |e: rusqlite::Error| explain(name, &e);
+    if let Some(to) = moved(connection).map_err(fail)? {
+        return Err(RegistryError::Moved {
+            registry: name.into(),
+            to,
+        });
     }
     let mode: String = connection
         .query_row("PRAGMA journal_mode=WAL", [], |row| row.get(0))
