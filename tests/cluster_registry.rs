@@ -1,9 +1,11 @@
-//! A cluster of real nodes on one machine moves its registry from a file to etcd, the first step from one machine to many.
+//! A cluster of real nodes moves its registry from a file to etcd, the first step from one machine to many; and registries
+//! that are lost and come back from a backup.
 
 mod cluster_support;
 mod etcd_support;
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use cluster_support::client::{Load, Plan};
@@ -13,6 +15,8 @@ use etcd_support::Etcd;
 use rusqlite::Connection;
 
 const SIZE: u64 = 32 << 20;
+/// How long nothing is watched not to happen. Any is good; a longer one sees more.
+const WATCHED: std::time::Duration = std::time::Duration::from_secs(5);
 const CREATE: &str = "--size 32MiB --replicas 2 --master n1 --suspend-deadline 10m";
 
 fn migrate(from: &str, to: &str) -> Done {
@@ -39,6 +43,150 @@ fn content(path: &Path) -> Vec<(String, Vec<u8>, i64)> {
         .unwrap()
         .map(Result::unwrap)
         .collect()
+}
+
+/// Saves the registry's file while nodes use it.
+fn back_up(cluster: &Cluster, to: &Path) {
+    Connection::open(cluster.registry())
+        .unwrap()
+        .execute("VACUUM INTO ?1", [to.to_str().unwrap()])
+        .unwrap();
+}
+
+/// Puts a saved file in the registry's place, which nobody uses.
+fn restore(cluster: &Cluster, from: &Path) {
+    let registry = cluster.registry();
+    for end in ["", "-wal", "-shm"] {
+        let _ = fs::remove_file(format!("{}{end}", registry.display()));
+    }
+    assert!(!registry.exists());
+    fs::copy(from, &registry).unwrap();
+}
+
+/// A load that ran and ended well; what is known of the disk then.
+fn work(socket: &Path, oracle: Oracle) -> Oracle {
+    let load = Load::start(socket, Plan::mixed(), oracle);
+    load.goes_on();
+    let outcome = load.finish();
+    assert_eq!(outcome.failed, 0);
+    outcome.oracle
+}
+
+/// The socket of a volume that is served again after a restart.
+fn served_again(cluster: &Cluster, name: &str) -> PathBuf {
+    let volume = cluster.wait_for(1, name, "serves", |v| {
+        v["health"] == "healthy" && v["attachment"]["phase"] == "serving"
+    });
+    volume["attachment"]["socket"].as_str().unwrap().into()
+}
+
+/// The cluster works on the registry that it has now: a lost copy is put out and comes back; all bytes are there.
+fn works_as_before(cluster: &mut Cluster, oracle: Oracle) {
+    cluster.know_each_other();
+    let socket = served_again(cluster, "vm1");
+    let load = Load::start(&socket, Plan::mixed(), oracle);
+    load.goes_on();
+    cluster.kill(2);
+    cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
+    load.goes_on();
+    cluster.start_node(2);
+    cluster.wait_for(1, "vm1", "has three copies in sync", |v| {
+        v["health"] == "healthy" && copies(v, "in_sync").len() == 3
+    });
+    assert_eq!(load.finish().failed, 0);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 3);
+}
+
+#[test]
+fn an_etcd_that_is_lost_is_restored_from_a_snapshot() {
+    // Given a cluster whose etcd was saved, and then lost with its disk,
+    let mut etcd = Etcd::start(1);
+    let mut cluster = Cluster::empty(Path::new("/dev/shm"));
+    cluster.registry_at = Some(etcd.location(&[1]));
+    for n in 1..=3 {
+        cluster.start_node(n);
+    }
+    cluster.know_each_other();
+    let socket = cluster.serve("vm1", CREATE, "--node n1");
+    let oracle = work(&socket, Oracle::new(SIZE));
+    let saved = cluster.dir.path().join("etcd.snapshot");
+    etcd.ok(1, &["snapshot", "save", saved.to_str().unwrap()]);
+    etcd.kill(1);
+    // the machine works on: nothing of what it writes is in the registry.
+    let oracle = work(&socket, oracle);
+    // When the nodes have ended, with no registry to tell it to, and start on what was restored,
+    for n in 1..=3 {
+        cluster.kill(n);
+    }
+    etcd.restore(&saved);
+    for n in 1..=3 {
+        cluster.start_node(n);
+    }
+    // then nothing is lost.
+    works_as_before(&mut cluster, oracle);
+}
+
+#[test]
+fn a_registry_in_a_file_that_is_lost_is_restored_from_a_backup() {
+    let mut cluster = Cluster::start_in(Path::new("/dev/shm"), 3);
+    let socket = cluster.serve("vm1", CREATE, "--node n1");
+    let oracle = work(&socket, Oracle::new(SIZE));
+    // Given a backup, made while nodes run, and a file that is gone afterwards,
+    let saved = cluster.dir.path().join("saved.db");
+    back_up(&cluster, &saved);
+    let oracle = work(&socket, oracle);
+    for n in 1..=3 {
+        cluster.kill(n);
+    }
+    // when it is put in its place, then nothing is lost.
+    restore(&cluster, &saved);
+    for n in 1..=3 {
+        cluster.start_node(n);
+    }
+    works_as_before(&mut cluster, oracle);
+}
+
+#[test]
+fn a_registry_from_before_a_copy_was_put_out_is_not_acted_on() {
+    // Given a backup from before n3 was lost, one from after it, and writes that n3 does not have,
+    let mut cluster = Cluster::start_in(Path::new("/dev/shm"), 3);
+    let socket = cluster.serve("vm1", CREATE, "--node n1");
+    let load = Load::start(&socket, Plan::mixed(), Oracle::new(SIZE));
+    load.goes_on();
+    let [early, late] = ["early.db", "late.db"].map(|name| cluster.dir.path().join(name));
+    back_up(&cluster, &early);
+    cluster.kill(3);
+    cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
+    back_up(&cluster, &late);
+    load.goes_on();
+    let outcome = load.finish();
+    assert_eq!(outcome.failed, 0);
+    for n in [1, 2] {
+        cluster.kill(n);
+    }
+    // when all nodes start on the early one, by which n3 has everything,
+    restore(&cluster, &early);
+    for n in 1..=3 {
+        cluster.start_node(n);
+    }
+    // then that is noticed, and nothing is served from n3 or copied from it,
+    let volume = cluster.wait_for(1, "vm1", "says that its registry is an old one", |v| {
+        v.to_string().contains("is the registry an old one?")
+    });
+    assert_ne!(volume["attachment"]["phase"], "serving", "{volume:#}");
+    std::thread::sleep(WATCHED);
+    let volume = cluster.volume(1, "vm1");
+    assert_ne!(volume["attachment"]["phase"], "serving", "{volume:#}");
+    // and with the late one every byte is there.
+    for n in 1..=3 {
+        cluster.kill(n);
+    }
+    restore(&cluster, &late);
+    for n in 1..=3 {
+        cluster.start_node(n);
+    }
+    works_as_before(&mut cluster, outcome.oracle);
 }
 
 #[test]
@@ -71,10 +219,7 @@ fn a_cluster_moves_its_registry_to_etcd_and_goes_on_with_all_it_has() {
     migrate(&from, &to).refused(11, &in_use);
     // on a copy of the file as well: the nodes are asked.
     let aside = cluster.dir.path().join("aside.db");
-    Connection::open(&registry)
-        .unwrap()
-        .execute("VACUUM INTO ?1", [aside.to_str().unwrap()])
-        .unwrap();
+    back_up(&cluster, &aside);
     let of_copy = format!("sqlite:{}", aside.display());
     migrate(&of_copy, &to).refused(11, &["node n1 of the cluster runs", "no copy of it"]);
     // A node that hangs is not stopped.
@@ -119,8 +264,9 @@ fn a_cluster_moves_its_registry_to_etcd_and_goes_on_with_all_it_has() {
         .refused(11, &moved);
     migrate(&from, &to).refused(11, &moved);
 
-    // Started on etcd, the cluster is the same one and has all it had,
+    // Started on etcd, at other addresses, the cluster is the same one and has all it had,
     cluster.registry_at = Some(to.clone());
+    cluster.moved_by = 100;
     for n in 1..=3 {
         cluster.start_node(n);
     }
@@ -129,33 +275,13 @@ fn a_cluster_moves_its_registry_to_etcd_and_goes_on_with_all_it_has() {
     assert_eq!((&status["id"], &status["registry"]), (&id, &to.into()));
     assert_eq!(cluster.json(3, "node inspect n2")["labels"]["rack"], "7");
     assert_eq!(cluster.json(2, "rule ls").as_array().unwrap().len(), 1);
-    // the volume that was attached is served again, all bytes are there,
-    let serving = cluster.wait_for(1, "vm1", "serves", |v| {
-        v["health"] == "healthy" && v["attachment"]["phase"] == "serving"
-    });
-    let socket = serving["attachment"]["socket"].as_str().unwrap();
-    let load = Load::start(Path::new(socket), Plan::mixed(), oracles.pop().unwrap());
-    load.goes_on();
-    // and a copy that is lost is put out and comes back, by records in etcd alone.
-    cluster.kill(2);
-    cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
-    load.goes_on();
-    cluster.start_node(2);
-    cluster.ok(3, "volume attach resting --node n3");
-    let resting = cluster.wait_for(3, "resting", "serves", |v| {
-        v["attachment"]["phase"] == "serving"
-    });
-    let socket = resting["attachment"]["socket"].as_str().unwrap();
-    let other = Load::start(Path::new(socket), Plan::mixed(), oracles.pop().unwrap());
-    other.goes_on();
-    for (name, node, load) in [("vm1", 1, load), ("resting", 3, other)] {
-        assert_eq!(load.finish().failed, 0, "{name}");
-        cluster.wait_for(1, name, "has three copies in sync", |v| {
-            v["health"] == "healthy" && copies(v, "in_sync").len() == 3
-        });
-        cluster.detach(node, name);
-        assert_eq!(cluster.copies_are_identical(1, name).len(), 3, "{name}");
-    }
+    // both volumes serve all their bytes, and a copy that is lost is put out and comes back, by records in etcd alone.
+    let (of_vm1, of_resting) = (oracles.pop().unwrap(), oracles.pop().unwrap());
+    works_as_before(&mut cluster, of_vm1);
+    let socket = cluster.ok(3, "volume attach resting --node n3");
+    work(Path::new(socket.trim()), of_resting);
+    cluster.detach(3, "resting");
+    assert_eq!(cluster.copies_are_identical(3, "resting").len(), 3);
     eventually("the old file is not touched", || {
         (content(&registry) == before).then_some(())
     });

@@ -119,6 +119,8 @@ pub struct Cluster {
     pub network: Option<Network>,
     /// `--registry` when it is not the file in `dir`.
     pub registry_at: Option<String>,
+    /// Added to the last number of the nodes' addresses when they are started from now on.
+    pub moved_by: usize,
 }
 
 impl Cluster {
@@ -148,6 +150,7 @@ impl Cluster {
             nodes: BTreeMap::new(),
             network: None,
             registry_at: None,
+            moved_by: 0,
         }
     }
 
@@ -198,7 +201,10 @@ impl Cluster {
     pub fn ip(&self, n: usize) -> String {
         match &self.network {
             Some(network) => network.address(n),
-            None => format!("127.{}.{}.{n}", self.block.a, self.block.b),
+            None => {
+                let last = n + self.moved_by;
+                format!("127.{}.{}.{last}", self.block.a, self.block.b)
+            }
         }
     }
 

@@ -122,6 +122,22 @@ impl Etcd {
         self.await_member(m);
     }
 
+    /// Member 1, the only one, is gone with its disk: it begins anew with what was saved.
+    pub fn restore(&mut self, saved: &Path) {
+        assert!(self.addresses.len() == 1 && !self.is_running(1));
+        let data = self.dir.path().join("m1");
+        fs::remove_dir_all(&data).unwrap();
+        let peer = format!("http://{}:2380", self.addresses[0]);
+        let line = format!(
+            "snapshot restore {} --data-dir {} --name m1 --initial-cluster m1={peer} --initial-advertise-peer-urls {peer}",
+            saved.display(),
+            data.display()
+        );
+        self.ok(1, &line.split(' ').collect::<Vec<_>>());
+        self.spawn_member(1, "new");
+        self.await_member(1);
+    }
+
     fn spawn_member(&mut self, m: usize, state: &str) {
         let (scheme, ip) = (self.scheme, &self.addresses[m - 1]);
         let all: Vec<String> = self

@@ -93,11 +93,14 @@ impl<D: Payload> Attachment<D> {
                     format!("the copy on {node} cannot be used: {why}"),
                 );
                 self.peers[copy].why = why;
-                if disk.epoch > self.record.epoch {
-                    // Most likely the record changed since it was read. If every copy is ahead of ours, nobody else says so.
-                    self.actions.push_back(super::Action::ReadRecord);
+                match disk.epoch > self.record.epoch {
+                    true => {
+                        // Most likely the record changed since it was read. If every copy is ahead of ours, nobody else says so.
+                        self.actions.push_back(super::Action::ReadRecord);
+                        Vote::Ahead
+                    }
+                    false => Vote::Out,
                 }
-                Vote::Out
             }
             None if disk.probe => Vote::Probed,
             None => Vote::Promised(disk),
@@ -169,6 +172,15 @@ impl<D: Payload> Attachment<D> {
             return;
         }
         let asked = self.in_sync;
+        if asked
+            .iter()
+            .any(|c| matches!(self.peers[c].vote, Some(Vote::Ahead)))
+        {
+            // A registry that was restored from an old backup says so until a later one is.
+            let soon = self.now.after(self.timing.registry_retry);
+            self.reread.get_or_insert(soon);
+            return;
+        }
         let waited = self.now.since(self.join.since) >= self.timing.join;
         let silent = asked
             .iter()

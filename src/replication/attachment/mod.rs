@@ -223,6 +223,9 @@ enum Vote {
     Probed,
     Promised(DiskState),
     Out,
+    /// Its disk is in a later epoch than the record. As long as the record stands, nobody claims the volume: the copies that
+    /// fit an old record lack what was completed since, and would be copied over those that have it.
+    Ahead,
 }
 
 #[derive(Debug)]

@@ -672,3 +672,58 @@ fn an_outbid_candidate_steps_back_before_it_asks_for_more() {
     }
     assert!(waited > 500, "waited {waited} ms in all");
 }
+
+#[test]
+fn a_record_older_than_a_disk_is_claimed_by_nobody_until_a_later_one_is_found() {
+    // Given three copies, one of which fits the record, and two that are ahead of it: the registry is an old backup.
+    let mut b = Bench::new(Bench::record(3, State::Active));
+    let disk = |copy: usize, promised: u64, epoch: u64| {
+        Message::PromiseAck(DiskState {
+            promised: Epoch(promised),
+            probe: false,
+            epoch: Epoch(epoch),
+            tag: Tag(epoch),
+            boot_id: boot(copy),
+            clean: false,
+            regions: Vec::new(),
+        })
+    };
+    for copy in 0..3 {
+        b.a.on_connected(b.now, copy, boot(copy));
+    }
+    b.says(0, disk(0, 2, 1));
+    b.says(1, disk(1, 2, 3));
+    b.says(2, disk(2, 2, 3));
+    // Then nothing is claimed, however long nothing changes, whatever the failure mode, also when they go away;
+    let mut reads = 0;
+    for round in 0..100 {
+        b.tick(100);
+        if round == 50 {
+            b.a.on_disconnected(b.now, 1, "gone");
+            b.a.on_disconnected(b.now, 2, "gone");
+        }
+        let actions = b.take();
+        assert!(!actions.iter().any(|a| matches!(a, Action::Cas { .. })));
+        if actions.iter().any(|a| matches!(a, Action::ReadRecord)) {
+            reads += 1;
+            b.a.on_record(b.now, Some((Bench::record(3, State::Active), 1)));
+        }
+    }
+    assert!(reads > 3, "the record was read {reads} times");
+    // and when the record is the one that they know, they are asked anew, and it is claimed with them.
+    let mut later = Bench::record(3, State::Active);
+    later.copies[0].status = CopyStatus::Missing;
+    later.copies[0].base.last = Some(Epoch(1));
+    later.master = CopyId([1; 16]);
+    (later.epoch, later.epoch_tag) = (Epoch(3), Tag(3));
+    later.lineage.push((Epoch(3), Tag(3)));
+    b.a.on_record(b.now, Some((later, 2)));
+    for copy in [1, 2] {
+        b.a.on_connected(b.now, copy, boot(copy));
+        b.says(copy, disk(copy, 4, 3));
+    }
+    let claimed = b.proposed().unwrap();
+    assert_eq!(claimed.master, CopyId([1; 16]));
+    assert_eq!(claimed.copies[0].status, CopyStatus::Missing);
+    assert_eq!(claimed.in_sync().count(), 2);
+}
