@@ -149,8 +149,6 @@ pub struct Disk {
     pub repaired: u64,
     /// Chunks that became holes.
     pub given_back: u64,
-    /// Zeros that were under way when the process ended.
-    pub cut_zeros: u64,
     maps: Vec<Vec<bool>>,
     pub running: HashMap<Ticket, (Running, Fate)>,
     /// Full until this moment.
@@ -177,7 +175,6 @@ impl Disk {
             bad: BTreeSet::new(),
             repaired: 0,
             given_back: 0,
-            cut_zeros: 0,
             forgot: None,
             superblock,
             log: BTreeSet::new(),
@@ -509,9 +506,6 @@ impl Disk {
         let mut running: Vec<(Ticket, (Running, Fate))> = self.running.drain().collect();
         running.sort_unstable_by_key(|(ticket, _)| *ticket);
         for (ticket, (op, fate)) in running {
-            if let Running::Write { values, .. } = &op {
-                self.cut_zeros += u64::from(values.iter().all(|v| *v == 0));
-            }
             if fate != Fate::Done {
                 continue;
             }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use lockstep::replication::attachment::Op;
 use lockstep::replication::ids::{BootId, Instance, Nanos, NodeName, Seq};
 use lockstep::replication::message::{Message, Status};
 use lockstep::replication::record::{CopyEntry, CopyStatus};
@@ -139,6 +140,10 @@ impl World {
             return;
         }
         self.say(|_| format!("node {n}: {}", if power { "power cut" } else { "crash" }));
+        let mut asked = self.atts.iter().flat_map(|a| a.asked.values());
+        if asked.any(|q| matches!(q.op, Op::Zero { .. })) {
+            self.seen.count("zeros under way at a crash");
+        }
         for a in 0..self.atts.len() {
             if self.atts[a].node == n && !self.atts[a].over {
                 self.atts[a].over = true;

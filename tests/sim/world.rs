@@ -192,8 +192,6 @@ impl World {
         for disk in self.nodes.iter().filter_map(|n| n.disk.as_ref()) {
             self.seen.times("sector repaired", disk.repaired);
             self.seen.times("chunk given back", disk.given_back);
-            self.seen
-                .times("zeros under way at a crash", disk.cut_zeros);
         }
     }
 
