@@ -5,8 +5,8 @@ use lockstep::replication::mutants::{Mutant, choose};
 
 use super::{number, rule, run_all};
 
-/// Seeds after which a mutant counts as alive: many times what the most hidden one needs.
-const SEEDS: u64 = 4_000;
+/// Seeds after which a mutant counts as alive: several times what the most hidden one needs.
+const SEEDS: u64 = 12_000;
 
 #[test]
 fn each_mutant_is_killed() {
