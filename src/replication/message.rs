@@ -259,7 +259,7 @@ pub struct Absent {
     pub copy_id: CopyId,
     /// The last epoch in which it was in sync; 0 for a new one.
     pub last: Epoch,
-    /// Is being synced and gets every write to a chunk that is not marked for it; so writes mark nothing for it.
+    /// Is being synced and gets every write; so writes mark nothing for it.
     pub mirrored: bool,
 }
 

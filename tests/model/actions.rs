@@ -251,7 +251,7 @@ impl Bound {
         let done = match action {
             Write { a, k } => {
                 s.spent.writes += 1;
-                s.write(a, k, self)
+                s.write(a, k)
             }
             Flush { a } => {
                 s.spent.flushes += 1;

@@ -112,7 +112,7 @@ impl State {
                 at.outbid = at.outbid.max(promised);
                 at.asks = at.held.record.epoch.max(at.outbid).next();
                 at.votes = [const { None }; COPIES];
-                self.read_record(a, bound);
+                self.compare(a, bound);
                 return true;
             }
             Some(true) => {}
@@ -483,12 +483,8 @@ impl State {
         if !unknown && !outbid {
             return false;
         }
-        self.read_record(a, bound);
-        true
-    }
-
-    fn read_record(&mut self, a: usize, bound: &Bound) {
         self.compare(a, bound);
+        true
     }
 
     fn swapped(&mut self, to: &Rec) {
@@ -510,12 +506,20 @@ impl State {
         let Some(at) = by.attachment.and_then(|a| self.attachments[a].as_ref()) else {
             return;
         };
-        let (copy, master) = (&self.copies[c], &self.copies[at.held.master]);
-        let same = |k: usize| copy.data[k] == master.data[k] || at.writes[k].is_some();
+        let copy = &self.copies[c];
+        // What a power cut took, or a failed disk, the boot or the disk tells.
+        let kept = |c: usize| {
+            let boot_id = boot(c, self.copies[c].boot);
+            by.record.copies[c].boot_id == Some(boot_id)
+                && self.copies[c].standing != Standing::Failed
+        };
+        let members = by.in_sync.without(CopySet::one(c));
+        let same =
+            |m: usize, k: usize| copy.data[k] == self.copies[m].data[k] || at.writes[k].is_some();
+        let all_same = |m: usize| (0..CHUNKS).all(|k| same(m, k));
         let whole = copy.whole;
-        // What a power cut took since, its boot tells.
-        let kept = by.record.copies[c].boot_id == Some(boot(c, copy.boot));
-        if kept && (copy.standing != Standing::InSync || !(0..CHUNKS).all(same)) {
+        let like_members = members.iter().filter(|m| kept(*m)).all(all_same);
+        if kept(c) && !(copy.standing == Standing::InSync && like_members) {
             self.breaks(Rule::S13);
         }
         if !whole {
@@ -630,7 +634,7 @@ impl State {
     // ---- requests
 
     /// The guest writes chunk `k`.
-    pub fn write(&mut self, a: usize, k: usize, bound: &Bound) -> bool {
+    pub fn write(&mut self, a: usize, k: usize) -> bool {
         let at = self.at(a);
         let free = at.writes[k].is_none() && !has(at.undecided, k);
         if at.phase != Phase::Serving || !at.mode_serves() || !free || self.ready(a).is_empty() {
@@ -639,19 +643,8 @@ impl State {
         let value = self.oracle.next;
         self.oracle.next += 1;
         self.oracle.may[k] |= 1 << value;
-        let at = self.at_mut(a);
-        let mut waiting = at.held.in_sync;
-        for c in 0..COPIES {
-            let Some(sync) = &mut at.syncs[c] else {
-                continue;
-            };
-            if sync.is_mirrored() && bound.makes(Mutant::MirrorIntoDirty) {
-                sync.todo &= !(1 << k);
-                waiting.insert(c);
-            } else if sync.is_mirrored() && !has(sync.todo, k) {
-                waiting.insert(c);
-            }
-        }
+        let at = self.at(a);
+        let waiting = at.held.in_sync.or(at.mirrors());
         self.begin_write(a, k, waiting, value, false);
         true
     }

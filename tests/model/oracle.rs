@@ -15,6 +15,7 @@ impl Oracle {
             may: [1; CHUNKS],
             lost: [0; CHUNKS],
             completed: [0; CHUNKS],
+            taken: false,
         }
     }
 }
@@ -55,10 +56,13 @@ impl State {
         }
     }
 
-    /// Nobody can be found who has all that was completed: since the last flush, anything may be gone.
+    /// Nobody can be found who has all that was completed: since the last flush, anything may be gone. Nor does a flush say
+    /// anything of it: a new attachment has a guest that starts anew; the guest of one that lives on gets an error.
     pub fn power_lost(&mut self) {
         let o = &mut self.oracle;
+        o.taken |= o.lost.iter().any(|lost| *lost != 0);
         (0..CHUNKS).for_each(|k| o.may[k] |= o.lost[k]);
+        o.completed = [0; CHUNKS];
     }
 
     /// The guest may read chunk `k` from copy `c`, through attachment `a`, from now on. S9: so that is its value, until the next write.

@@ -266,6 +266,8 @@ pub struct Oracle {
     /// Besides, when a power cut took completed writes: those since the last completed flush.
     pub lost: [Bits; CHUNKS],
     pub completed: [Value; CHUNKS],
+    /// A power cut took completed writes.
+    pub taken: bool,
 }
 
 /// What happened so far of what is bounded.

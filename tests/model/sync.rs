@@ -89,8 +89,11 @@ impl State {
         self.config_changes(a);
         let at = self.at_mut(a);
         for k in 0..CHUNKS {
-            // Written meanwhile: no answer says whether it is in it.
-            todo |= u8::from(at.writes[k].is_some()) << k;
+            if let Some(write) = &mut at.writes[k] {
+                // No answer says whether it is in it; and from now on all writes go to the target.
+                todo |= 1 << k;
+                write.waiting.insert(c);
+            }
         }
         if let Some(sync) = &mut at.syncs[c] {
             (sync.stage, sync.todo) = (Stage::Copying, todo);

@@ -184,7 +184,7 @@ impl<D: Payload> Attachment<D> {
         self.request(origin, Kind::Data, span, false, data, to);
     }
 
-    /// The target holds the chunk: from now on its writes are mirrored.
+    /// The target holds the chunk.
     pub(super) fn chunk_copied(&mut self, copy: usize, session: u64, chunk: Chunk) {
         let Some(sync) = self.sync_of(copy, session) else {
             return;

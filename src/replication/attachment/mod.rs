@@ -401,7 +401,7 @@ pub struct Attachment<D> {
     pending: InFlight<Pending<D>>,
     overlaps: Overlaps<Work<D>>,
     syncs: BTreeMap<usize, sync::Sync>,
-    /// Targets of a sync that get every write to a chunk they have; their answers are as mandatory as an in-sync copy's.
+    /// Targets of a sync that get every write; their answers are as mandatory as an in-sync copy's.
     mirrors: CopySet,
     sessions: u64,
     /// Average time of the guest's requests, for the throttle of syncs.

@@ -2,7 +2,7 @@
 //! a member. What goes on inside a session while chunks are copied is in `copying`.
 //!
 //! A session marks what the copy holds of its own on every in-sync copy, asks the master for marks and holes, and is from
-//! then on *mirrored*: every write to a chunk that is not marked goes to it, and is as mandatory as on an in-sync copy. If
+//! then on *mirrored*: every write goes to it, those under way included, and is as mandatory as on an in-sync copy. If
 //! it breaks off, the in-sync copies mark what their logs hold, so that their bitmaps say everything the copy may lack.
 
 use std::collections::BTreeMap;
@@ -409,6 +409,7 @@ impl<D: Payload> Attachment<D> {
         sync.stage = Stage::Copying;
         let total = sync.total;
         self.mirrors.insert(copy);
+        self.mirror_under_way(copy);
         let node = &self.record.copies[copy].node;
         let text = format!("copy on {node}: {total} chunks to compare");
         self.event("6 mirrored", text);
@@ -418,24 +419,46 @@ impl<D: Payload> Attachment<D> {
         self.advance_syncs();
     }
 
-    /// A write begins: to which targets does it go?
+    /// A guest's write begins: to which targets does it go?
     pub(super) fn mirror_to(&mut self, span: Span) -> CopySet {
         let mut to = CopySet::EMPTY;
         for (copy, sync) in &mut self.syncs {
             if sync.stage == Stage::Mapping {
                 sync.begun.set_span(span);
-            } else if self.mirrors.has(*copy) && mutants::on(Mutant::MirrorIntoDirty) {
-                span.chunks().for_each(|c| {
-                    sync.todo.clear(c);
-                });
-                to.insert(*copy);
-            } else if self.mirrors.has(*copy) && !sync.todo.covers(span) {
-                // All of a write that touches a chunk the target has. What falls into marked chunks does no harm: they are
-                // locked against writes while they are copied, and stay marked until then.
+            } else if self.mirrors.has(*copy) {
+                if mutants::on(Mutant::MirrorIntoDirty) {
+                    span.chunks().for_each(|c| {
+                        sync.todo.clear(c);
+                    });
+                }
+                // S11: also into chunks that are still to be copied. Those are marked on the master, but another in-sync copy may
+                // have had no reason to mark them, and marks nothing while writes are mirrored: it would not know that the
+                // target lacks this one. What falls into marked chunks does no harm: they are locked against writes while they
+                // are copied, and stay marked until then.
                 to.insert(*copy);
             }
         }
         to
+    }
+
+    /// Writes under way when `copy` became mirrored go to it, too. S11: B has not got such a write when its connection breaks; it
+    /// comes back, is told that writes are mirrored, gets the write again and does not mark it.
+    fn mirror_under_way(&mut self, copy: usize) {
+        for seq in self.pending.in_order() {
+            let guests = |p: &&mut super::Pending<D>| {
+                p.kind.is_write() && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned)
+            };
+            let Some(p) = self.pending.get_mut(seq).filter(guests) else {
+                continue;
+            };
+            p.waiting.insert(copy);
+            // The other copies' attempts go on as they are.
+            let failed = p.failed;
+            self.transmit(seq, CopySet::one(copy));
+            if let Some(p) = self.pending.get_mut(seq) {
+                p.failed = failed;
+            }
+        }
     }
 
     pub(super) fn target_done(&mut self, copy: usize) {

@@ -1,6 +1,7 @@
 //! Schedules that broke a rule, each exact. What chance finds is in `tests/sim`.
 
 mod growing;
+mod mirroring;
 
 use super::*;
 use crate::replication::failure_mode::FailureMode;

@@ -244,7 +244,7 @@ pub struct Replica<D> {
     log: ActivityLog,
     logged: bool,
     maps: [Option<DirtyMap>; BITMAPS_MAX],
-    /// The slots' copies that get every write to a chunk that is not marked: writes mark nothing for them.
+    /// The slots' copies that get every write: writes mark nothing for them.
     mirrored: [bool; BITMAPS_MAX],
     role: Role,
     /// The session whose requests are taken.

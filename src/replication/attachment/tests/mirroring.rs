@@ -1,0 +1,111 @@
+//! What goes to the target of a sync (S11).
+
+use super::*;
+use crate::replication::ids::COPIES_MAX;
+
+const TARGET: usize = 2;
+const BULK: usize = TARGET + COPIES_MAX;
+
+fn chunk(n: u64) -> Span {
+    Span {
+        offset: n * CHUNK,
+        len: 512,
+    }
+}
+
+fn seq_of(actions: &[Action<Bytes>], link: usize, which: impl Fn(&Message) -> Option<Seq>) -> Seq {
+    sent(actions, link).iter().find_map(which).unwrap()
+}
+
+/// Two in-sync copies, and the third ejected and about to be synced; marks and holes are asked for.
+fn mapping() -> Bench {
+    let mut b = Bench::serving(3);
+    b.a.on_disconnected(b.now, TARGET, "reset");
+    for _ in 0..10 {
+        b.tick(50);
+    }
+    assert!(b.proposed().is_some());
+    b.swapped();
+    for copy in 0..2 {
+        b.says(copy, Message::EpochAck { epoch: Epoch(3) });
+    }
+    b.tick(1_000);
+    b.a.on_connected(b.now, TARGET, boot(TARGET));
+    let disk = DiskState {
+        promised: Epoch(3),
+        probe: false,
+        epoch: Epoch(2),
+        tag: b.a.record().lineage[1].1,
+        boot_id: boot(TARGET),
+        clean: false,
+        regions: Vec::new(),
+    };
+    b.take();
+    b.says(TARGET, Message::SyncReady { disk, ticket: 7 });
+    let mark = |m: &Message| match m {
+        Message::Mark { seq, .. } => Some(*seq),
+        _ => None,
+    };
+    let actions = b.take();
+    let seq = seq_of(&actions, 0, mark);
+    b.acks(0, seq, Status::Ok);
+    b.acks(1, seq, Status::Ok);
+    b.a.on_connected(b.now, BULK, boot(TARGET));
+    b
+}
+
+/// The master says which chunks are marked.
+fn mirrored(b: &mut Bench, marked: u64) {
+    let map = |m: &Message| match m {
+        Message::MapRead { seq, .. } => Some(*seq),
+        _ => None,
+    };
+    let actions = b.take();
+    let (of_master, of_target) = (seq_of(&actions, 0, map), seq_of(&actions, BULK, map));
+    let reply = |seq, dirty| Message::MapReply {
+        seq,
+        status: Status::Ok,
+        dirty,
+        allocated: vec![u64::MAX],
+    };
+    b.says(0, reply(of_master, vec![marked]));
+    b.says(BULK, reply(of_target, Vec::new()));
+}
+
+#[test]
+fn a_write_under_way_when_marks_have_been_read_goes_to_the_target_too() {
+    let mut b = mapping();
+    b.submit(1, write(chunk(9)));
+    let actions = std::mem::take(&mut b.seen);
+    let now = b.take();
+    let seq = writes(&now, 0)[0].seq;
+    assert!(writes(&now, TARGET).is_empty(), "not before");
+    b.seen = actions.into_iter().chain(now).collect();
+    mirrored(&mut b, 1);
+    let to_target: Vec<Seq> = writes(&b.take(), TARGET).iter().map(|r| r.seq).collect();
+    assert_eq!(to_target, [seq]);
+    b.acks(0, seq, Status::Ok);
+    b.acks(1, seq, Status::Ok);
+    assert!(completed(&b.take()).is_empty(), "its answer is mandatory");
+    b.acks(TARGET, seq, Status::Ok);
+    assert_eq!(completed(&b.take()), [(1, Outcome::Ok)]);
+}
+
+#[test]
+fn a_write_to_a_chunk_that_is_still_to_be_copied_goes_to_the_target() {
+    let mut b = mapping();
+    mirrored(&mut b, u64::MAX);
+    let compared: Vec<u64> = sent(&b.take(), 0)
+        .iter()
+        .filter_map(|m| match m {
+            Message::SyncHash(r) => Some(r.span.offset / CHUNK),
+            _ => None,
+        })
+        .collect();
+    assert!(
+        !compared.is_empty() && !compared.contains(&63),
+        "63 has no turn yet"
+    );
+    b.submit(1, write(chunk(63)));
+    assert_eq!(writes(&b.take(), TARGET).len(), 1);
+}
