@@ -26,9 +26,10 @@ fn a_killed_replica_costs_no_request_and_is_out_of_the_in_sync_set() {
     // when a replica's node is killed,
     cluster.kill(3);
     // then the load goes on and the volume says what it lost,
-    let volume = cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
+    cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
     load.goes_on();
     assert_eq!(load.finish().failed, 0);
+    let volume = cluster.volume(1, "vm1");
     assert_eq!(copies(&volume, "in_sync"), ["n1", "n2"]);
     assert_eq!(copies(&volume, "missing"), ["n3"]);
     assert_eq!(volume["epoch"].as_u64().unwrap(), epoch + 1);
