@@ -295,6 +295,7 @@ fn memory_and_rings_that_go_away_under_requests() {
     let both = regions(&vm.driver.mem);
     busy(&mut vm);
     vm.frontend.remove_mem_region(&both[1]).unwrap();
+    vm.settle();
     let mut got = 0;
     eventually("all are answered", || {
         got += vm.driver.completions().len();
@@ -307,6 +308,7 @@ fn memory_and_rings_that_go_away_under_requests() {
     put(&mut vm, &header, &chain);
     assert_eq!(answer(&mut vm), 1);
     vm.frontend.add_mem_region(&both[1]).unwrap();
+    vm.settle();
     put(&mut vm, &header, &chain);
     assert_eq!(answer(&mut vm), 0);
     busy(&mut vm);
@@ -561,6 +563,8 @@ fn memory_is_cut_short(mut street: Street) {
     vm.negotiate();
     vm.frontend.set_features(LINUX).unwrap();
     vm.frontend.set_mem_table(&regions(&vm.driver.mem)).unwrap();
+    // Mapped by now.
+    vm.settle();
     cut(&vm, 0, 0);
     vm.frontend.set_vring_num(0, 128).unwrap();
     vm.frontend.set_vring_base(0, 0).unwrap();
