@@ -2,11 +2,12 @@
 //! descriptors name.
 //!
 //! Input: flags (1: read-only, 2: indirect descriptors), number of descriptors, each with twelve bytes; the same for an
-//! indirect table at [`TABLE`](TABLE); then header bytes, put where the first descriptor points.
+//! indirect table at [`TABLE`]; the header's type and sector, put where the first descriptor points; the rest is at
+//! [`DATA`].
 
 use std::sync::Arc;
 
-use lockstep::guest::{GuestMem, Kind, Limits, Parsed, Ring, Serial, Status};
+use lockstep::guest::{BlockSize, GuestMem, Kind, Limits, Parsed, Ring, Serial, Status};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Input, REGIONS, descriptor, inside, memory, put, start, used};
@@ -15,6 +16,7 @@ const SIZE: u16 = 16;
 const TABLE: u64 = 0x1000;
 const TABLE_SIZE: u8 = 32;
 const CAPACITY: u64 = 64;
+const DATA: u64 = 0x5000;
 
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
@@ -48,6 +50,7 @@ pub fn run(data: &[u8]) {
             put(&mem, at, &header);
         }
     }
+    put(&mem, DATA, input.bytes(4096));
     let avail = 16 * u64::from(SIZE);
     put(&mem, avail + 2, &1u16.to_le_bytes());
 
@@ -57,6 +60,7 @@ pub fn run(data: &[u8]) {
     let limits = Limits {
         capacity_sectors: CAPACITY,
         read_only: flags & 1 != 0,
+        block_size: BlockSize::B512,
     };
     match ring.next_request(&limits) {
         Ok(Some(Parsed::Request(request))) => {
@@ -67,8 +71,15 @@ pub fn run(data: &[u8]) {
                 assert!(len > 0 && len.is_multiple_of(512));
                 assert!(request.offset() + len as u64 <= CAPACITY * 512);
             }
-            let reads_only = matches!(request.kind(), Kind::Out);
-            assert!(!(reads_only && limits.read_only));
+            let changes = matches!(
+                request.kind(),
+                Kind::Out | Kind::Discard | Kind::WriteZeroes
+            );
+            assert!(!(changes && limits.read_only));
+            for segment in request.segments() {
+                assert!(segment.offset + u64::from(segment.len) <= CAPACITY * 512);
+                assert!(segment.offset.is_multiple_of(512) && segment.len.is_multiple_of(512));
+            }
             match request.kind() {
                 Kind::In => assert_eq!(request.write_data(&vec![0xab; len]), len),
                 Kind::Out => assert_eq!(request.read_data(&mut vec![0; len]), len),

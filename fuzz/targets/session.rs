@@ -45,6 +45,7 @@ impl Inline {
         let limits = Limits {
             capacity_sectors: DISK as u64 / 512,
             read_only: false,
+            block_size: BlockSize::B512,
         };
         for (ring, _) in self.rings.values_mut().filter(|(_, enabled)| *enabled) {
             ring.drain_kick();
