@@ -93,7 +93,7 @@ fn a_machine_whose_move_failed_goes_on_where_it_was() {
     load.goes_on();
     stop(load);
     // and the other node has let go of its socket.
-    cluster.ok(1, "volume detach vm1");
+    cluster.detach(1, "vm1");
     cluster.ok(1, "volume attach vm1 --node n2");
 }
 
