@@ -608,13 +608,22 @@ pub fn lockstep() -> Command {
     command
 }
 
-/// The nodes whose copies are in a state, the master's first.
+/// The nodes whose copies are in a state, the master's first, the others by name: which node a copy was placed on first
+/// hangs on a few bytes of free space.
 pub fn copies(volume: &Value, state: &str) -> Vec<String> {
     let list = volume["copies"].as_array().expect("a volume has copies");
-    let mut found: Vec<&Value> = list.iter().filter(|c| c["state"] == state).collect();
-    found.sort_by_key(|c| c["role"] != "master");
-    let node = |c: &&Value| c["node"].as_str().unwrap().to_string();
-    found.iter().map(node).collect()
+    let mut found: Vec<(bool, String)> = list
+        .iter()
+        .filter(|c| c["state"] == state)
+        .map(|c| {
+            (
+                c["role"] != "master",
+                c["node"].as_str().unwrap().to_string(),
+            )
+        })
+        .collect();
+    found.sort();
+    found.into_iter().map(|(_, node)| node).collect()
 }
 
 /// Where two files differ, if they do; a length that differs counts.
