@@ -286,10 +286,14 @@ fn a_node_that_is_removed_while_it_lives_unseen_gives_up_its_name() {
     let lab = Lab::new();
     let [n1, n2]: [Node; 2] = lab.nodes();
     // As if the other one could not be reached from here: removed under its feet.
-    let (_, revision) = n1.store.node(&NodeName("n2".into())).unwrap().unwrap();
-    n1.store
-        .remove_node(&NodeName("n2".into()), revision)
-        .unwrap();
+    let name = NodeName("n2".into());
+    eventually(
+        "it is removed, whatever it says of itself meanwhile",
+        || {
+            let (_, revision) = n1.store.node(&name).unwrap().unwrap();
+            n1.store.remove_node(&name, revision).ok()
+        },
+    );
     let why = eventually("it notices", || n2.fatal());
     assert!(why.contains("no longer in the registry"), "{why}");
 }

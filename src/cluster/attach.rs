@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::events::What;
 use super::fault::{Code, Fault};
+use super::health::with_waits;
 use super::host::{AttachmentStatus, Phase};
 use super::live::{LocalStatus, gather};
 use super::model::{Desired, NodeRecord, Release, VolumeName, VolumeSpec};
@@ -256,7 +257,7 @@ fn await_serving(
                     if !matches!(attachment.phase, Phase::Acquiring | Phase::Fenced) {
                         return Ok(attachment.clone());
                     }
-                    last = attachment.why.clone();
+                    last = with_waits(attachment.why.clone(), attachment);
                 }
                 if let Some(fault) = failure(status, id, revision) {
                     if fault.code != Code::TryAgain {

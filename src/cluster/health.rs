@@ -132,7 +132,7 @@ fn attached(record: &Record, attachment: &AttachmentStatus) -> (Health, String) 
 }
 
 /// The sentence, and which copies are waited for: those that hold every completed write and cannot be reached.
-fn with_waits(why: String, attachment: &AttachmentStatus) -> String {
+pub(super) fn with_waits(why: String, attachment: &AttachmentStatus) -> String {
     let waits: Vec<String> = attachment
         .copies
         .iter()

@@ -1,5 +1,6 @@
 //! What a returning copy can be brought up to date from (PROTOCOL 6), and what the others mark for it meanwhile: pure functions.
 
+use super::copy_set::CopySet;
 use super::ids::{Epoch, Region, Tag};
 use super::message::{Absent, DiskState};
 use super::mutants::{self, Mutant};
@@ -52,6 +53,13 @@ pub fn marks(kept: Option<bool>, absent: &Absent, target: bool) -> Marks {
         Some(true) if !absent.mirrored => Marks::Log,
         Some(_) => Marks::Nothing,
     }
+}
+
+/// Of the copies that are brought up to date, each with its chunks to go, those that need not be: `need` others lack less.
+/// A lost copy that returns while its successor is filled usually lacks less (PROTOCOL 6).
+pub fn surplus(need: usize, mut racing: Vec<(u64, usize)>) -> CopySet {
+    racing.sort_unstable();
+    racing.iter().skip(need).map(|(_, copy)| *copy).collect()
 }
 
 #[cfg(test)]
@@ -157,6 +165,25 @@ mod tests {
             };
             let due = marks(kept, &absent, target);
             assert_eq!(due, follows, "{kept:?} {mirrored} {target}");
+        }
+    }
+
+    #[test]
+    fn of_racing_copies_those_with_fewer_bits_stay() {
+        // (needed, [(chunks to go, place)], surplus)
+        for (need, racing, expected) in [
+            (1, &[][..], &[][..]),
+            (1, &[(9, 2)], &[]),
+            (1, &[(9, 2), (3, 4)], &[2]),
+            (1, &[(0, 1), (3, 4), (9, 2)], &[2, 4]),
+            (2, &[(9, 2), (3, 4), (5, 0)], &[2]),
+            (2, &[(9, 2), (3, 4)], &[]),
+            (1, &[(3, 4), (3, 2)], &[4]),
+            (0, &[(3, 4)], &[4]),
+        ] {
+            let expected: CopySet = expected.iter().copied().collect();
+            let of = format!("{need} of {racing:?}");
+            assert_eq!(surplus(need, racing.to_vec()), expected, "{of}");
         }
     }
 }

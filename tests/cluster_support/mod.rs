@@ -428,15 +428,24 @@ impl Cluster {
         String::from_utf8_lossy(&fs::read(self.log_path(n)).unwrap_or_default()).into_owned()
     }
 
-    /// The command line, asking node n.
-    pub fn run(&self, n: usize, line: &str) -> Done {
+    fn command(&self, n: usize, line: &str) -> Command {
         let host = format!("unix:{}", self.run_dir(n).join("api.sock").display());
-        let output = lockstep()
+        let mut command = lockstep();
+        command
             .env("LOCKSTEP_HOST", host)
             .args(line.split_whitespace())
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// The command line, asking node n, without waiting for the end.
+    pub fn begin(&self, n: usize, line: &str) -> Child {
+        self.command(n, line).spawn().unwrap()
+    }
+
+    /// The command line, asking node n.
+    pub fn run(&self, n: usize, line: &str) -> Done {
+        let output = self.command(n, line).output().unwrap();
         Done {
             code: output.status.code().unwrap_or(-1),
             out: String::from_utf8_lossy(&output.stdout).into_owned(),

@@ -1,4 +1,5 @@
-//! Requests: from the guest to the copies, and back when the rules allow (PROTOCOL 2, 3, 4, 7).
+//! Requests: from the guest to the copies, and back when the rules allow (PROTOCOL 2, 3, 4, 7). A read is the master's, which holds every
+//! completed write (S10).
 
 use super::sync::Step;
 use super::{

@@ -1,6 +1,7 @@
 //! Deciding the regions in which in-sync copies may differ after an attachment was lost (PROTOCOL 5.4, 5.5): the
 //! master's bytes win, chunk by chunk, while the volume is served. A request to an undecided chunk waits for it, and that
-//! chunk is decided next, so the time until service does not grow with the regions.
+//! chunk is decided next, so the time until service does not grow with the regions. At the end in-sync copies are the same to the
+//! byte again (S14).
 
 use std::collections::{HashMap, VecDeque};
 

@@ -638,14 +638,12 @@ impl<D: Payload> Attachment<D> {
             .filter(|c| !self.record.copies[*c].leaving)
             .count();
         let need = (usize::from(self.record.replicas_wanted) + 1).saturating_sub(staying);
-        let mut racing: Vec<(u64, usize)> = self
+        let racing = self
             .syncs
             .iter()
             .filter(|(c, s)| s.stage >= Stage::Copying && !self.record.copies[**c].leaving)
-            .map(|(c, s)| (s.todo.count(), *c))
-            .collect();
-        racing.sort_unstable();
-        racing.iter().skip(need).map(|(_, c)| *c).collect()
+            .map(|(c, s)| (s.todo.count(), *c));
+        resync::surplus(need, racing.collect())
     }
 
     /// The span of a write or of a locked chunk is free: starts what waited for it.
