@@ -49,6 +49,8 @@ pub(super) struct Control {
     /// Volumes whose machines may leave, as the host was told.
     pub(super) by_turns: BTreeSet<VolumeId>,
     pub(super) drains: Drains,
+    /// The last event of this node that has been looked at.
+    heard: u64,
     capacity_written: Option<Instant>,
 }
 
@@ -67,6 +69,7 @@ impl Control {
             tending: Tending::default(),
             by_turns: BTreeSet::new(),
             drains: Drains::default(),
+            heard: 0,
             capacity_written: None,
         }
     }
@@ -134,7 +137,9 @@ impl Control {
                 || self.replacements.due(now)
                 || self.tending.due(now)
                 || self.drains.due(now);
-            if changed || due {
+            // Something happened here, an attachment was fenced for instance: no change of a record may ever tell.
+            let stirred = self.plane.events.last() > self.heard;
+            if changed || due || stirred {
                 self.reconcile(&snapshot)?;
             }
         }
@@ -144,6 +149,7 @@ impl Control {
     /// One comparison of wish and reality. A registry that fails ends it; everything else is noted and left for the
     /// next time.
     fn reconcile(&mut self, snapshot: &Snapshot) -> Result<(), RegistryError> {
+        self.heard = self.plane.events.last();
         for (key, why) in &snapshot.unreadable {
             self.say(key, &format!("registry key {key} is left alone: {why}"));
         }
