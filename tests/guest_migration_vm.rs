@@ -7,7 +7,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use cluster_support::qemu::Qemu;
+use cluster_support::qemu::{Qemu, programs};
 use cluster_support::{Cluster, eventually};
 use serde_json::json;
 
@@ -21,10 +21,10 @@ const MOVES: usize = 4;
 const SLOW: (u64, u64) = (24 << 20, 1);
 const FAST: (u64, u64) = (4 << 30, 2000);
 
-fn start(dir: &Path, number: usize, socket: &Path) -> Qemu {
+fn start(program: &Path, dir: &Path, number: usize, socket: &Path) -> Qemu {
     let mut arguments = vec!["--run", "cached", "--mem", MEMORY];
     arguments.extend((number > 0).then_some("--incoming"));
-    Qemu::start(dir, number, socket, &arguments)
+    Qemu::start(program, dir, number, socket, &arguments)
 }
 
 /// What the node says of each switch of the log.
@@ -38,6 +38,10 @@ fn switches(cluster: &Cluster) -> Vec<bool> {
 
 #[test]
 fn a_guest_that_moves_finds_in_its_memory_what_the_disk_wrote_there() {
+    programs().iter().for_each(|qemu| moves_on_one_socket(qemu));
+}
+
+fn moves_on_one_socket(program: &Path) {
     // Given a guest that fills its page cache from a volume again and again,
     let cluster = Cluster::start(1);
     let socket = cluster.serve(
@@ -46,7 +50,7 @@ fn a_guest_that_moves_finds_in_its_memory_what_the_disk_wrote_there() {
         "--node n1 --num-queues 1",
     );
     let dir = cluster.dir.path();
-    let mut guest = start(dir, 0, &socket);
+    let mut guest = start(program, dir, 0, &socket);
     guest.works(4);
     // When a migration begins and is given up, then nothing is logged any more, and the guest notices nothing;
     guest.speed(SLOW);
@@ -69,8 +73,12 @@ fn a_guest_that_moves_finds_in_its_memory_what_the_disk_wrote_there() {
         guest.works(4 + number);
         guest.speed(FAST);
         guest.migration("completed");
+        println!(
+            "QEMU was at rest for {}",
+            guest.ask("query-migrate", json!({}))["downtime"]
+        );
         drop(guest);
-        let next = start(dir, number, &socket);
+        let next = start(program, dir, number, &socket);
         guest = next;
         let uri = format!("exec:cat {}", state.display());
         guest.ask("migrate-incoming", json!({"uri": uri}));
@@ -98,8 +106,29 @@ fn is_served_on(cluster: &Cluster, node: &str) {
     });
 }
 
+/// Milliseconds from the moment that one node began to let go of the volume to the one that another served it.
+fn handed_over(cluster: &Cluster) -> i64 {
+    let events = cluster.json(1, "events --volume vm1");
+    let last = |to: &str| {
+        let mut all = events.as_array().unwrap().iter().rev();
+        let event = all.find(|e| e["to"] == to).unwrap();
+        let time = event["time"].as_str().unwrap();
+        // …T12:34:56.789Z
+        let clock = time.split('T').nth(1).unwrap().trim_end_matches('Z');
+        let parts: Vec<f64> = clock.split(':').map(|p| p.parse().unwrap()).collect();
+        ((parts[0] * 60.0 + parts[1]) * 60_000.0 + parts[2] * 1000.0) as i64
+    };
+    (last("serving") - last("leaving")).rem_euclid(86_400_000)
+}
+
 #[test]
 fn a_guest_that_moves_to_another_node_takes_its_volume_along() {
+    programs()
+        .iter()
+        .for_each(|qemu| moves_to_another_node(qemu));
+}
+
+fn moves_to_another_node(program: &Path) {
     // Given a guest at work on n1, whose volume has a copy on each node,
     let cluster = Cluster::start(2);
     let mut socket = cluster.serve(
@@ -108,13 +137,13 @@ fn a_guest_that_moves_to_another_node_takes_its_volume_along() {
         "--node n1 --num-queues 1",
     );
     let dir = cluster.dir.path();
-    let mut guest = start(dir, 0, &socket);
+    let mut guest = start(program, dir, 0, &socket);
     guest.works(4);
     // when it moves to n2, and back,
     for (number, node) in [(1, 2), (2, 1)] {
         let line = format!("volume attach vm1 --node n{node} --incoming");
         socket = PathBuf::from(cluster.ok(1, &line).trim());
-        let mut there = start(dir, number, &socket);
+        let mut there = start(program, dir, number, &socket);
         let uri = format!("unix:{}", dir.join(format!("way{number}")).display());
         there.ask("migrate-incoming", json!({"uri": uri}));
         guest.speed(SLOW);
@@ -122,9 +151,14 @@ fn a_guest_that_moves_to_another_node_takes_its_volume_along() {
         guest.works(2);
         guest.speed(FAST);
         guest.migration("completed");
+        println!(
+            "QEMU was at rest for {}",
+            guest.ask("query-migrate", json!({}))["downtime"]
+        );
         // then it goes on there and finds every byte,
         there.works(4);
         is_served_on(&cluster, &format!("n{node}"));
+        println!("the volume was at rest for {} ms", handed_over(&cluster));
         guest = there;
     }
     let mut control = UnixStream::connect(&guest.control).unwrap();

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use cluster_support::client::Disk;
-use cluster_support::qemu::Qemu;
+use cluster_support::qemu::{Qemu, programs};
 use cluster_support::{Cluster, eventually};
 use serde_json::json;
 
@@ -70,6 +70,10 @@ fn boot_sector() -> [u8; SECTOR] {
 
 #[test]
 fn firmware_boots_from_a_volume() {
+    programs().iter().for_each(|qemu| boots(qemu));
+}
+
+fn boots(program: &Path) {
     // Given a volume with a boot sector,
     let cluster = Cluster::start(2);
     let socket = cluster.serve("vm1", CREATE, "--node n1");
@@ -83,7 +87,7 @@ fn firmware_boots_from_a_volume() {
     drop(disk);
     // when a machine without anything else is switched on,
     let serial = cluster.dir.path().join("serial");
-    let status = Command::new("qemu-system-x86_64")
+    let status = Command::new(program)
         .args([
             "-nodefaults",
             "-no-user-config",
@@ -118,9 +122,14 @@ fn firmware_boots_from_a_volume() {
 
 #[test]
 fn a_guest_reboots() {
+    programs().iter().for_each(|qemu| reboots(qemu));
+}
+
+fn reboots(program: &Path) {
     let cluster = Cluster::start(2);
     let socket = cluster.serve("vm1", CREATE, "--node n1");
     let mut guest = Qemu::start(
+        program,
         cluster.dir.path(),
         0,
         &socket,
@@ -145,10 +154,14 @@ fn says(guest: &mut Qemu, line: &str) {
 
 #[test]
 fn a_disk_is_pulled_out_of_a_running_guest_and_put_in_again() {
+    programs().iter().for_each(|qemu| pulls_a_disk(qemu));
+}
+
+fn pulls_a_disk(program: &Path) {
     let cluster = Cluster::start(2);
     let socket = cluster.serve("vm1", CREATE, "--node n1");
     let dir: &Path = cluster.dir.path();
-    let mut guest = Qemu::start(dir, 0, &socket, &["--run", "slots", "--slots"]);
+    let mut guest = Qemu::start(program, dir, 0, &socket, &["--run", "slots", "--slots"]);
     for number in 1..=3 {
         says(&mut guest, &format!("PRESENT {number} "));
         guest.ask("device_del", json!({"id": "disk0"}));
@@ -159,11 +172,13 @@ fn a_disk_is_pulled_out_of_a_running_guest_and_put_in_again() {
             let left = guest.ask("qom-list", json!({"path": path})).to_string();
             (!left.contains("disk0")).then_some(())
         });
-        guest.ask("chardev-remove", json!({"id": "blk0"}));
+        eventually("the connection is free", || {
+            guest.try_ask("chardev-remove", json!({"id": "blk0"})).ok()
+        });
         let address = json!({"type": "unix", "data": {"path": socket}});
         let backend = json!({
             "type": "socket",
-            "data": {"addr": address, "server": false, "reconnect": 1}
+            "data": {"addr": address, "server": false}
         });
         guest.ask("chardev-add", json!({"id": "blk0", "backend": backend}));
         guest.ask(

@@ -9,6 +9,19 @@ use serde_json::{Value, json};
 
 use super::eventually;
 
+/// The QEMUs to test with: the installed one and, where `qemu/newer` has unpacked it, one of version 10 or later.
+pub fn programs() -> Vec<PathBuf> {
+    let newer = repository().join("qemu/build/newer/bin/qemu-system-x86_64");
+    let mut programs = vec![PathBuf::from("qemu-system-x86_64")];
+    programs.extend(newer.exists().then_some(newer));
+    println!("with {programs:?}");
+    programs
+}
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
 /// One QEMU process. Dropped, it is killed.
 pub struct Qemu {
     pub child: Child,
@@ -30,11 +43,17 @@ impl Drop for Qemu {
 
 impl Qemu {
     /// Boots the test guest with a disk on `socket` and more arguments of `qemu/run-guest`; its files are numbered.
-    pub fn start(dir: &Path, number: usize, socket: &Path, arguments: &[&str]) -> Qemu {
+    pub fn start(
+        program: &Path,
+        dir: &Path,
+        number: usize,
+        socket: &Path,
+        arguments: &[&str],
+    ) -> Qemu {
         let file = |name: &str| dir.join(format!("{name}{number}"));
         let (console, control, qmp) = (file("console"), file("control"), file("qmp"));
-        let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let mut command = Command::new(repository.join("qemu/run-guest"));
+        let mut command = Command::new(repository().join("qemu/run-guest"));
+        command.env("QEMU", program);
         let files = [
             ("--socket", socket),
             ("--console", &console),
@@ -65,6 +84,12 @@ impl Qemu {
 
     /// A command of the monitor, and what it returns.
     pub fn ask(&mut self, command: &str, arguments: Value) -> Value {
+        self.try_ask(command, arguments)
+            .unwrap_or_else(|e| panic!("{command}: {e}"))
+    }
+
+    /// The same with QEMU's complaint as the error.
+    pub fn try_ask(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
         let qmp = self.qmp.as_mut().unwrap();
         let request = json!({"execute": command, "arguments": arguments});
         writeln!(qmp.get_mut(), "{request}").unwrap();
@@ -72,9 +97,11 @@ impl Qemu {
             let mut line = String::new();
             assert!(qmp.read_line(&mut line).unwrap() > 0, "QEMU is gone");
             let mut answer: Value = serde_json::from_str(&line).unwrap();
-            assert!(answer.get("error").is_none(), "{command}: {answer}");
+            if answer.get("error").is_some() {
+                return Err(answer["error"].take());
+            }
             if answer.get("return").is_some() {
-                return answer["return"].take();
+                return Ok(answer["return"].take());
             }
             // An event.
         }
