@@ -153,6 +153,7 @@ impl<D: Payload> Attachment<D> {
             submitted: self.now,
             failed: None,
             full: false,
+            asked: self.now,
         };
         let seq = self
             .pending
@@ -443,6 +444,7 @@ impl<D: Payload> Attachment<D> {
                 p.waiting = CopySet::one(next);
                 self.transmit(seq, CopySet::one(next).and(ready));
             }
+                p.asked = self.now;
             None => {
                 let Some(p) = self.pending.remove(seq) else {
                     return;
@@ -495,6 +497,7 @@ impl<D: Payload> Attachment<D> {
                 p.tried = p.waiting;
                 self.transmit(seq, CopySet::one(self.master).and(self.ready));
             } else {
+                p.asked = self.now;
                 self.settle(seq);
             }
         }
@@ -643,6 +646,7 @@ impl<D: Payload> Attachment<D> {
             if let Some(p) = self.pending.get_mut(seq) {
                 let to = p.waiting.and(self.ready);
                 self.transmit(seq, to);
+                p.asked = self.now;
             }
         }
     }
