@@ -24,6 +24,8 @@ impl<D: Payload> Attachment<D> {
         if self.failing_requests() {
             self.complete(id, Outcome::IoError, None);
         } else if self.not_serving_since.is_some()
+            // S11: it may have sent its last flush, and the logs are emptied next.
+            || self.phase == Phase::Leaving
             || self.pending.len() >= REQUESTS_MAX / 2
             // 2.2, ring order: a swap of the record ends a suspension between two ticks; what came before goes first.
             || !self.held.is_empty()
