@@ -658,9 +658,11 @@ impl<D: Payload> Attachment<D> {
     ///
     /// S9: a target of a sync has the write and the last copy has not; were the target taken in then, the two would
     /// differ for good. So its session ends, and what the last copy's log holds is marked for it. Unless the swap that takes
-    /// it in may have been done: then the write is tried on, and the copy without space for it is ejected.
+    /// it in may have been done: then the write is tried on, and the copy without space for it is ejected. The same while
+    /// another member is lost and not put out yet, for instance because the registry does not answer: it may have the write,
+    /// and be back in time.
     fn give_up(&mut self, seq: Seq) -> bool {
-        if self.taking_in() {
+        if self.taking_in() || self.in_sync.len() > 1 {
             if let Some(p) = self.pending.get_mut(seq)
                 && let Origin::Guest(id) = p.origin
             {
