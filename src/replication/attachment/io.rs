@@ -153,9 +153,9 @@ impl<D: Payload> Attachment<D> {
             },
             unreadable: CopySet::EMPTY,
             submitted: self.now,
+            asked: self.now,
             failed: None,
             full: false,
-            asked: self.now,
         };
         let seq = self
             .pending
@@ -444,9 +444,9 @@ impl<D: Payload> Attachment<D> {
             Some(next) => {
                 p.tried.insert(next);
                 p.waiting = CopySet::one(next);
+                p.asked = self.now;
                 self.transmit(seq, CopySet::one(next).and(ready));
             }
-                p.asked = self.now;
             None => {
                 let Some(p) = self.pending.remove(seq) else {
                     return;
@@ -497,9 +497,9 @@ impl<D: Payload> Attachment<D> {
             } else if p.kind.is_query() {
                 p.waiting = CopySet::one(self.master);
                 p.tried = p.waiting;
+                p.asked = self.now;
                 self.transmit(seq, CopySet::one(self.master).and(self.ready));
             } else {
-                p.asked = self.now;
                 self.settle(seq);
             }
         }
@@ -646,9 +646,9 @@ impl<D: Payload> Attachment<D> {
                 continue;
             }
             if let Some(p) = self.pending.get_mut(seq) {
+                p.asked = self.now;
                 let to = p.waiting.and(self.ready);
                 self.transmit(seq, to);
-                p.asked = self.now;
             }
         }
     }
