@@ -272,18 +272,19 @@ impl NodeHost {
         let regions = match loaded.log {
             LogImage::Regions(regions) => regions,
             LogImage::Unreadable => {
-                let all = state.size.div_ceil(REGION) as usize;
-                let regions: Vec<Region> = (0..all.min(REGIONS_MAX) as u32).map(Region).collect();
-                for write in metadata.reset_log(&regions) {
-                    write_meta(&store, &write)
-                        .map_err(|e| format!("its log cannot be written anew: {e}"))?;
-                }
-                if all > REGIONS_MAX && !state.clean {
-                    // More may differ than a log can say: only a full sync makes it usable again.
+                let (regions, lost) = without_log(&mut state);
+                let mut writes = Vec::new();
+                if lost {
                     log::error!(
                         "volume {volume}: the activity log is damaged; the copy needs a full sync"
                     );
-                    state.standing = Standing::Inconsistent;
+                    // Before the log: read back after a crash, that one would be believed (S11).
+                    writes.extend([metadata.superblock(&state), metadata.superblock(&state)]);
+                }
+                writes.extend(metadata.reset_log(&regions));
+                for write in writes {
+                    write_meta(&store, &write)
+                        .map_err(|e| format!("its log cannot be written anew: {e}"))?;
                 }
                 regions
             }
@@ -347,6 +348,21 @@ impl NodeHost {
 fn workers() -> usize {
     let processors = thread::available_parallelism().map_or(1, std::num::NonZero::get);
     (processors / 2).clamp(1, 8)
+}
+
+/// The regions of a copy whose log cannot be read; and whether they are more than a log can say. Then only a full sync makes
+/// the copy usable again: no record knows its tag any more, or it would get a delta of the regions that the log can name.
+fn without_log(state: &mut CopyState) -> (Vec<Region>, bool) {
+    let all = state.size.div_ceil(REGION) as usize;
+    let lost = all > REGIONS_MAX && !state.clean;
+    if lost {
+        state.tag = Tag(0);
+    }
+    if lost && state.standing == Standing::InSync {
+        state.standing = Standing::Inconsistent;
+    }
+    let regions = (0..all.min(REGIONS_MAX) as u32).map(Region).collect();
+    (regions, lost)
 }
 
 fn write_meta(store: &Store, write: &crate::copy::MetaWrite) -> std::io::Result<()> {
@@ -646,5 +662,42 @@ impl Host for NodeHost {
 
     fn metrics(&self) -> Metrics {
         status::metrics(self.engine.metrics())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_without_its_log_gets_a_full_sync_when_a_log_cannot_name_all_its_regions() {
+        use Standing::{Failed, InSync, Inconsistent};
+        let most = REGIONS_MAX as u64 * REGION;
+        // (size, left cleanly, standing, standing that follows, whether it is known by its tag still)
+        for (size, clean, standing, follows, known) in [
+            (most, false, InSync, InSync, true),
+            (most + REGION, true, InSync, InSync, true),
+            (most + REGION, false, InSync, Inconsistent, false),
+            (most + REGION, false, Inconsistent, Inconsistent, false),
+            (most + REGION, false, Failed, Failed, false),
+        ] {
+            let mut state = CopyState {
+                volume_id: VolumeId([1; 16]),
+                copy_id: CopyId([1; 16]),
+                size,
+                epoch: Epoch(5),
+                tag: Tag(50),
+                promised: Epoch(5),
+                standing,
+                clean,
+                bitmaps: [None; BITMAPS_MAX],
+            };
+            let (regions, lost) = without_log(&mut state);
+            assert_eq!(regions.len(), REGIONS_MAX);
+            assert_eq!(
+                (state.standing, state.tag == Tag(50), lost),
+                (follows, known, !known)
+            );
+        }
     }
 }

@@ -25,6 +25,8 @@ impl<D: Payload> Attachment<D> {
         if self.failing_requests() {
             self.complete(id, Outcome::IoError, None);
         } else if self.not_serving_since.is_some()
+            // S11: it may have sent its last flush, and the logs are emptied next.
+            || self.phase == Phase::Leaving
             || self.pending.len() >= REQUESTS_MAX / 2
             // 2.2, ring order: a swap of the record ends a suspension between two ticks; what came before goes first.
             || !self.held.is_empty()
@@ -152,6 +154,7 @@ impl<D: Payload> Attachment<D> {
             },
             unreadable: CopySet::EMPTY,
             submitted: self.now,
+            asked: self.now,
             failed: None,
             full: false,
         };
@@ -442,6 +445,7 @@ impl<D: Payload> Attachment<D> {
             Some(next) => {
                 p.tried.insert(next);
                 p.waiting = CopySet::one(next);
+                p.asked = self.now;
                 self.transmit(seq, CopySet::one(next).and(ready));
             }
             None => {
@@ -494,6 +498,7 @@ impl<D: Payload> Attachment<D> {
             } else if p.kind.is_query() {
                 p.waiting = CopySet::one(self.master);
                 p.tried = p.waiting;
+                p.asked = self.now;
                 self.transmit(seq, CopySet::one(self.master).and(self.ready));
             } else {
                 self.settle(seq);
@@ -642,6 +647,7 @@ impl<D: Payload> Attachment<D> {
                 continue;
             }
             if let Some(p) = self.pending.get_mut(seq) {
+                p.asked = self.now;
                 let to = p.waiting.and(self.ready);
                 self.transmit(seq, to);
             }
@@ -653,9 +659,11 @@ impl<D: Payload> Attachment<D> {
     ///
     /// S9: a target of a sync has the write and the last copy has not; were the target taken in then, the two would
     /// differ for good. So its session ends, and what the last copy's log holds is marked for it. Unless the swap that takes
-    /// it in may have been done: then the write is tried on, and the copy without space for it is ejected.
+    /// it in may have been done: then the write is tried on, and the copy without space for it is ejected. The same while
+    /// another member is lost and not put out yet, for instance because the registry does not answer: it may have the write,
+    /// and be back in time.
     fn give_up(&mut self, seq: Seq) -> bool {
-        if self.taking_in() {
+        if self.taking_in() || self.in_sync.len() > 1 {
             if let Some(p) = self.pending.get_mut(seq)
                 && let Origin::Guest(id) = p.origin
             {

@@ -1,7 +1,7 @@
 //! Taking a volume over (PROTOCOL 5.1–5.3), and leaving it cleanly.
 
 use super::{Attachment, CopySet, Link, Origin, Outcome, Payload, Phase, Purpose, Vote};
-use crate::replication::ids::{Epoch, Nanos, Region};
+use crate::replication::ids::{Epoch, Nanos, Region, Seq};
 use crate::replication::message::{DiskState, Message, Promise, Proof, Refusal};
 use crate::replication::record::State;
 use crate::replication::takeover;
@@ -230,6 +230,11 @@ impl<D: Payload> Attachment<D> {
         } else {
             self.choose_master(members)
         };
+        if self.record.state != State::Clean {
+            // S5: the former attachment may have left completed writes unflushed. Should their last copy lose power before our first
+            // flush, the guest, which may be the former one's, has to know.
+            self.newest = self.newest.max(Seq(1));
+        }
         let tag = self.tag();
         let claimed = (self.join.target, tag);
         let promised = self.promises();

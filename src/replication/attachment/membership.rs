@@ -24,6 +24,7 @@ impl Peer {
             },
             heard: now,
             beat: Nanos(0),
+            taken_up: now,
             lease: None,
             gap: false,
             accepted: None,
@@ -323,6 +324,7 @@ impl<D: Payload> Attachment<D> {
         self.peers[copy].refused = false;
         self.peers[copy].unknown = false;
         self.peers[copy].beat = Nanos(0);
+        self.peers[copy].taken_up = self.now;
         self.resend(copy);
         self.tick_heartbeats();
         self.tell_to_detach(copy);

@@ -195,6 +195,8 @@ struct Peer {
     heard: Nanos,
     /// When it was last sent a heartbeat.
     beat: Nanos,
+    /// When it took what is pending last: since then its answers are waited for, however old the requests are.
+    taken_up: Nanos,
     /// When the newest acknowledged heartbeat was sent.
     lease: Option<Nanos>,
     /// It came back under another boot than the one it was taken in under.
@@ -320,6 +322,8 @@ struct Pending<D> {
     tried: CopySet,
     unreadable: CopySet,
     submitted: Nanos,
+    /// When the copy was chosen that is to answer it.
+    asked: Nanos,
     /// A last copy answered this; nobody can replace it.
     failed: Option<Status>,
     /// The last copy's disk had no space for it.

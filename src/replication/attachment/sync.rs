@@ -223,7 +223,7 @@ impl<D: Payload> Attachment<D> {
         self.syncs.insert(copy, sync);
         let peer = &mut self.peers[copy];
         peer.link = Link::Up;
-        peer.heard = self.now;
+        (peer.heard, peer.taken_up) = (self.now, self.now);
         peer.lease = None;
         let message = Message::SyncBegin(self.configuration());
         self.send(CopySet::one(copy), message, None);
@@ -444,6 +444,7 @@ impl<D: Payload> Attachment<D> {
     /// Writes under way when `copy` became mirrored go to it, too. S11: B has not got such a write when its connection breaks; it
     /// comes back, is told that writes are mirrored, gets the write again and does not mark it.
     fn mirror_under_way(&mut self, copy: usize) {
+        self.peers[copy].taken_up = self.now;
         for seq in self.pending.in_order() {
             let guests = |p: &&mut super::Pending<D>| {
                 p.kind.is_write() && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned)
@@ -607,15 +608,18 @@ impl<D: Payload> Attachment<D> {
         }
     }
 
-    /// How long `copy` has left a request unanswered.
+    /// How long `copy` has left a request unanswered. A request that another copy was asked before, or that waited while this
+    /// one was away, is not its fault: counted from when the guest asked, a copy that takes over from one that was late is
+    /// late at once, and all of them are put out one after the other.
     pub(super) fn longest_wait(&self, copy: usize) -> Nanos {
+        let since = self.peers[copy].taken_up;
         let waits = self
             .pending
             .iter()
             .filter(|(_, p)| p.waiting.has(copy))
-            .map(|(_, p)| p.submitted)
+            .map(|(_, p)| p.asked.max(since))
             .min();
-        waits.map_or(Nanos(0), |submitted| self.now.since(submitted))
+        waits.map_or(Nanos(0), |asked| self.now.since(asked))
     }
 
     /// Targets that have taken a configuration.

@@ -2,6 +2,7 @@
 
 mod growing;
 mod mirroring;
+mod returning;
 
 use super::*;
 use crate::replication::failure_mode::FailureMode;

@@ -1,0 +1,137 @@
+//! Copies that come back, that take over, and an attachment that leaves.
+
+use super::*;
+
+impl Bench {
+    /// Time passes while these copies answer heartbeats.
+    fn pass(&mut self, ms: u64, alive: &[usize]) {
+        for _ in 0..ms / 50 {
+            let (epoch, sent) = (self.a.record().epoch, self.now);
+            for copy in alive {
+                self.says(*copy, Message::HeartbeatAck { epoch, sent });
+            }
+            self.tick(50);
+        }
+    }
+}
+
+fn lost(actions: &[Action<Bytes>]) -> Vec<String> {
+    let of = |a: &Action<Bytes>| match a {
+        Action::Event { rule, text } if *rule == "2.6 copy lost" => Some(text.clone()),
+        _ => None,
+    };
+    actions.iter().filter_map(of).collect()
+}
+
+#[test]
+fn a_write_that_another_copy_may_have_is_not_given_up_on_a_full_disk() {
+    let mut b = Bench::serving(2);
+    b.submit(1, write(SPAN));
+    let seq = writes(&b.take(), 0)[0].seq;
+    // The other one has it, and is lost; the registry is away.
+    b.acks(1, seq, Status::Ok);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.pass(500, &[0]);
+    b.acks(0, seq, Status::NoSpace);
+    b.a.on_cas(b.now, CasOutcome::Unavailable);
+    let mut done = None;
+    for _ in 0..700 {
+        b.acks(0, seq, Status::NoSpace);
+        b.pass(50, &[0]);
+        let actions = b.take();
+        if actions.iter().any(|a| matches!(a, Action::Cas { .. })) {
+            b.a.on_cas(b.now, CasOutcome::Unavailable);
+        }
+        for m in sent(&actions, 0) {
+            if let Message::Flush { seq, .. } = m {
+                b.acks(0, seq, Status::Ok);
+            }
+        }
+        done = done.or(completed(&actions).first().copied());
+    }
+    assert_eq!(done, Some((1, Outcome::IoError)));
+    // It is back before it could be put out.
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    b.pass(500, &[0, 1]);
+    b.acks(0, seq, Status::NoSpace);
+    b.pass(500, &[0, 1]);
+    let proposed = b.proposed();
+    let out = proposed.is_some_and(|p| p.copies[0].status == CopyStatus::Missing);
+    assert!(out, "two copies in sync, of which one has the write");
+}
+
+#[test]
+fn a_copy_that_is_asked_instead_of_a_lost_one_is_not_late_at_once() {
+    let mut b = Bench::serving(2);
+    b.submit(1, Op::Read(SPAN));
+    b.pass(5_100, &[0, 1]);
+    let actions = b.take();
+    assert_eq!(lost(&actions).len(), 1, "the master left it unanswered");
+    b.swapped();
+    b.pass(200, &[1]);
+    let actions = b.take();
+    assert!(
+        sent(&actions, 1)
+            .iter()
+            .any(|m| matches!(m, Message::Read(_)))
+    );
+    assert_eq!(lost(&actions), [] as [String; 0]);
+}
+
+#[test]
+fn a_copy_that_comes_back_is_not_late_with_what_waited_for_it() {
+    let mut b = Bench::serving(1);
+    b.submit(1, write(SPAN));
+    b.a.on_disconnected(b.now, 0, "its process ended");
+    b.pass(6_000, &[]);
+    b.take();
+    b.a.on_connected(b.now, 0, boot(0));
+    b.says(0, Message::AttachAck { epoch: Epoch(2) });
+    b.pass(200, &[0]);
+    let actions = b.take();
+    assert_eq!(writes(&actions, 0).len(), 1);
+    assert_eq!(lost(&actions), [] as [String; 0]);
+}
+
+#[test]
+fn nothing_begins_behind_the_flush_that_ends_an_attachment() {
+    let mut b = Bench::serving(2);
+    b.a.detach(b.now);
+    let actions = b.take();
+    let flush = |m: &Message| match m {
+        Message::Flush { seq, .. } => Some(*seq),
+        _ => None,
+    };
+    let seq = sent(&actions, 0).iter().find_map(flush).unwrap();
+    b.submit(1, write(SPAN));
+    b.acks(0, seq, Status::Ok);
+    b.acks(1, seq, Status::Ok);
+    let actions = b.take();
+    let told = |m: &Message| matches!(m, Message::Detach { .. });
+    assert!(sent(&actions, 0).iter().any(told));
+    assert!(
+        writes(&actions, 0).is_empty(),
+        "its log would be emptied without a flush of it"
+    );
+}
+
+#[test]
+fn what_a_former_attachment_completed_and_its_last_copy_lost_fails_the_next_flush() {
+    let mut b = Bench::attached(1, State::Active, &[]);
+    b.tick(0);
+    b.take();
+    b.a.on_disconnected(b.now, 0, "power");
+    b.a.on_connected(b.now, 0, BootId([99; 16]));
+    b.says(0, Message::AttachAck { epoch: Epoch(2) });
+    b.submit(1, Op::Flush);
+    b.pass(50, &[0]);
+    let actions = b.take();
+    let flush = |m: &Message| match m {
+        Message::Flush { seq, .. } => Some(*seq),
+        _ => None,
+    };
+    let seq = sent(&actions, 0).iter().find_map(flush).unwrap();
+    b.acks(0, seq, Status::Ok);
+    assert_eq!(completed(&b.take()), [(1, Outcome::IoError)]);
+}
