@@ -185,3 +185,34 @@ fn a_copy_that_comes_back_hears_of_nothing_stable_before_a_flush_that_began_late
     b.pass(300, &[0, 1]);
     assert!(stable(&b.take(), 0).iter().all(|s| *s >= written.0));
 }
+
+#[test]
+fn what_the_master_cannot_read_is_waited_for_while_another_member_is_lost_and_not_put_out() {
+    for back in [true, false] {
+        let mut b = Bench::serving(2);
+        b.a.on_disconnected(b.now, 1, "reset");
+        b.pass(500, &[0]);
+        b.submit(1, Op::Read(SPAN));
+        let read = |m: &Message| match m {
+            Message::Read(r) => Some(r.seq),
+            _ => None,
+        };
+        let seq = sent(&b.take(), 0).iter().find_map(read).unwrap();
+        let reply = |seq| Message::ReadReply {
+            seq,
+            status: Status::Io,
+        };
+        b.says(0, reply(seq));
+        assert!(completed(&b.take()).is_empty());
+        if back {
+            b.a.on_connected(b.now, 1, boot(1));
+            b.says(1, Message::AttachAck { epoch: Epoch(2) });
+            let again = sent(&b.take(), 1).iter().find_map(read);
+            assert_eq!(again, Some(seq));
+        } else {
+            b.swapped();
+            b.says(0, reply(seq));
+            assert_eq!(completed(&b.take()), [(1, Outcome::IoError)]);
+        }
+    }
+}
