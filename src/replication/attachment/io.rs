@@ -422,10 +422,9 @@ impl<D: Payload> Attachment<D> {
 
     /// The copy asked cannot answer: ask another in-sync one; the last one's error is the guest's.
     fn read_elsewhere(&mut self, seq: Seq) {
-        // S4, S17: A is to be ejected, the swap is in doubt, A is back and configured: until the record says that it is out, no
-        // write completes without it, so it can answer. The master's unreadable sector is then no error of the guest's.
-        let gone = self.failing.without(self.ready);
-        let (candidates, ready) = (self.in_sync.without(gone), self.ready);
+        // S4, S17: A is to be ejected and the registry does not answer: until the record says that it is out, no write completes
+        // without it, so it can answer when it is back. The master's unreadable sector is then no error of the guest's.
+        let (candidates, ready, failing) = (self.in_sync, self.ready, self.failing);
         let Some(p) = self.pending.get_mut(seq) else {
             return;
         };
@@ -435,10 +434,13 @@ impl<D: Payload> Attachment<D> {
             return self.chunk_read(chunk, copy, None);
         }
         p.unreadable = p.unreadable.or(p.waiting);
-        // One whose connection is down for a moment answers when it is back, or is ejected: a pause, no error.
+        // One whose connection is down answers when it is back, or is ejected: a pause, no error.
         let left = match p.origin {
-            // Not of the one that is to be repaired.
-            Origin::Repair { copy } => candidates.without(p.tried).without(CopySet::one(copy)),
+            // Not of the one that is to be repaired; nor is a guest's write to wait behind the repair for one that is lost.
+            Origin::Repair { copy } => candidates
+                .without(p.tried)
+                .without(failing)
+                .without(CopySet::one(copy)),
             _ => candidates.without(p.tried),
         };
         match left.and(ready).iter().chain(left.iter()).next() {

@@ -5,7 +5,7 @@ use super::{
     Action, Attachment, CasOutcome, Change, CopySet, Kind, Link, Origin, Payload, Peer, Phase,
     Purpose, Revision,
 };
-use crate::replication::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos};
+use crate::replication::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos, Seq};
 use crate::replication::membership::{self, Facts};
 use crate::replication::message::{Message, Refusal};
 use crate::replication::mutants::{self, Mutant};
@@ -25,6 +25,7 @@ impl Peer {
             heard: now,
             beat: Nanos(0),
             taken_up: now,
+            begun_at: Seq(0),
             lease: None,
             gap: false,
             accepted: None,
@@ -225,12 +226,19 @@ impl<D: Payload> Attachment<D> {
                 due.insert(copy);
             }
         }
-        let beat = Message::Heartbeat {
-            epoch: self.record.epoch,
-            sent: self.now,
-            stable: self.stable,
-        };
-        self.send(due, beat, None);
+        // S11: A acknowledges W, B does not; A's process is restarted and finds the region in its log; W is newer than what was
+        // stable, but A knows the region without a number. Were it to leave the log for that, nobody would know, once B is
+        // ejected, that it lacks W.
+        let knows = |c: &usize| self.stable >= self.peers[*c].begun_at;
+        let told: CopySet = due.iter().filter(knows).collect();
+        for (to, stable) in [(told, self.stable), (due.without(told), Seq(0))] {
+            let beat = Message::Heartbeat {
+                epoch: self.record.epoch,
+                sent: self.now,
+                stable,
+            };
+            self.send(to, beat, None);
+        }
     }
 
     /// Who is gone for too long, silent, or late.
@@ -325,6 +333,11 @@ impl<D: Payload> Attachment<D> {
         self.peers[copy].unknown = false;
         self.peers[copy].beat = Nanos(0);
         self.peers[copy].taken_up = self.now;
+        self.peers[copy].begun_at = self.pending.newest();
+        if self.phase == Phase::Serving {
+            // Its log may be full.
+            (self.unflushed, self.pressure) = (true, true);
+        }
         self.resend(copy);
         self.tick_heartbeats();
         self.tell_to_detach(copy);

@@ -197,6 +197,9 @@ struct Peer {
     beat: Nanos,
     /// When it took what is pending last: since then its answers are waited for, however old the requests are.
     taken_up: Nanos,
+    /// The newest request when it took our configuration last. What its log held then has numbers that say nothing (it may have
+    /// been restarted, or have promised to another one), so it hears of nothing stable before all up to here is.
+    begun_at: Seq,
     /// When the newest acknowledged heartbeat was sent.
     lease: Option<Nanos>,
     /// It came back under another boot than the one it was taken in under.

@@ -224,6 +224,8 @@ impl<D: Payload> Attachment<D> {
         let peer = &mut self.peers[copy];
         peer.link = Link::Up;
         (peer.heard, peer.taken_up) = (self.now, self.now);
+        // What its log holds is marked elsewhere before it hears of anything.
+        peer.begun_at = Seq(0);
         peer.lease = None;
         let message = Message::SyncBegin(self.configuration());
         self.send(CopySet::one(copy), message, None);

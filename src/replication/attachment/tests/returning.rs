@@ -135,3 +135,84 @@ fn what_a_former_attachment_completed_and_its_last_copy_lost_fails_the_next_flus
     b.acks(0, seq, Status::Ok);
     assert_eq!(completed(&b.take()), [(1, Outcome::IoError)]);
 }
+
+#[test]
+fn a_copy_that_comes_back_hears_of_nothing_stable_before_a_flush_that_began_later() {
+    let mut b = Bench::serving(2);
+    let flush = |m: &Message| match m {
+        Message::Flush { seq, .. } => Some(*seq),
+        _ => None,
+    };
+    let stable = |actions: &[Action<Bytes>], copy| -> Vec<u64> {
+        let of = |m: Message| match m {
+            Message::Heartbeat { stable, .. } => Some(stable.0),
+            _ => None,
+        };
+        sent(actions, copy).into_iter().filter_map(of).collect()
+    };
+    b.submit(1, Op::Flush);
+    let seq = sent(&b.take(), 0).iter().find_map(flush).unwrap();
+    b.acks(0, seq, Status::Ok);
+    b.acks(1, seq, Status::Ok);
+    b.pass(300, &[0, 1]);
+    let actions = b.take();
+    assert!(
+        stable(&actions, 0)
+            .iter()
+            .chain(&stable(&actions, 1))
+            .all(|s| *s > 0)
+    );
+    // On copy 0 and not on copy 1, and newer than that flush.
+    b.submit(2, write(SPAN));
+    let written = writes(&b.take(), 0)[0].seq;
+    b.acks(0, written, Status::Ok);
+    b.a.on_disconnected(b.now, 0, "its process was restarted");
+    b.a.on_connected(b.now, 0, boot(0));
+    b.says(0, Message::AttachAck { epoch: Epoch(2) });
+    b.pass(600, &[0, 1]);
+    let actions = b.take();
+    assert!(stable(&actions, 0).iter().all(|s| *s == 0));
+    assert!(stable(&actions, 1).iter().all(|s| *s > 0));
+    // A flush of all began by itself.
+    let seq = sent(&actions, 0).iter().find_map(flush).unwrap();
+    b.acks(1, written, Status::Ok);
+    b.acks(0, seq, Status::Ok);
+    b.acks(1, seq, Status::Ok);
+    b.submit(3, Op::Flush);
+    let seq = sent(&b.take(), 0).iter().find_map(flush).unwrap();
+    b.acks(0, seq, Status::Ok);
+    b.acks(1, seq, Status::Ok);
+    b.pass(300, &[0, 1]);
+    assert!(stable(&b.take(), 0).iter().all(|s| *s >= written.0));
+}
+
+#[test]
+fn what_the_master_cannot_read_is_waited_for_while_another_member_is_lost_and_not_put_out() {
+    for back in [true, false] {
+        let mut b = Bench::serving(2);
+        b.a.on_disconnected(b.now, 1, "reset");
+        b.pass(500, &[0]);
+        b.submit(1, Op::Read(SPAN));
+        let read = |m: &Message| match m {
+            Message::Read(r) => Some(r.seq),
+            _ => None,
+        };
+        let seq = sent(&b.take(), 0).iter().find_map(read).unwrap();
+        let reply = |seq| Message::ReadReply {
+            seq,
+            status: Status::Io,
+        };
+        b.says(0, reply(seq));
+        assert!(completed(&b.take()).is_empty());
+        if back {
+            b.a.on_connected(b.now, 1, boot(1));
+            b.says(1, Message::AttachAck { epoch: Epoch(2) });
+            let again = sent(&b.take(), 1).iter().find_map(read);
+            assert_eq!(again, Some(seq));
+        } else {
+            b.swapped();
+            b.says(0, reply(seq));
+            assert_eq!(completed(&b.take()), [(1, Outcome::IoError)]);
+        }
+    }
+}
