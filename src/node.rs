@@ -33,9 +33,7 @@ use crate::registry::{CasError, Revision};
 use crate::replication::attachment::{self, CasOutcome};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
 use crate::replication::dirty_map::DirtyMap;
-use crate::replication::ids::{
-    CHUNK, CopyId, Epoch, NodeName, REGION, REGIONS_MAX, Region, Tag, VolumeId,
-};
+use crate::replication::ids::{CHUNK, CopyId, Epoch, NodeName, Tag, VolumeId};
 use crate::replication::message::Proof;
 use crate::replication::record::{self, Record};
 
@@ -268,26 +266,19 @@ impl NodeHost {
             log::warn!("volume {volume}: {warning}");
         }
         let mut metadata = loaded.metadata;
-        let mut state = loaded.state;
+        let state = loaded.state;
         let regions = match loaded.log {
-            LogImage::Regions(regions) => regions,
-            LogImage::Unreadable => {
-                let (regions, lost) = without_log(&mut state);
-                let mut writes = Vec::new();
-                if lost {
-                    log::error!(
-                        "volume {volume}: the activity log is damaged; the copy needs a full sync"
-                    );
-                    // Before the log: read back after a crash, that one would be believed (S11).
-                    writes.extend([metadata.superblock(&state), metadata.superblock(&state)]);
-                }
-                writes.extend(metadata.reset_log(&regions));
-                for write in writes {
+            LogImage::Regions(regions) => Some(regions),
+            // Nothing was active when it was left cleanly.
+            LogImage::Unreadable if state.clean => {
+                for write in metadata.reset_log(&[]) {
                     write_meta(&store, &write)
                         .map_err(|e| format!("its log cannot be written anew: {e}"))?;
                 }
-                regions
+                Some(Vec::new())
             }
+            // It stays as it is until nothing can differ any more.
+            LogImage::Unreadable => None,
         };
         let mut maps: [Option<DirtyMap>; BITMAPS_MAX] = [const { None }; BITMAPS_MAX];
         for (slot, map) in maps.iter_mut().enumerate() {
@@ -348,21 +339,6 @@ impl NodeHost {
 fn workers() -> usize {
     let processors = thread::available_parallelism().map_or(1, std::num::NonZero::get);
     (processors / 2).clamp(1, 8)
-}
-
-/// The regions of a copy whose log cannot be read; and whether they are more than a log can say. Then only a full sync makes
-/// the copy usable again: no record knows its tag any more, or it would get a delta of the regions that the log can name.
-fn without_log(state: &mut CopyState) -> (Vec<Region>, bool) {
-    let all = state.size.div_ceil(REGION) as usize;
-    let lost = all > REGIONS_MAX && !state.clean;
-    if lost {
-        state.tag = Tag(0);
-    }
-    if lost && state.standing == Standing::InSync {
-        state.standing = Standing::Inconsistent;
-    }
-    let regions = (0..all.min(REGIONS_MAX) as u32).map(Region).collect();
-    (regions, lost)
 }
 
 fn write_meta(store: &Store, write: &crate::copy::MetaWrite) -> std::io::Result<()> {
@@ -476,7 +452,7 @@ impl Host for NodeHost {
             store,
             metadata: loaded.metadata,
             state,
-            regions: Vec::new(),
+            regions: Some(Vec::new()),
             maps,
         });
         Ok(())
@@ -662,42 +638,5 @@ impl Host for NodeHost {
 
     fn metrics(&self) -> Metrics {
         status::metrics(self.engine.metrics())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_copy_without_its_log_gets_a_full_sync_when_a_log_cannot_name_all_its_regions() {
-        use Standing::{Failed, InSync, Inconsistent};
-        let most = REGIONS_MAX as u64 * REGION;
-        // (size, left cleanly, standing, standing that follows, whether it is known by its tag still)
-        for (size, clean, standing, follows, known) in [
-            (most, false, InSync, InSync, true),
-            (most + REGION, true, InSync, InSync, true),
-            (most + REGION, false, InSync, Inconsistent, false),
-            (most + REGION, false, Inconsistent, Inconsistent, false),
-            (most + REGION, false, Failed, Failed, false),
-        ] {
-            let mut state = CopyState {
-                volume_id: VolumeId([1; 16]),
-                copy_id: CopyId([1; 16]),
-                size,
-                epoch: Epoch(5),
-                tag: Tag(50),
-                promised: Epoch(5),
-                standing,
-                clean,
-                bitmaps: [None; BITMAPS_MAX],
-            };
-            let (regions, lost) = without_log(&mut state);
-            assert_eq!(regions.len(), REGIONS_MAX);
-            assert_eq!(
-                (state.standing, state.tag == Tag(50), lost),
-                (follows, known, !known)
-            );
-        }
     }
 }

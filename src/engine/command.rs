@@ -25,8 +25,8 @@ pub struct OpenCopy {
     pub metadata: Metadata,
     /// Its superblock.
     pub state: CopyState,
-    /// Its activity log.
-    pub regions: Vec<Region>,
+    /// Its activity log; `None`: it cannot be read.
+    pub regions: Option<Vec<Region>>,
     /// Its bitmaps.
     pub maps: [Option<DirtyMap>; BITMAPS_MAX],
 }

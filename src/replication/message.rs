@@ -233,8 +233,9 @@ pub struct DiskState {
     pub boot_id: BootId,
     /// Whether the copy was left by a clean detach.
     pub clean: bool,
-    /// The active regions of its log: only there may it differ from another in-sync copy.
-    pub regions: Vec<Region>,
+    /// The active regions of its log: only there may it differ from another in-sync copy. `None`: the log cannot be read, it may
+    /// anywhere.
+    pub regions: Option<Vec<Region>>,
 }
 
 /// What a copy needs to know of the record in force.

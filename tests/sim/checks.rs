@@ -104,7 +104,7 @@ impl World {
                 state.epoch
             ),
             Message::DetachAck { .. } => assert!(
-                state.clean && disk.log.is_empty(),
+                state.clean && disk.log.is_empty() && !disk.log_lost,
                 "5: copy {n} detached, but its log has {:?} (clean: {})",
                 disk.log,
                 state.clean
@@ -143,7 +143,7 @@ impl World {
             "S7: a write after the promise, before an attach"
         );
         let disk = self.disk(n);
-        if span.regions().all(|r| disk.log.contains(&r)) {
+        if span.regions().all(|r| disk.is_logged(r)) {
             return;
         }
         let id = disk.copy_id();
@@ -242,7 +242,7 @@ impl World {
         let per_region = (REGION / SECTOR) as usize;
         let all = at_y.cache.len().min(at_x.cache.len());
         for region in 0..all.div_ceil(per_region) {
-            let logged = |d: &Disk| d.log.contains(&Region(region as u32));
+            let logged = |d: &Disk| d.is_logged(Region(region as u32));
             if logged(at_y) || logged(at_x) {
                 continue;
             }
@@ -348,7 +348,7 @@ impl World {
                 continue;
             }
             assert!(
-                disk.superblock.clean && disk.log.is_empty(),
+                disk.superblock.clean && disk.log.is_empty() && !disk.log_lost,
                 "5: left cleanly, but copy {c} has regions {:?} (clean: {})",
                 disk.log,
                 disk.superblock.clean

@@ -86,6 +86,7 @@ pub enum Running {
     Log {
         add: Vec<Region>,
         retire: Vec<Region>,
+        anew: bool,
     },
     Bitmaps(Vec<(usize, Region, Vec<bool>)>),
 }
@@ -95,7 +96,7 @@ pub enum Running {
 pub enum Rot {
     /// One half of the superblock: the other one counts.
     Superblock(usize),
-    /// A sector of the log: every region counts as active.
+    /// A sector of the log.
     Log,
     /// A sector of the bitmap in this slot: all its chunks count as marked.
     Bitmap(usize),
@@ -115,7 +116,8 @@ pub enum Forgot {
 /// A copy as its disk has it.
 pub struct Opened {
     pub state: CopyState,
-    pub regions: Vec<Region>,
+    /// `None`: the log cannot be read.
+    pub regions: Option<Vec<Region>>,
     pub maps: [Option<DirtyMap>; BITMAPS_MAX],
 }
 
@@ -139,6 +141,8 @@ pub struct Disk {
     /// The highest epoch and promise whose write was reported done.
     reported: (Epoch, Epoch),
     pub log: BTreeSet<Region>,
+    /// It cannot be read: every region counts as active, and nothing is written into it before it is written anew.
+    pub log_lost: bool,
     /// Chunks that are no holes.
     data: Vec<bool>,
     /// Sectors that cannot be read until they are written.
@@ -149,6 +153,7 @@ pub struct Disk {
     pub repaired: u64,
     /// Chunks that became holes.
     pub given_back: u64,
+    pub written_anew: u64,
     maps: Vec<Vec<bool>>,
     pub running: HashMap<Ticket, (Running, Fate)>,
     /// Full until this moment.
@@ -175,9 +180,11 @@ impl Disk {
             bad: BTreeSet::new(),
             repaired: 0,
             given_back: 0,
+            written_anew: 0,
             forgot: None,
             superblock,
             log: BTreeSet::new(),
+            log_lost: false,
             maps: vec![vec![false; chunks]; BITMAPS_MAX],
             running: HashMap::new(),
             full_until: 0,
@@ -193,11 +200,7 @@ impl Disk {
     pub fn open(&mut self, rot: Option<Rot>) -> Opened {
         match rot {
             Some(Rot::Superblock(half)) => self.rotten = Some(half),
-            Some(Rot::Log) => {
-                self.log = (0..self.superblock.size.div_ceil(REGION) as u32)
-                    .map(Region)
-                    .collect();
-            }
+            Some(Rot::Log) => self.log_lost = true,
             Some(Rot::Bitmap(_)) | None => {}
         }
         let readable = (0..2).filter(|half| self.rotten != Some(*half));
@@ -227,7 +230,7 @@ impl Disk {
         );
         Opened {
             state: self.superblock.clone(),
-            regions: self.log.iter().copied().collect(),
+            regions: (!self.log_lost).then(|| self.log.iter().copied().collect()),
             maps: self.maps(),
         }
     }
@@ -270,6 +273,7 @@ impl Disk {
             DiskOp::Log(txn) => Running::Log {
                 add: txn.add,
                 retire: txn.retire,
+                anew: txn.anew,
             },
             DiskOp::Bitmaps(regions) => {
                 let mut parts = Vec::new();
@@ -287,6 +291,11 @@ impl Disk {
         };
         let before = self.running.insert(ticket, (running, fate));
         assert!(before.is_none(), "a ticket names one operation");
+    }
+
+    /// Whether its log says that the copy may differ here.
+    pub fn is_logged(&self, region: Region) -> bool {
+        self.log_lost || self.log.contains(&region)
     }
 
     fn s16(&self, span: Span) {
@@ -475,9 +484,16 @@ impl Disk {
                 self.reported = (state.epoch, state.promised);
                 self.superblock = *state;
             }
-            Running::Log { add, retire } => {
-                if !retire.is_empty() {
+            // Nothing is written into a log that cannot be read.
+            Running::Log { anew: false, .. } if self.log_lost => {}
+            Running::Log { add, retire, anew } => {
+                if anew || !retire.is_empty() {
                     self.forgot = Some(Forgot::Regions);
+                }
+                if anew {
+                    self.log.clear();
+                    self.written_anew += 1;
+                    self.log_lost = false;
                 }
                 self.log.extend(add);
                 self.log.retain(|r| !retire.contains(r));

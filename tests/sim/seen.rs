@@ -63,6 +63,7 @@ pub const DEMANDED: &[&str] = &[
     "connection reset in the middle",
     "rot of a superblock",
     "rot of a log",
+    "unreadable log written anew",
     "rot of a bitmap",
     "delta rejoin",
     "full sync",

@@ -192,6 +192,8 @@ impl World {
         for disk in self.nodes.iter().filter_map(|n| n.disk.as_ref()) {
             self.seen.times("sector repaired", disk.repaired);
             self.seen.times("chunk given back", disk.given_back);
+            self.seen
+                .times("unreadable log written anew", disk.written_anew);
         }
     }
 

@@ -47,7 +47,7 @@ impl Volume {
             .map_err(|e| format!("cannot read the length of the copy's data: {e}"))?;
         let replica = Replica::new(
             state,
-            &regions,
+            regions.as_deref(),
             maps,
             ctx.me.boot_id,
             Timing::DEFAULT,
@@ -290,7 +290,10 @@ impl Volume {
                 copy.write_meta(ctx, token, vec![first], Some(second));
             }
             DiskOp::Log(txn) => {
-                let writes = copy.metadata.log(&txn.add, &txn.retire);
+                let writes = match txn.anew {
+                    true => copy.metadata.reset_log(&txn.add),
+                    false => copy.metadata.log(&txn.add, &txn.retire),
+                };
                 copy.write_meta(ctx, token, writes, None);
             }
             DiskOp::Bitmaps(regions) => {

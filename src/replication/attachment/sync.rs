@@ -246,6 +246,8 @@ impl<D: Payload> Attachment<D> {
             format!("what it missed since epoch {}", disk.epoch)
         } else if disk.epoch.0 == 0 {
             "all of it: the copy is new".into()
+        } else if disk.regions.is_none() {
+            "all of it: its activity log cannot be read".into()
         } else {
             format!(
                 "all of it: its epoch {} is not one it is remembered by",

@@ -19,7 +19,7 @@ fn replica() -> Replica<()> {
         bitmaps: [None; BITMAPS_MAX],
     };
     let maps = std::array::from_fn(|_| None);
-    Replica::new(state, &[], maps, BootId([3; 16]), Timing::DEFAULT, T0)
+    Replica::new(state, Some(&[]), maps, BootId([3; 16]), Timing::DEFAULT, T0)
 }
 
 /// Lets the disk do everything; gives what was said.

@@ -157,6 +157,7 @@ fn arb_promise() -> impl Strategy<Value = Promise> {
 fn arb_disk_state() -> impl Strategy<Value = DiskState> {
     let numbers = (any::<u64>(), any::<u64>(), any::<u64>());
     let regions = prop::collection::vec(any::<u32>().prop_map(Region), 0..200);
+    let regions = prop::option::of(regions);
     (
         numbers,
         any::<[u8; 16]>(),
@@ -361,7 +362,7 @@ fn the_largest_of_everything_fits() {
         tag: Tag(1),
         boot_id: BootId([1; 16]),
         clean: true,
-        regions: (0..REGIONS_MAX).map(region).collect(),
+        regions: Some((0..REGIONS_MAX).map(region).collect()),
     };
     let acks = vec![(Seq(u64::MAX), Status::Stale); ACKS_MAX];
     let data = vec![3; IO_MAX as usize];
@@ -374,7 +375,7 @@ fn the_largest_of_everything_fits() {
                 epoch: Epoch(1),
                 seq: Seq(1),
                 copy,
-                regions: Some(state.regions.clone()),
+                regions: state.regions.clone(),
             },
             None,
         ),
