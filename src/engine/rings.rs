@@ -151,6 +151,8 @@ pub struct Rings {
     zeroes: Zeroes,
     lives: u64,
     stops: Option<Stops>,
+    /// A read was answered, and the guest has not seen it yet.
+    read: bool,
     limits: Limits,
     writeback: bool,
     /// The volume is being detached: nothing new is taken.
@@ -181,6 +183,7 @@ impl Rings {
             zeroes: Zeroes::default(),
             lives: 0,
             stops: None,
+            read: false,
             limits,
             writeback: true,
             paused: false,
@@ -490,6 +493,7 @@ impl Rings {
             // SAFETY: the request is not answered yet, so its pieces are mapped.
             unsafe { copy_to_guest(buffer, &pieces) };
         }
+        self.read |= part.kind == Kind::In;
         guest
             .failed
             .set(guest.failed.get() || outcome == Outcome::IoError);
@@ -525,15 +529,21 @@ impl Rings {
         }
     }
 
-    /// Ends the turn: publishes answers with one notification a ring, and asks for kicks again. Returns whether a ring
-    /// has more to take already.
-    pub fn end_turn(&mut self) -> bool {
+    /// Whether a read is among the answers that the end of the turn publishes.
+    pub fn shows_reads(&self) -> bool {
+        self.read
+    }
+
+    /// Ends the turn: publishes answers with one notification a ring, unless they are to be held back, and asks for kicks
+    /// again. Returns whether a ring has more to take already.
+    pub fn end_turn(&mut self, hold: bool) -> bool {
         let mut more = false;
+        self.read &= hold;
         for queue in &mut self.queues {
             let Some(slot) = &mut queue.slot else {
                 continue;
             };
-            if slot.pushed {
+            if slot.pushed && !hold {
                 slot.pushed = false;
                 slot.ring.publish_and_notify();
             }
@@ -561,7 +571,7 @@ impl Rings {
                 continue;
             };
             let left = slot.ring.in_flight() + slot.ring.to_resubmit();
-            if left > 0 && now < *deadline {
+            if (left > 0 || slot.pushed) && now < *deadline {
                 continue;
             }
             if left > 0 {

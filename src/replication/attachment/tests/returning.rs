@@ -216,3 +216,12 @@ fn what_the_master_cannot_read_is_waited_for_while_another_member_is_lost_and_no
         }
     }
 }
+
+#[test]
+fn a_read_that_completed_under_a_lease_is_not_shown_after_it() {
+    let mut b = Bench::serving(2);
+    b.pass(300, &[0, 1]);
+    let later = |b: &Bench, ms: u64| b.now.after(Nanos(ms * MS));
+    assert!(b.a.may_show_reads(later(&b, 1_000)));
+    assert!(!b.a.may_show_reads(later(&b, 2_000)));
+}
