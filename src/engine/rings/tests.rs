@@ -619,3 +619,29 @@ fn what_was_read_is_shown_only_when_it_may_be() {
     assert_eq!(world.rings.stopped(START).len(), 1);
     assert_eq!(answer.try_recv(), Ok(Ok(1)));
 }
+
+#[test]
+fn a_request_is_not_answered_while_the_kernel_uses_its_memory() {
+    // Given a request that was done elsewhere while a system call with its memory hangs,
+    let mut world = World::tracked();
+    let old = two_under_way(&mut world);
+    let part = world.rings.parts.get_mut(Seq(old[0].0)).unwrap();
+    let in_use = GuestPart {
+        request: Rc::clone(&part.guest),
+        start: 0,
+        len: 512,
+    };
+    let in_use = in_use.pin();
+    world.complete(old[0]);
+    world.complete(old[1]);
+    world.rings.answer_unpinned(START);
+    world.turn();
+    assert_eq!(world.answered(), [2]);
+    assert_eq!(world.rings.in_flight(), 1, "a ring that stops waits for it");
+    // when that has ended, then it is answered.
+    drop(in_use);
+    world.rings.answer_unpinned(START);
+    world.turn();
+    assert_eq!(world.answered(), [2, 0]);
+    assert_eq!(world.rings.in_flight(), 0);
+}

@@ -163,6 +163,7 @@ impl Volume {
             return false;
         };
         s.follow_size();
+        s.rings.answer_unpinned(ctx.now);
         // PROTOCOL 4: once more before the guest sees it. The next heartbeat's answer, or the end of the attachment, decides.
         let hold = s.rings.shows_reads()
             && (s.attachment.as_ref()).is_none_or(|a| !a.may_show_reads(super::now()));
