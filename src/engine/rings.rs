@@ -151,6 +151,10 @@ pub struct Rings {
     zeroes: Zeroes,
     lives: u64,
     stops: Option<Stops>,
+    /// Answers of requests whose memory the kernel uses still.
+    pinned: Vec<(RequestId, Outcome, Option<Bytes>)>,
+    /// A read was answered, and the guest has not seen it yet.
+    read: bool,
     limits: Limits,
     writeback: bool,
     /// The volume is being detached: nothing new is taken.
@@ -181,6 +185,8 @@ impl Rings {
             zeroes: Zeroes::default(),
             lives: 0,
             stops: None,
+            pinned: Vec::new(),
+            read: false,
             limits,
             writeback: true,
             paused: false,
@@ -461,13 +467,35 @@ impl Rings {
         outcome: Outcome,
         data: Option<&Bytes>,
     ) {
-        let Some(part) = self.parts.remove(Seq(id.0)) else {
-            return;
-        };
-        if matches!(part.kind, Kind::Discard | Kind::WriteZeroes) {
+        // This node's disk hangs with a read of the guest's memory, its copy is late, and is asked again or another one instead.
+        // Were the request answered now, the first read would end in what the guest has in that memory by then.
+        let pinned = |p: &mut Part| p.guest.parts.get() == 1 && p.guest.is_pinned();
+        if self.parts.get_mut(Seq(id.0)).is_some_and(pinned) {
+            return self.pinned.push((id, outcome, data.cloned()));
+        }
+        let zeroes = |p: &mut Part| matches!(p.kind, Kind::Discard | Kind::WriteZeroes);
+        if self.parts.get_mut(Seq(id.0)).is_some_and(zeroes) {
             self.zeroes.ended();
             self.start_zeroes(now, attachment);
         }
+        self.part_done(now, id, outcome, data);
+    }
+
+    /// Answers what waited for the kernel to let go of its memory.
+    pub fn answer_unpinned(&mut self, now: Nanos) {
+        for (id, outcome, data) in std::mem::take(&mut self.pinned) {
+            let pinned = |p: &mut Part| p.guest.is_pinned();
+            match self.parts.get_mut(Seq(id.0)).is_some_and(pinned) {
+                true => self.pinned.push((id, outcome, data)),
+                false => self.part_done(now, id, outcome, data.as_ref()),
+            }
+        }
+    }
+
+    fn part_done(&mut self, now: Nanos, id: RequestId, outcome: Outcome, data: Option<&Bytes>) {
+        let Some(part) = self.parts.remove(Seq(id.0)) else {
+            return;
+        };
         let guest = &part.guest;
         let alive = match self.origin(guest) {
             Some(slot) => {
@@ -490,6 +518,7 @@ impl Rings {
             // SAFETY: the request is not answered yet, so its pieces are mapped.
             unsafe { copy_to_guest(buffer, &pieces) };
         }
+        self.read |= part.kind == Kind::In;
         guest
             .failed
             .set(guest.failed.get() || outcome == Outcome::IoError);
@@ -525,15 +554,21 @@ impl Rings {
         }
     }
 
-    /// Ends the turn: publishes answers with one notification a ring, and asks for kicks again. Returns whether a ring
-    /// has more to take already.
-    pub fn end_turn(&mut self) -> bool {
+    /// Whether a read is among the answers that the end of the turn publishes.
+    pub fn shows_reads(&self) -> bool {
+        self.read
+    }
+
+    /// Ends the turn: publishes answers with one notification a ring, unless they are to be held back, and asks for kicks
+    /// again. Returns whether a ring has more to take already.
+    pub fn end_turn(&mut self, hold: bool) -> bool {
         let mut more = false;
+        self.read &= hold;
         for queue in &mut self.queues {
             let Some(slot) = &mut queue.slot else {
                 continue;
             };
-            if slot.pushed {
+            if slot.pushed && !hold {
                 slot.pushed = false;
                 slot.ring.publish_and_notify();
             }
@@ -561,7 +596,7 @@ impl Rings {
                 continue;
             };
             let left = slot.ring.in_flight() + slot.ring.to_resubmit();
-            if left > 0 && now < *deadline {
+            if (left > 0 || slot.pushed) && now < *deadline {
                 continue;
             }
             if left > 0 {
@@ -638,7 +673,9 @@ fn submit(
             len: len as u32,
         };
         let (op, data) = match kind {
-            Kind::In => (Op::Read(span), Some(Bytes::Guest(memory))),
+            Kind::In if from.direct => (Op::Read(span), Some(Bytes::Guest(memory))),
+            // Another copy may be asked when the disk here hangs; it would go on using the guest's memory meanwhile.
+            Kind::In => (Op::Read(span), None),
             Kind::Out if from.direct => (
                 Op::Write {
                     span,

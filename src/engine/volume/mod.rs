@@ -163,7 +163,11 @@ impl Volume {
             return false;
         };
         s.follow_size();
-        let more = s.rings.end_turn();
+        s.rings.answer_unpinned(ctx.now);
+        // PROTOCOL 4: once more before the guest sees it. The next heartbeat's answer, or the end of the attachment, decides.
+        let hold = s.rings.shows_reads()
+            && (s.attachment.as_ref()).is_none_or(|a| !a.may_show_reads(super::now()));
+        let more = s.rings.end_turn(hold);
         for (index, ring) in s.rings.stopped(ctx.now) {
             if let Some(token) = s.kicks.remove(&index) {
                 ctx.unwatch(ring.kick_fd(), token);

@@ -525,7 +525,7 @@ impl<D: Payload> Attachment<D> {
             return true;
         }
         // S17: nothing completes OK while the mode says suspend. S8: no read without a lease.
-        self.owns() && self.mode_serves() && (!done.read || self.lease_holds())
+        self.owns() && self.mode_serves() && (!done.read || self.lease_holds(self.now))
     }
 
     pub(super) fn release_done(&mut self) {
@@ -546,8 +546,15 @@ impl<D: Payload> Attachment<D> {
             .push_back(Action::Complete { id, outcome, data });
     }
 
+    /// Whether a read that was completed may be shown to the guest now, by a clock that is read after everything else: the process
+    /// may have been stopped in between, and another attachment serve by now (S8).
+    pub fn may_show_reads(&self, now: Nanos) -> bool {
+        // What it completed before it left is as right as it was then.
+        self.phase == Phase::Left || self.owns() && self.lease_holds(now)
+    }
+
     /// Every in-sync copy but the one in this process acknowledged a heartbeat sent less than `lease` ago.
-    fn lease_holds(&self) -> bool {
+    fn lease_holds(&self, now: Nanos) -> bool {
         if mutants::on(Mutant::ReadWithoutLease) {
             return true;
         }
@@ -556,7 +563,7 @@ impl<D: Payload> Attachment<D> {
             .filter(|c| Some(*c) != self.local)
             .all(|c| {
                 let sent = self.peers[c].lease;
-                sent.is_some_and(|sent| self.now.since(sent) < self.timing.lease)
+                sent.is_some_and(|sent| now.since(sent) < self.timing.lease)
             })
     }
 

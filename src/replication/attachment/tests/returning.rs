@@ -216,3 +216,69 @@ fn what_the_master_cannot_read_is_waited_for_while_another_member_is_lost_and_no
         }
     }
 }
+
+#[test]
+fn a_read_that_completed_under_a_lease_is_not_shown_after_it() {
+    let mut b = Bench::serving(2);
+    b.pass(300, &[0, 1]);
+    let later = |b: &Bench, ms: u64| b.now.after(Nanos(ms * MS));
+    assert!(b.a.may_show_reads(later(&b, 1_000)));
+    assert!(!b.a.may_show_reads(later(&b, 2_000)));
+}
+
+#[test]
+fn a_guest_that_outlived_its_attachment_is_told_what_a_power_cut_of_all_copies_took() {
+    // (the former attachment was in this boot of this node, a copy kept its power, the next flush fails)
+    for (outlived, kept, fails) in [
+        (true, false, true),
+        (true, true, false),
+        (false, false, false),
+    ] {
+        let mut record = Bench::record(2, State::Active);
+        record.attachment = Some(record::Attachment {
+            node: NodeName("n0".into()),
+            boot_id: boot(if outlived { 0 } else { 9 }),
+            instance: Instance([6; 16]),
+        });
+        let mut b = Bench::new(record);
+        let boots = [if kept { boot(0) } else { boot(98) }, boot(99)];
+        for probe in [true, false] {
+            for (copy, boot_id) in boots.into_iter().enumerate() {
+                b.a.on_connected(b.now, copy, boot_id);
+                let disk = DiskState {
+                    promised: Epoch(2),
+                    probe,
+                    epoch: Epoch(1),
+                    tag: Tag(1),
+                    boot_id,
+                    clean: false,
+                    regions: Vec::new(),
+                };
+                b.says(copy, Message::PromiseAck(disk));
+            }
+        }
+        b.swapped();
+        for copy in 0..2 {
+            b.says(copy, Message::AttachAck { epoch: Epoch(2) });
+        }
+        assert_eq!(*b.a.phase(), Phase::Serving);
+        b.tick(0);
+        b.submit(1, Op::Flush);
+        let flushes: Vec<Seq> = sent(&b.take(), 0)
+            .iter()
+            .filter_map(|m| match m {
+                Message::Flush { seq, .. } => Some(*seq),
+                _ => None,
+            })
+            .collect();
+        for seq in flushes {
+            b.acks(0, seq, Status::Ok);
+            b.acks(1, seq, Status::Ok);
+        }
+        let outcome = if fails { Outcome::IoError } else { Outcome::Ok };
+        assert!(
+            completed(&b.take()).contains(&(1, outcome)),
+            "{outlived} {kept}"
+        );
+    }
+}
