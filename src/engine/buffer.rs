@@ -138,6 +138,9 @@ pub struct GuestRequest {
     pub parts: Cell<u32>,
     /// One of them failed.
     pub failed: Cell<bool>,
+    /// Nobody but the copy here can answer it: the disk may read straight into its memory. Otherwise another copy answers
+    /// when this disk is late, and the guest would find in that memory what the disk brings long after.
+    pub straight: Cell<bool>,
     /// System calls under way that use its memory.
     pinned: Cell<u32>,
     /// Bytes of parts that were sent to other nodes, by where the part starts.
@@ -155,6 +158,7 @@ impl GuestRequest {
             life,
             parts,
             failed,
+            straight: Cell::new(false),
             pinned: Cell::new(0),
             snapshots: RefCell::default(),
         })
@@ -163,6 +167,14 @@ impl GuestRequest {
     /// Answers it; `None` when that was done before.
     pub fn finish(&self, status: Status) -> Option<Used> {
         self.request.borrow_mut().take().map(|r| r.finish(status))
+    }
+
+    /// Gives it up: nobody is to answer it, and nothing is copied to its memory any more.
+    pub fn abandon(&self) {
+        debug_assert!(!self.is_pinned(), "the kernel works with its memory");
+        if let Some(request) = self.request.borrow_mut().take() {
+            request.abandon();
+        }
     }
 
     /// Whether the kernel may still read or write its memory: then it cannot be answered, whatever became of it, because

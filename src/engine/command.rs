@@ -173,6 +173,8 @@ pub enum Command {
     Record(VolumeId, Option<(Record, Revision)>),
     /// It could not be read.
     RecordUnavailable(VolumeId),
+    /// The read that was asked for has ended.
+    RecordWasRead(VolumeId),
     /// The answer to a compare-and-swap.
     Cas(VolumeId, CasOutcome),
     /// The copy's files were made longer, or could not be.

@@ -1,5 +1,6 @@
 //! What all volumes of one worker share: the disk queue, the connections, the clock of the turn, the way out.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -101,6 +102,8 @@ pub struct Context {
     pub mailbox: Option<Mailbox>,
     /// To the registry's thread.
     pub registry: Sender<RegistryRequest>,
+    /// Records that are being read, and whether each is to be read again then.
+    reads: HashMap<VolumeId, bool>,
     /// To the node's log of events.
     pub events: Sender<Event>,
     /// Payload bytes before compression, and as sent.
@@ -143,6 +146,7 @@ impl Context {
             kicks: HashMap::new(),
             mailbox: None,
             registry,
+            reads: HashMap::new(),
             events,
             wire_raw: 0,
             wire_sent: 0,
@@ -165,6 +169,28 @@ impl Context {
     /// A session's number.
     pub fn session(&mut self) -> SessionId {
         SessionId(self.number() as u64)
+    }
+
+    // ---- records
+
+    /// Has a record read from now on. One read of a record is under way at a time: a registry that does not answer would
+    /// find thousands of them when it is back, and the swaps of all volumes wait behind them (S19).
+    pub fn read_record(&mut self, volume: VolumeId) {
+        match self.reads.entry(volume) {
+            Entry::Occupied(mut again) => _ = again.insert(true),
+            Entry::Vacant(read) => {
+                read.insert(false);
+                let _ = self.registry.send(RegistryRequest::Read(volume));
+            }
+        }
+    }
+
+    /// It was, or could not be.
+    pub fn record_was_read(&mut self, volume: VolumeId) {
+        if self.reads.remove(&volume) == Some(true) {
+            // Who asked meanwhile may know of something that came after.
+            self.read_record(volume);
+        }
     }
 
     // ---- kicks
@@ -496,6 +522,26 @@ mod tests {
             poll.poll(&mut events, Some(Duration::from_secs(10)))
                 .unwrap();
         }
+    }
+
+    #[test]
+    fn one_read_of_a_record_is_under_way_at_a_time_and_another_follows_if_it_was_asked_for() {
+        let poll = mio::Poll::new().unwrap();
+        let mut ctx = context(&poll);
+        let (registry, asked) = channel();
+        ctx.registry = registry;
+        let count = || asked.try_iter().count();
+        for _ in 0..1000 {
+            ctx.read_record(VOLUME);
+        }
+        ctx.read_record(VolumeId([2; 16]));
+        assert_eq!(count(), 2);
+        ctx.record_was_read(VOLUME);
+        assert_eq!(count(), 1);
+        ctx.record_was_read(VOLUME);
+        assert_eq!(count(), 0);
+        ctx.read_record(VOLUME);
+        assert_eq!(count(), 1);
     }
 
     /// What is said over link `i + COPIES_MAX` is said to copy `i`, over a connection that says that it is for bulk.

@@ -163,8 +163,8 @@ struct Walking {
 pub struct Disk {
     ring: IoUring,
     running: InFlight<Running>,
-    /// Prepared and not yet in the submission queue.
-    backlog: VecDeque<io_uring::squeue::Entry>,
+    /// Prepared and not yet in the submission queue: any number, since all volumes share `running`.
+    backlog: VecDeque<(Running, io_uring::squeue::Entry)>,
     unsubmitted: bool,
     /// Handed over and not completed. Kept at [`ENTRIES`], half of what the completion queue holds:
     /// were that to overflow, completions would wait in the kernel for a call that never comes.
@@ -271,7 +271,7 @@ impl Disk {
             }
             Some(part) => {
                 let pieces = part.pieces();
-                if aligned(&pieces, file.align) {
+                if part.request.straight.get() && aligned(&pieces, file.align) {
                     let entry = opcode::Readv::new(
                         fd(&file.file),
                         IoVec::as_raw(&pieces),
@@ -465,12 +465,7 @@ impl Disk {
     }
 
     fn run(&mut self, running: Running, entry: io_uring::squeue::Entry) {
-        let token = running.token;
-        let Some(id) = self.running.insert(running) else {
-            let result = Err(io::Error::from_raw_os_error(libc::EAGAIN));
-            return self.finished(token, result);
-        };
-        self.backlog.push_back(entry.user_data(id.0));
+        self.backlog.push_back((running, entry));
     }
 
     fn finished(&mut self, token: Token, result: io::Result<Output>) {
@@ -487,13 +482,15 @@ impl Disk {
         while self.unsubmitted || (!self.backlog.is_empty() && self.in_kernel < ENTRIES) {
             {
                 let mut queue = self.ring.submission();
-                while let Some(entry) = self.backlog.front().filter(|_| self.in_kernel < ENTRIES) {
+                while self.in_kernel < ENTRIES
+                    && !queue.is_full()
+                    && let Some((running, entry)) = self.backlog.pop_front()
+                {
+                    let id = self.running.insert(running);
+                    let entry = entry.user_data(id.expect("no more than the kernel has").0);
                     // SAFETY: the memory that the entry names is owned by `running` until its
                     // completion was taken from the ring.
-                    if unsafe { queue.push(entry) }.is_err() {
-                        break;
-                    }
-                    self.backlog.pop_front();
+                    unsafe { queue.push(&entry) }.expect("it is not full");
                     self.in_kernel += 1;
                     self.unsubmitted = true;
                 }
@@ -599,7 +596,7 @@ impl Disk {
 impl Drop for Disk {
     /// The kernel must not write into memory that is given back.
     fn drop(&mut self) {
-        while !self.running.is_empty() {
+        while !self.running.is_empty() || !self.backlog.is_empty() {
             if self.submit().is_err() || self.ring.submit_and_wait(1).is_err() {
                 // Nothing is known of the rest: keep its memory for ever.
                 std::mem::take(&mut self.running).leak();
@@ -894,6 +891,34 @@ mod tests {
         };
         let done = Bench::new().one(|disk, token| disk.zero(token, &full, span, true, false));
         assert_eq!(done.unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    }
+
+    #[test]
+    fn however_much_is_asked_of_a_disk_at_once_is_done() {
+        // Given more operations than any table of those under way holds, of many volumes,
+        const MANY: usize = 70_000;
+        let null = DataFile::new(File::open("/dev/null").unwrap(), 1, false);
+        let mut bench = Bench::new();
+        for n in 0..MANY {
+            let token = Token {
+                volume: n,
+                ticket: Seq(9),
+                work: Work::Flush,
+            };
+            bench.disk.sync(token, &null);
+        }
+        // then each is handed to the kernel, whose answer is its own.
+        let mut ended = vec![0; MANY];
+        while ended.contains(&0) {
+            bench.disk.submit().unwrap();
+            bench.event.read().unwrap();
+            while let Some(done) = bench.disk.completed() {
+                let error = done.result.unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+                ended[done.token.volume] += 1;
+            }
+        }
+        assert!(ended.iter().all(|n| *n == 1));
     }
 
     #[test]

@@ -143,10 +143,15 @@ impl Handle {
 
     /// Attaches a volume.
     pub fn attach(&self, attach: AttachVolume) -> Result<(), String> {
-        let owner = self.owner(attach.volume).clone();
-        owner
-            .ask(ANSWER, |reply| Command::Attach(Box::new(attach), reply))
-            .unwrap_or_else(|| Err(silent()))
+        let volume = attach.volume;
+        let owner = self.owner(volume);
+        let answer = owner.ask(ANSWER, |reply| Command::Attach(Box::new(attach), reply));
+        answer.unwrap_or_else(|| {
+            // It may come to it yet: it would hold the volume, nobody would know, and every further attempt be refused.
+            let nobody = std::sync::mpsc::sync_channel(1).0;
+            owner.send(Command::Detach(volume, nobody));
+            Err(silent())
+        })
     }
 
     /// Detaches a volume cleanly. An error says why it was not clean; it is detached all the same.
@@ -222,6 +227,7 @@ fn serve_registry(
     workers: &[command::Mailbox],
 ) {
     while let Ok(request) = requests.recv() {
+        let read = matches!(request, RegistryRequest::Read(_));
         let (volume, answer) = match request {
             RegistryRequest::Cas(volume, expected, record) => (
                 volume,
@@ -240,6 +246,10 @@ fn serve_registry(
                 (volume, answer)
             }
         };
-        workers[worker::owner(volume, workers.len())].send(answer);
+        let worker = &workers[worker::owner(volume, workers.len())];
+        worker.send(answer);
+        if read {
+            worker.send(Command::RecordWasRead(volume));
+        }
     }
 }

@@ -10,7 +10,7 @@ use super::zeroes::Zeroes;
 use crate::cluster::metrics::Layer;
 use crate::guest::{
     BlockSize, GuestMem, Kind, Limits, Parsed, Request, Ring, RingLog, RingStart, Serial, Status,
-    Used, copy_from_guest, copy_to_guest,
+    copy_from_guest, copy_to_guest,
 };
 use crate::replication::attachment::{Attachment, Op, Outcome, RequestId};
 use crate::replication::ids::{IO_MAX, Nanos, Seq, Span};
@@ -19,6 +19,19 @@ use crate::replication::in_flight::{IN_FLIGHT_MAX, InFlight};
 /// How long a ring that is stopped may wait for its requests. QEMU's main loop, and with it the virtual machine,
 /// waits for the answer; beyond this a suspended volume would look like a dead host.
 pub const DRAIN: Nanos = Nanos::from_ms(5_000);
+/// Bytes of a volume's reads and writes under way at once: what its guest can have this process hold in buffers, and have
+/// queued on each connection (far below [`OUT_MAX`](super::conn::OUT_MAX), beyond which a peer counts as stuck: a guest may
+/// offer GiBs at once, faster than any network takes them). More is no faster on any disk or network.
+const BYTES_MAX: usize = 64 << 20;
+/// Parts of requests of a volume under way at once. What the copies have to look through grows with them.
+const PARTS_MAX: usize = 4096;
+/// Bytes of one volume that a turn begins with, 1 MiB more at most: they may all be copied and compressed in it, and the
+/// worker's other volumes wait.
+const TURN_BYTES: usize = 8 << 20;
+/// The same in descriptors looked at. A chain can have tens of thousands, which cost its guest nothing.
+const TURN_WORK: u64 = 16 << 10;
+/// What each request counts as at least.
+const REQUEST_WORK: u64 = 16;
 /// A stop that comes this soon after the last one belongs with it: a front-end stops its rings one after another, each when
 /// the one before has stopped.
 const SERIES: Nanos = Nanos::from_ms(1_000);
@@ -54,6 +67,42 @@ impl Part {
             start: self.start,
             len: self.len,
         }
+    }
+}
+
+/// A request whose parts wait for others to end.
+struct Long {
+    guest: Rc<GuestRequest>,
+    kind: Kind,
+    /// Its first byte on the volume, and how many it has.
+    offset: u64,
+    total: usize,
+    /// The next part, and how many there are.
+    next: usize,
+    parts: usize,
+    fua: bool,
+    taken: Nanos,
+}
+
+/// What a volume may begin still: of a turn, and beside what is under way.
+struct Budget {
+    turn_bytes: usize,
+    turn_work: u64,
+    /// Bytes of the parts under way.
+    bytes: usize,
+}
+
+impl Budget {
+    fn new_turn(&mut self) {
+        (self.turn_bytes, self.turn_work) = (TURN_BYTES, TURN_WORK);
+    }
+
+    fn has_room(&self, parts: &InFlight<Part>) -> bool {
+        self.bytes < BYTES_MAX && parts.len() < PARTS_MAX
+    }
+
+    fn allows(&self, parts: &InFlight<Part>) -> bool {
+        self.turn_bytes > 0 && self.turn_work > 0 && self.has_room(parts)
     }
 }
 
@@ -99,7 +148,12 @@ impl Queue {
     /// A write that failed may still be carried out; the guest knows nothing of such a sector until it writes it again, and
     /// that write is ordered behind this one. But while the kernel works with a request's memory (this node's disk hangs),
     /// the guest must not get that back: such a request stays unanswered.
-    fn give_up(&mut self, parts: &InFlight<Part>) -> usize {
+    fn give_up(
+        &mut self,
+        parts: &InFlight<Part>,
+        waiting: &[Rc<GuestRequest>],
+        limits: &Limits,
+    ) -> usize {
         let migrated = self.log.as_ref().is_some_and(|log| log.all);
         let Some(slot) = self.slot.as_mut() else {
             return 0;
@@ -108,22 +162,35 @@ impl Queue {
             return 0;
         }
         let (ring, life) = (slot.ring.index(), slot.life);
-        let given_up = |part: &&Part| {
-            let guest = &part.guest;
-            (guest.ring, guest.life) == (ring, life) && !guest.is_pinned()
+        let given_up =
+            |guest: &GuestRequest| (guest.ring, guest.life) == (ring, life) && !guest.is_pinned();
+        let under_way = || {
+            let all = parts.iter().map(|(_, part)| part);
+            all.filter(|part| given_up(&part.guest))
         };
-        let given_up = || parts.iter().map(|(_, part)| part).filter(given_up);
-        for part in given_up().filter(|part| part.kind == Kind::Out) {
+        for part in under_way().filter(|part| part.kind == Kind::Out) {
             // Carried out or not, it is this write, and not what the guest does with its memory next.
             part.memory().snapshot();
         }
         let mut failed = 0;
-        for part in given_up() {
+        let begun = under_way().map(|part| &part.guest);
+        for guest in begun.chain(waiting.iter().filter(|guest| given_up(guest))) {
             // Once, however many parts it has.
-            if let Some(used) = part.guest.finish(Status::IoErr) {
+            if let Some(used) = guest.finish(Status::IoErr) {
                 slot.ring.push_used(used);
                 failed += 1;
             }
+        }
+        // What an earlier process had taken and nobody took again: it counts as taken, too. Not beside orphans, which may
+        // be the same requests, with a disk at their memory.
+        while self.orphans == 0 && slot.ring.to_resubmit() > 0 {
+            let used = match slot.ring.next_request(limits) {
+                Ok(Some(Parsed::Request(request))) => request.finish(Status::IoErr),
+                Ok(Some(Parsed::Refused(refused))) => refused.used,
+                Ok(None) | Err(_) => break,
+            };
+            slot.ring.push_used(used);
+            failed += 1;
         }
         slot.ring.publish_and_notify();
         failed
@@ -149,6 +216,11 @@ pub struct Rings {
     queues: Vec<Queue>,
     parts: InFlight<Part>,
     zeroes: Zeroes,
+    /// The last request that was taken, if it did not fit whole.
+    long: Option<Long>,
+    budget: Budget,
+    /// The queue that is looked at first, so that none takes all of each turn.
+    first: usize,
     lives: u64,
     stops: Option<Stops>,
     /// Answers of requests whose memory the kernel uses still.
@@ -183,6 +255,13 @@ impl Rings {
             queues: Vec::new(),
             parts: InFlight::default(),
             zeroes: Zeroes::default(),
+            long: None,
+            budget: Budget {
+                turn_bytes: TURN_BYTES,
+                turn_work: TURN_WORK,
+                bytes: 0,
+            },
+            first: 0,
             lives: 0,
             stops: None,
             pinned: Vec::new(),
@@ -204,7 +283,13 @@ impl Rings {
 
     /// Guest requests taken and not answered, or parts of them.
     pub fn in_flight(&self) -> usize {
-        self.parts.len() + self.zeroes.waiting()
+        self.parts.len() + self.zeroes.waiting() + usize::from(self.long.is_some())
+    }
+
+    /// Requests whose memory the kernel works with.
+    pub fn pinned(&self) -> Vec<Rc<GuestRequest>> {
+        let all = self.parts.iter().map(|(_, part)| &part.guest);
+        all.filter(|guest| guest.is_pinned()).cloned().collect()
     }
 
     /// Whether the machine runs a ring.
@@ -343,17 +428,36 @@ impl Rings {
     /// The connection is gone: its rings are dropped, and what is under way is not answered any more.
     pub fn disconnect(&mut self) {
         self.queues.iter_mut().for_each(|queue| drop(queue.end()));
-        self.forget_zeroes();
+        self.forget_waiting();
     }
 
-    /// Of zeros that a ring asked for that is no more, nothing further is started.
-    fn forget_zeroes(&mut self) {
+    /// Of what a ring asked for that is no more, nothing further is started.
+    fn forget_waiting(&mut self) {
         let queues = &self.queues;
         let lives = |guest: &GuestRequest| {
             let slot = queues[usize::from(guest.ring)].slot.as_ref();
             slot.is_some_and(|slot| slot.life == guest.life)
         };
         self.zeroes.retain(lives);
+        self.long = self.long.take().filter(|long| lives(&long.guest));
+    }
+
+    /// Goes on with the request that did not fit.
+    fn go_on(&mut self, now: Nanos, attachment: &mut Attachment<Bytes>, direct: bool) {
+        let Some(mut long) = self.long.take() else {
+            return;
+        };
+        let begun = submit(
+            &mut self.parts,
+            &mut self.budget,
+            attachment,
+            &mut long,
+            (now, direct),
+        );
+        if let Some(slot) = self.origin(&long.guest) {
+            slot.under_way += begun;
+        }
+        self.long = (long.next < long.parts).then_some(long);
     }
 
     /// Starts zeros that were asked for, as many as may be under way.
@@ -391,45 +495,59 @@ impl Rings {
         }
     }
 
-    /// Takes what the guest made available and submits it. Returns whether anything was taken.
+    /// Takes what the guest made available and submits it, as much as a turn may begin. Returns whether anything was taken.
     pub fn take(&mut self, now: Nanos, attachment: &mut Attachment<Bytes>, direct: bool) -> bool {
         let mut any = false;
+        self.go_on(now, attachment, direct);
         if self.paused {
             return any;
         }
-        for (at, queue) in self.queues.iter_mut().enumerate() {
+        let count = self.queues.len();
+        'queues: for n in 0..count {
+            let at = (self.first + n) % count;
+            let queue = &mut self.queues[at];
             let budget = queue.may_take();
             let Some(slot) = queue.slot.as_mut().filter(|_| budget > 0) else {
                 continue;
             };
             slot.ready = false;
             slot.ring.disable_kicks();
-            for _ in 0..budget {
-                match slot.ring.next_request(&self.limits) {
+            for taken in 0..budget {
+                if self.long.is_some() || !self.budget.allows(&self.parts) {
+                    // Later, and the others first.
+                    slot.ready = true;
+                    self.first = at + usize::from(taken > 0);
+                    break 'queues;
+                }
+                let walked = slot.ring.walked();
+                let next = slot.ring.next_request(&self.limits);
+                let work = slot.ring.walked().wrapping_sub(walked);
+                let left = &mut self.budget.turn_work;
+                *left = left.saturating_sub(work.max(REQUEST_WORK));
+                match next {
                     Ok(Some(Parsed::Request(request))) => {
                         any = true;
-                        let from = From {
-                            ring: at as u16,
-                            life: slot.life,
-                            now,
-                            fua: !self.writeback,
-                            direct,
-                        };
+                        let (ring, life, fua) = (at as u16, slot.life, !self.writeback);
                         let answered = match request.kind() {
                             Kind::GetId => {
                                 request.write_id(&self.serial);
                                 Some(request.finish(Status::Ok))
                             }
                             Kind::Discard | Kind::WriteZeroes => {
-                                let (ring, life, fua) = (from.ring, from.life, from.fua);
                                 let empty = self.zeroes.add(request, ring, life, fua, now);
                                 empty.map(|request| request.finish(Status::Ok))
                             }
                             Kind::In | Kind::Out | Kind::Flush => {
-                                let (under_way, refused) =
-                                    submit(&mut self.parts, attachment, request, &from);
-                                slot.under_way += under_way;
-                                refused
+                                let mut long = Long::new(request, ring, life, fua, now);
+                                slot.under_way += submit(
+                                    &mut self.parts,
+                                    &mut self.budget,
+                                    attachment,
+                                    &mut long,
+                                    (now, direct),
+                                );
+                                self.long = (long.next < long.parts).then_some(long);
+                                None
                             }
                         };
                         if let Some(used) = answered {
@@ -496,6 +614,9 @@ impl Rings {
         let Some(part) = self.parts.remove(Seq(id.0)) else {
             return;
         };
+        if matches!(part.kind, Kind::In | Kind::Out) {
+            self.budget.bytes -= part.len;
+        }
         let guest = &part.guest;
         let alive = match self.origin(guest) {
             Some(slot) => {
@@ -505,8 +626,13 @@ impl Rings {
             None => {
                 let queue = &mut self.queues[usize::from(guest.ring)];
                 queue.orphans -= 1;
-                if let Some(log) = queue.log.as_ref().filter(|_| part.kind == Kind::In) {
-                    guest.with(|request| request.mark(log));
+                if part.kind == Kind::In {
+                    if let Some(log) = &queue.log {
+                        guest.with(|request| request.mark(log));
+                    }
+                    // Another copy answered, or nobody: a disk that is late still has it, and would bring its bytes when
+                    // the request was submitted again and answered, and the guest has other things in that memory.
+                    guest.abandon();
                 }
                 false
             }
@@ -562,8 +688,11 @@ impl Rings {
     /// Ends the turn: publishes answers with one notification a ring, unless they are to be held back, and asks for kicks
     /// again. Returns whether a ring has more to take already.
     pub fn end_turn(&mut self, hold: bool) -> bool {
-        let mut more = false;
         self.read &= hold;
+        self.budget.new_turn();
+        // Room comes with an answer, and with that the next turn.
+        let room = self.budget.has_room(&self.parts);
+        let mut more = room && self.long.is_some();
         for queue in &mut self.queues {
             let Some(slot) = &mut queue.slot else {
                 continue;
@@ -580,7 +709,7 @@ impl Rings {
             {
                 slot.ready = slot.ring.enable_kicks();
             }
-            more |= !self.paused && queue.may_take() > 0;
+            more |= room && !self.paused && queue.may_take() > 0;
         }
         more
     }
@@ -588,6 +717,8 @@ impl Rings {
     /// Answers stops whose rings are empty or whose time is over; names them, so that their kicks are not watched.
     pub fn stopped(&mut self, now: Nanos) -> Vec<(u16, Ring)> {
         let mut out = Vec::new();
+        let long = self.long.iter().map(|long| &long.guest);
+        let waiting: Vec<_> = long.chain(self.zeroes.guests()).cloned().collect();
         for (at, queue) in self.queues.iter_mut().enumerate() {
             let Some(slot) = &queue.slot else {
                 continue;
@@ -600,7 +731,7 @@ impl Rings {
                 continue;
             }
             if left > 0 {
-                let failed = queue.give_up(&self.parts);
+                let failed = queue.give_up(&self.parts, &waiting, &self.limits);
                 log::error!(
                     "volume {}: queue {at} stopped with {left} requests unanswered, of which {failed} were failed now",
                     self.name
@@ -617,89 +748,79 @@ impl Rings {
             }
         }
         if !out.is_empty() {
-            self.forget_zeroes();
+            self.forget_waiting();
         }
         out
     }
 }
 
-struct From {
-    ring: u16,
-    life: u64,
-    now: Nanos,
-    fua: bool,
-    direct: bool,
+impl Long {
+    /// In parts of at most [`IO_MAX`], none of them begun.
+    fn new(request: Request, ring: u16, life: u64, fua: bool, taken: Nanos) -> Self {
+        let (kind, offset, total) = (
+            request.kind(),
+            request.offset(),
+            request.data_len() as usize,
+        );
+        // A flush is one part without bytes.
+        let parts = total.div_ceil(IO_MAX as usize).max(1);
+        Self {
+            guest: GuestRequest::new(request, ring, life, parts as u32),
+            kind,
+            offset,
+            total,
+            next: 0,
+            parts,
+            fua,
+            taken,
+        }
+    }
 }
 
-/// Hands a request to the attachment, in parts of at most [`IO_MAX`]. Gives how many parts are under way; when there is
-/// room for none, the request's answer.
+/// Hands parts of a request to the attachment, as many as the budget allows. Gives how many.
 fn submit(
     parts: &mut InFlight<Part>,
+    budget: &mut Budget,
     attachment: &mut Attachment<Bytes>,
-    request: Request,
-    from: &From,
-) -> (usize, Option<Used>) {
-    let (kind, offset, total) = (
-        request.kind(),
-        request.offset(),
-        request.data_len() as usize,
-    );
-    let count = total.div_ceil(IO_MAX as usize).max(1);
-    let mut under_way = 0;
-    let guest = GuestRequest::new(request, from.ring, from.life, count as u32);
-    for n in 0..count {
-        let start = n * IO_MAX as usize;
-        let len = (total - start).min(IO_MAX as usize);
+    long: &mut Long,
+    (now, direct): (Nanos, bool),
+) -> usize {
+    let mut begun = 0;
+    long.guest.straight.set(direct);
+    while long.next < long.parts && budget.allows(parts) {
+        let start = long.next * IO_MAX as usize;
+        let len = (long.total - start).min(IO_MAX as usize);
         let part = Part {
-            guest: Rc::clone(&guest),
-            kind,
+            guest: Rc::clone(&long.guest),
+            kind: long.kind,
             start,
             len,
-            submitted: from.now,
+            submitted: long.taken,
         };
+        let memory = part.memory();
         let Some(seq) = parts.insert(part) else {
-            // All queues at their largest hold less than this; answered as an error rather than lost.
-            guest.failed.set(true);
-            guest.parts.set(guest.parts.get() - 1);
-            continue;
+            break;
         };
-        let memory = GuestPart {
-            request: Rc::clone(&guest),
-            start,
-            len,
-        };
+        (long.next, begun) = (long.next + 1, begun + 1);
+        budget.bytes += len;
+        budget.turn_bytes = budget.turn_bytes.saturating_sub(len);
         let span = Span {
-            offset: offset + start as u64,
+            offset: long.offset + start as u64,
             len: len as u32,
         };
-        let (op, data) = match kind {
-            Kind::In if from.direct => (Op::Read(span), Some(Bytes::Guest(memory))),
+        let fua = long.fua;
+        let (op, data) = match long.kind {
+            Kind::In if direct => (Op::Read(span), Some(Bytes::Guest(memory))),
             // Another copy may be asked when the disk here hangs; it would go on using the guest's memory meanwhile.
             Kind::In => (Op::Read(span), None),
-            Kind::Out if from.direct => (
-                Op::Write {
-                    span,
-                    fua: from.fua,
-                },
-                Some(Bytes::Guest(memory)),
-            ),
-            Kind::Out => (
-                Op::Write {
-                    span,
-                    fua: from.fua,
-                },
-                Some(snapshot(&memory)),
-            ),
+            Kind::Out if direct => (Op::Write { span, fua }, Some(Bytes::Guest(memory))),
+            Kind::Out => (Op::Write { span, fua }, Some(snapshot(&memory))),
             // Serials and zeros do not come here.
             Kind::Flush | Kind::GetId | Kind::Discard | Kind::WriteZeroes => (Op::Flush, None),
         };
-        attachment.submit(from.now, RequestId(seq.0), op, data);
-        under_way += 1;
+        attachment.submit(now, RequestId(seq.0), op, data);
     }
-    let refused = (guest.parts.get() == 0)
-        .then(|| guest.finish(Status::IoErr))
-        .flatten();
-    (under_way, refused)
+    begun
 }
 
 /// The one time that the guest's bytes are read (PROTOCOL 2.1).

@@ -104,6 +104,11 @@ impl Zeroes {
         self.jobs.retain(|job| wanted(&job.guest));
     }
 
+    /// They.
+    pub fn guests(&self) -> impl Iterator<Item = &Rc<GuestRequest>> {
+        self.jobs.iter().map(|job| &job.guest)
+    }
+
     /// Requests with something left to start.
     pub fn waiting(&self) -> usize {
         self.jobs.len()

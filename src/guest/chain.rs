@@ -75,6 +75,8 @@ pub struct Chain {
     pub(super) fault: Option<ChainFault>,
     /// The last piece is the end of the chain's last writable descriptor, also if there is a fault.
     pub(super) tail_known: bool,
+    /// Descriptors that it has.
+    pub(super) walked: u32,
     pub(super) mem: Rc<MemMap>,
 }
 
@@ -273,6 +275,7 @@ impl Walk<'_> {
             total: 0,
             fault: None,
             tail_known: false,
+            walked: 0,
             writing: false,
         };
         let mut table = Table {
@@ -287,6 +290,7 @@ impl Walk<'_> {
             // SAFETY: `index < entries` holds at the start, after the check of `next`, and for entry 0 of an indirect
             // table, which is never empty; both tables were resolved for their whole length.
             let desc = unsafe { table.read(index) };
+            chain.walked += 1;
             if desc.flags & DESC_F_INDIRECT != 0 {
                 if inside_indirect {
                     return Err(RingError::NestedIndirect { head });
@@ -353,6 +357,7 @@ struct Builder<'a> {
     total: u64,
     fault: Option<ChainFault>,
     tail_known: bool,
+    walked: u32,
     writing: bool,
 }
 
@@ -415,6 +420,7 @@ impl Builder<'_> {
             readable: self.readable,
             fault: self.fault,
             tail_known: self.tail_known,
+            walked: self.walked,
             mem: Rc::clone(self.mem),
         }
     }

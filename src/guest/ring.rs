@@ -269,6 +269,8 @@ pub struct Ring {
     resubmit: Vec<u16>,
     discarded: u16,
     broken: bool,
+    /// Descriptors looked at so far.
+    walked: u64,
     /// Empty vectors for the next chains.
     spare: Vec<Vec<IoVec>>,
 }
@@ -310,6 +312,7 @@ impl Ring {
             resubmit: Vec::new(),
             discarded: 0,
             broken: false,
+            walked: 0,
             spare: Vec::new(),
         };
         ring.next_used = u16::from_le(ring.used_u16(USED_IDX).load(Ordering::Relaxed));
@@ -381,6 +384,11 @@ impl Ring {
         self.resubmit.len() as u16
     }
 
+    /// Descriptors of the chains taken so far: the work that they were.
+    pub fn walked(&self) -> u64 {
+        self.walked
+    }
+
     /// Whether requests in flight are written down for the next process.
     pub fn is_tracked(&self) -> bool {
         self.tracker.is_some()
@@ -443,6 +451,7 @@ impl Ring {
         };
         let chain = walk.chain(head, self.spare.pop().unwrap_or_default())?;
         self.in_flight_count += 1;
+        self.walked += u64::from(chain.walked);
         Ok(Some(chain))
     }
 
@@ -480,6 +489,7 @@ impl Ring {
         self.in_flight[word] |= bit;
         self.in_flight_count += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
+        self.walked += u64::from(chain.walked);
         Ok(Some(chain))
     }
 

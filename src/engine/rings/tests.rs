@@ -1,7 +1,7 @@
 //! Rings that stop, or lose their front-end, with requests under way.
 
 use std::fs::File;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
@@ -12,6 +12,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
+use crate::engine::disk::{DataFile, Disk, Token, Work};
 use crate::guest::{DirtyLog, InflightQueue, InflightRegion};
 use crate::replication::failure_mode::FailureMode;
 use crate::replication::ids::{BootId, CopyId, Epoch, Instance, NodeName, Tag, VolumeId};
@@ -99,7 +100,11 @@ struct World {
 
 impl World {
     fn new(inflight: Option<InflightQueue>) -> World {
-        let mem = GuestMem::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        World::with_memory(0x10000, inflight)
+    }
+
+    fn with_memory(bytes: usize, inflight: Option<InflightQueue>) -> World {
+        let mem = GuestMem::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
         World {
             mem: Arc::new(mem),
             rings: rings(),
@@ -125,7 +130,7 @@ impl World {
             avail: GuestAddress(AVAIL),
             used: GuestAddress(USED),
             next_avail: base,
-            features: 0,
+            features: 1 << 28,
             enabled,
             kick: event(),
             call: None,
@@ -478,6 +483,256 @@ fn a_ring_that_stops_answers_first_what_the_process_before_had_taken() {
     world.complete(taken[0]);
     world.turn();
     assert_eq!(world.answered(), [0, 2, 4]);
+}
+
+fn all_is_logged() -> Option<RingLog> {
+    Some(RingLog {
+        log: Arc::new(log_in(memory_file())),
+        all: true,
+        used: None,
+    })
+}
+
+#[test]
+fn zeros_that_have_not_begun_fail_too_when_the_machine_moves() {
+    // Given a discard of which a part is under way, and one behind it that has not begun,
+    let mut world = World::tracked();
+    world.start(0, true);
+    world.offer_zeroes(0, 11, &[LONG]);
+    world.offer_zeroes(2, 13, &[(0, 8)]);
+    world.turn();
+    world.rings.set_log(0, all_is_logged());
+    // when the ring stops for the machine to move, and they do not end,
+    let answer = world.stop();
+    world.rings.stopped(START.after(DRAIN));
+    // then both are answered: at its new place nobody would.
+    assert_eq!(answer.try_recv(), Ok(Ok(2)));
+    assert_eq!(world.answered(), [0, 2]);
+    assert_eq!((world.status(0), world.status(2)), (1, 1));
+    while let Some(next) = world.under_way().first() {
+        world.complete(*next);
+    }
+    assert_eq!((world.rings.in_flight(), world.answered()), (0, vec![0, 2]));
+}
+
+#[test]
+fn what_an_earlier_process_took_fails_when_the_machine_moves_before_it_is_taken_again() {
+    // Given two requests that an earlier process had taken, on a volume that is only being taken over,
+    let mut world = World::tracked();
+    two_under_way(&mut world);
+    world.rings = World::new(None).rings;
+    world.start(0, true);
+    world.rings.paused = true;
+    world.turn();
+    world.rings.set_log(0, all_is_logged());
+    // when the ring stops for the machine to move,
+    let answer = world.stop();
+    assert!(world.rings.stopped(START).is_empty());
+    world.turn();
+    world.rings.stopped(START.after(DRAIN));
+    // then they are answered, since it says that they were taken.
+    assert_eq!(answer.try_recv(), Ok(Ok(2)));
+    assert_eq!(world.answered(), [0, 2]);
+    assert_eq!((world.status(0), world.status(2)), (1, 1));
+}
+
+/// Has the request on `head` read its sector, to where the test puts nothing else.
+fn make_read(world: &World, head: u16) {
+    let at = DATA + 0x400 * u64::from(head);
+    world.put(at, &0u32.to_le_bytes());
+    for (index, addr, len, flags) in [(head, at, 16u32, 1u16), (head + 1, at + 0x100, 513, 2)] {
+        let desc = DESC + 16 * u64::from(index);
+        world.put(desc, &addr.to_le_bytes());
+        world.put(desc + 8, &len.to_le_bytes());
+        world.put(desc + 12, &flags.to_le_bytes());
+    }
+}
+
+#[test]
+fn what_another_copy_answered_ends_when_the_disk_here_has_let_go() {
+    // Given a read of which the kernel uses the memory, on a ring that runs or has stopped,
+    for stopped in [false, true] {
+        let mut world = World::tracked();
+        world.start(0, true);
+        world.offer(0);
+        make_read(&world, 0);
+        world.turn();
+        let read = world.under_way()[0];
+        let memory = world.rings.parts.get_mut(Seq(read.0)).unwrap().memory();
+        let in_use = memory.clone().pin();
+        if stopped {
+            world.stop();
+            world.rings.stopped(START.after(DRAIN));
+            world.start(1, true);
+        }
+        // when another copy has answered it,
+        world.complete(read);
+        world.turn();
+        // then the guest does not get its memory back,
+        assert_eq!((world.answered(), world.under_way()), (vec![], vec![read]));
+        // before the kernel has let go of it.
+        drop(in_use);
+        world.turn();
+        match stopped {
+            false => assert_eq!((world.answered(), world.rings.in_flight()), (vec![0], 0)),
+            true => assert_ne!(world.under_way(), [read], "submitted again"),
+        }
+        assert_eq!(memory.pieces(), [], "nothing is copied to it any more");
+    }
+}
+
+#[test]
+fn a_disk_reads_straight_into_guest_memory_only_where_no_other_copy_may_answer() {
+    for direct in [true, false] {
+        let mut world = World::tracked();
+        world.start(0, true);
+        world.offer(0);
+        make_read(&world, 0);
+        world.rings.take(START, &mut world.attachment, direct);
+        let read = world.under_way()[0];
+        let memory = world.rings.parts.get_mut(Seq(read.0)).unwrap().memory();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 512], 0).unwrap();
+        let event = EventFd::new(0).unwrap();
+        let mut disk = Disk::new(event.as_raw_fd()).unwrap();
+        let token = Token {
+            volume: 0,
+            ticket: Seq(1),
+            work: Work::Read(512),
+        };
+        let span = Span {
+            offset: 0,
+            len: 512,
+        };
+        let into = Some(Bytes::Guest(memory.clone()));
+        disk.read(token, &DataFile::new(file, 1, false), span, into);
+        assert_eq!(memory.request.is_pinned(), direct);
+        disk.submit().unwrap();
+        event.read().unwrap();
+        assert!(disk.completed().unwrap().result.is_ok());
+        assert!(!memory.request.is_pinned());
+        let mut found = [0; 512];
+        world
+            .mem
+            .read_slice(&mut found, GuestAddress(DATA + 0x100))
+            .unwrap();
+        assert_eq!(found, [7; 512]);
+        // Had another copy been faster, it would have come too late.
+        world.complete(read);
+        assert_eq!(memory.pieces(), []);
+    }
+}
+
+/// Puts a read of 60 MiB on the three descriptors from `head` on.
+fn offer_long(world: &mut World, head: u16) {
+    world.offer(head);
+    let at = DATA + 0x400 * u64::from(head);
+    world.put(at, &0u32.to_le_bytes());
+    for (index, addr, len, flags) in [
+        (head, at, 16u32, 1u16),
+        (head + 1, 1 << 20, 60 << 20, 1 | 2),
+        (head + 2, at + 0x300, 1, 2),
+    ] {
+        let desc = DESC + 16 * u64::from(index);
+        world.put(desc, &addr.to_le_bytes());
+        world.put(desc + 8, &len.to_le_bytes());
+        world.put(desc + 12, &flags.to_le_bytes());
+        world.put(desc + 14, &(index + 1).to_le_bytes());
+    }
+}
+
+#[test]
+fn what_is_under_way_is_bounded_whatever_the_guest_offers() {
+    // Given two reads of 60 MiB, and one of a sector behind them,
+    let mut world = World::with_memory(62 << 20, None);
+    world.start(0, true);
+    offer_long(&mut world, 0);
+    offer_long(&mut world, 3);
+    world.offer(6);
+    // when they are taken, then each turn begins a part of them, also when it is asked twice,
+    let mut turns = 0;
+    while world.turn() {
+        turns += 1;
+        let begun = world.under_way().len();
+        assert_eq!(begun, turns * TURN_BYTES / (1 << 20));
+        world.rings.take(START, &mut world.attachment, false);
+        world.rings.take(START, &mut world.attachment, false);
+        assert!(world.under_way().len() <= begun + TURN_BYTES / (1 << 20));
+        world.rings.end_turn(false);
+        turns += 1;
+    }
+    // and no more than a volume may have under way. There is nothing to do then, and the worker does not spin.
+    let most = BYTES_MAX / (1 << 20);
+    assert_eq!(world.under_way().len(), most);
+    assert_eq!(world.rings.in_flight(), most + 1);
+    assert!(!world.turn());
+    // Each that ends makes room for the next one,
+    let mut ended = 0;
+    while let Some(next) = world.under_way().first() {
+        world.complete(*next);
+        ended += 1;
+        while world.turn() {}
+        assert!(world.under_way().len() <= most);
+    }
+    // and all are answered, once.
+    assert_eq!(ended, 60 + 60 + 1);
+    assert_eq!(world.answered(), [0, 3, 6]);
+    let statuses = [0, 3, 6].map(|head| world.status(head));
+    assert_eq!(statuses, [0, 0, 0]);
+    assert_eq!((world.rings.in_flight(), world.rings.budget.bytes), (0, 0));
+}
+
+#[test]
+fn of_a_long_request_whose_ring_is_gone_nothing_more_begins() {
+    let mut world = World::with_memory(62 << 20, None);
+    world.start(0, true);
+    offer_long(&mut world, 0);
+    world.turn();
+    let old = world.under_way();
+    assert_eq!(old.len(), TURN_BYTES / (1 << 20));
+    world.rings.disconnect();
+    assert!(!world.turn());
+    assert_eq!(world.under_way(), old);
+    for id in old {
+        world.complete(id);
+    }
+    assert!(!world.turn());
+    assert_eq!((world.rings.in_flight(), world.rings.budget.bytes), (0, 0));
+}
+
+#[test]
+fn a_turn_ends_when_chains_cost_too_much() {
+    // Given requests of tens of thousands of descriptors, none of which is acceptable, all in one table of the guest's,
+    const TABLE: u64 = 0x20000;
+    let mut world = World::with_memory(1 << 20, None);
+    world.start(0, true);
+    let entries = 32_768u32;
+    for n in 0..u64::from(entries) {
+        let last = n + 1 == u64::from(entries);
+        world.put(TABLE + 16 * n, &0x3000u64.to_le_bytes());
+        world.put(TABLE + 16 * n + 8, &1u32.to_le_bytes());
+        world.put(TABLE + 16 * n + 12, &(2 | u16::from(!last)).to_le_bytes());
+        world.put(
+            TABLE + 16 * n + 14,
+            &(n as u16).wrapping_add(1).to_le_bytes(),
+        );
+    }
+    for head in [0, 2, 4] {
+        world.offer(head);
+        let desc = DESC + 16 * u64::from(head);
+        world.put(desc, &TABLE.to_le_bytes());
+        world.put(desc + 8, &(16 * entries).to_le_bytes());
+        world.put(desc + 12, &4u16.to_le_bytes());
+    }
+    // when they are taken, then one of them is as much as a turn looks at, and the next turn comes at once.
+    for (more, answered) in [(true, 1), (true, 2), (true, 3), (false, 3)] {
+        world.rings.take(START, &mut world.attachment, false);
+        world.rings.take(START, &mut world.attachment, false);
+        assert_eq!(
+            (world.rings.end_turn(false), world.answered().len()),
+            (more, answered)
+        );
+    }
 }
 
 /// 64 MiB from the second sector on: the longest segment, in 17 regions.

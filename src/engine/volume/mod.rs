@@ -6,9 +6,10 @@ mod serving;
 mod turns;
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::mpsc::SyncSender;
 
-use super::buffer::Bytes;
+use super::buffer::{Bytes, GuestRequest};
 use super::command::{CopyStatus, VolumeStatus};
 use super::context::Context;
 use super::disk::DataFile;
@@ -89,6 +90,8 @@ pub struct Volume {
     pub copy: Option<LocalCopy>,
     /// The attachment here.
     pub serving: Option<Serving>,
+    /// Requests of a former attachment here whose memory the kernel worked with when it ended.
+    lingering: Vec<Rc<GuestRequest>>,
 }
 
 impl Volume {
@@ -99,6 +102,7 @@ impl Volume {
             at,
             copy: None,
             serving: None,
+            lingering: Vec::new(),
         }
     }
 
@@ -173,8 +177,7 @@ impl Volume {
                 ctx.unwatch(ring.kick_fd(), token);
             }
         }
-        self.housekeeping(ctx);
-        more
+        self.housekeeping(ctx) || more
     }
 
     /// What the attachment decided next.
@@ -182,24 +185,27 @@ impl Volume {
         self.serving.as_mut()?.attachment.as_mut()?.poll()
     }
 
-    fn housekeeping(&mut self, ctx: &mut Context) {
-        self.take_turns(ctx);
-        let Some(s) = &mut self.serving else { return };
+    /// Whether there is something to do at once.
+    fn housekeeping(&mut self, ctx: &mut Context) -> bool {
+        let turned = self.take_turns(ctx);
+        let Some(s) = &mut self.serving else {
+            return false;
+        };
         let Some(detaching) = &mut s.detaching else {
-            return;
+            return turned;
         };
         let quiet = s.rings.in_flight() == 0 || ctx.now >= detaching.deadline;
         if !detaching.told && quiet {
             detaching.told = true;
             if let Some(attachment) = &mut s.attachment {
                 attachment.detach(ctx.now);
-                return;
+                return true;
             }
         }
         let end = match s.attachment.as_ref().map(Attachment::phase) {
             None | Some(Phase::Left) => Ok(()),
             Some(Phase::Fenced(why)) => Err(why.clone()),
-            _ if ctx.now < detaching.deadline.after(QUIESCE) => return,
+            _ if ctx.now < detaching.deadline.after(QUIESCE) => return false,
             Some(phase) => Err(format!(
                 "it could not be left cleanly in time (it is {phase:?}); the next attach reconciles"
             )),
@@ -207,6 +213,7 @@ impl Volume {
         let reply = detaching.reply.clone();
         self.drop_serving(ctx);
         let _ = reply.try_send(end);
+        true
     }
 
     /// Ends the attachment here, whatever its state.
@@ -216,6 +223,7 @@ impl Volume {
         };
         s.drop_rings(ctx);
         s.end_links(ctx, &mut self.copy);
+        self.lingering.extend(s.rings.pinned());
     }
 
     /// Something waits for time to pass.

@@ -21,6 +21,15 @@ impl Volume {
         if self.serving.is_some() {
             return Err(format!("volume {} is attached here already", attach.name));
         }
+        // Its machine submits them again. Answered before the kernel has let go of them, it would have other things in
+        // their memory when that comes.
+        self.lingering.retain(|guest| guest.is_pinned());
+        if !self.lingering.is_empty() {
+            return Err(format!(
+                "the disk here still works on {} requests of the attachment before: it is tried again",
+                self.lingering.len()
+            ));
+        }
         let serial = Serial::new(&self.id.to_string());
         let (size, read_only) = (attach.record.size, attach.read_only);
         let block_size = BlockSize::of(attach.record.block_size);
@@ -161,7 +170,7 @@ impl Volume {
                     .registry
                     .send(RegistryRequest::Cas(self.id, expected, record));
             }
-            Do::ReadRecord => drop(ctx.registry.send(RegistryRequest::Read(self.id))),
+            Do::ReadRecord => ctx.read_record(self.id),
             Do::Event { rule, text } => {
                 match rule {
                     "5 promote" => ctx.promotions += 1,

@@ -4,7 +4,6 @@
 //! a machine whose move failed and that goes on where it was takes the volume back by it.
 
 use super::{Serving, Volume};
-use crate::engine::command::RegistryRequest;
 use crate::engine::context::Context;
 use crate::replication::attachment::{Attachment, CopyView, Phase, Revision};
 use crate::replication::ids::Nanos;
@@ -112,21 +111,33 @@ impl Volume {
         s.take_over(ctx);
     }
 
-    /// Leaves when the machine has stopped here, calls for the volume when it has started.
-    pub(super) fn take_turns(&mut self, ctx: &mut Context) {
-        let Some(s) = &mut self.serving else { return };
+    /// Leaves when the machine has stopped here, calls for the volume when it has started. Whether there is something to do
+    /// at once: the machine stands still meanwhile.
+    pub(super) fn take_turns(&mut self, ctx: &mut Context) -> bool {
+        let Some(s) = &mut self.serving else {
+            return false;
+        };
         if s.detaching.is_some() {
-            return;
+            return false;
         }
+        let mut turned = false;
         let wanted = !s.seat.by_turns || s.rings.any_started();
         if let Some(attachment) = &mut s.attachment {
             match attachment.phase() {
-                Phase::Serving if !wanted => attachment.detach(ctx.now),
-                Phase::Left => self.stand_up(ctx),
+                Phase::Serving if !wanted => {
+                    attachment.detach(ctx.now);
+                    // Not before the copies are known to be the same: it is asked again then.
+                    turned = *attachment.phase() != Phase::Serving;
+                }
+                Phase::Left => {
+                    self.stand_up(ctx);
+                    turned = true;
+                }
                 // It was not our turn yet. With requests under way the machine had been served already: that is for the
                 // control loop, as any loss of an attachment.
                 Phase::Fenced(_) if s.seat.by_turns && s.rings.in_flight() == 0 => {
-                    self.stand_up(ctx)
+                    self.stand_up(ctx);
+                    turned = true;
                 }
                 _ => {}
             }
@@ -141,16 +152,19 @@ impl Volume {
             let called = s.seat.called.get_or_insert(fresh);
             if now.since(called.read) >= LOOK {
                 called.read = now;
-                let _ = ctx.registry.send(RegistryRequest::Read(self.id));
+                ctx.read_record(self.id);
             }
         }
         if let Some(s) = &mut self.serving {
             // Nothing is taken that an attachment which is about to end, or to be refused, would take along.
-            s.rings.paused = match &s.attachment {
+            let paused = match &s.attachment {
                 None => true,
                 Some(a) => s.seat.by_turns && (!wanted || *a.phase() != Phase::Serving),
             };
+            turned |= s.rings.paused && !paused;
+            s.rings.paused = paused;
         }
+        turned
     }
 
     /// Goes on without an attachment; the machine's connection stays.

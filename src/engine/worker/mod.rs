@@ -546,6 +546,7 @@ impl Loop {
             Command::RecordUnavailable(volume) => {
                 self.with_attachment(volume, |a, now| a.on_record_unavailable(now))
             }
+            Command::RecordWasRead(volume) => self.ctx.record_was_read(volume),
             Command::Cas(volume, outcome) => {
                 self.with_attachment(volume, |a, now| a.on_cas(now, outcome))
             }

@@ -56,6 +56,7 @@ impl Guest {
         Chain {
             head: 5,
             tail_known: !writable.is_empty(),
+            walked: 0,
             iovecs,
             readable,
             fault: None,
