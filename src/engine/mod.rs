@@ -189,6 +189,15 @@ impl Handle {
         }
     }
 
+    /// How long the disk has been at its oldest request.
+    pub fn disk_age(&self) -> Nanos {
+        let ages = self.workers.iter().map(|w| w.ask(ANSWER, Command::DiskAge));
+        // A worker that does not say is as bad.
+        ages.map(|age| age.unwrap_or(ANSWER))
+            .max()
+            .unwrap_or_default()
+    }
+
     /// Attached volumes and copies.
     pub fn status(&self) -> (Vec<VolumeStatus>, Vec<CopyStatus>) {
         let mut all = (Vec::new(), Vec::new());

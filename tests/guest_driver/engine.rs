@@ -6,10 +6,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use lockstep::guest::{
-    BlockSize, DataPlane, GuestMem, Kind, Limits, Parsed, Request, Ring, RingLog, RingStart,
-    Serial, Status,
+    BlockSize, DataPlane, GuestMem, Kind, Limits, ParkedRing, Parsed, Request, Ring, RingLog,
+    RingStart, Serial, Status,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -53,6 +54,8 @@ enum Command {
     Enable(u16, bool),
     Memory(Arc<GuestMem>),
     Log(u16, Option<RingLog>),
+    Park(Sender<Result<Vec<ParkedRing>, String>>),
+    Unpark,
     Disconnected,
 }
 
@@ -145,6 +148,18 @@ impl DataPlane for Engine {
             .note(format!("features {acked:#x} writeback {writeback}"));
     }
 
+    fn park(&mut self, _: Duration) -> Result<Vec<ParkedRing>, String> {
+        let (sender, parked) = channel();
+        self.ask(Command::Park(sender))?;
+        self.world.note("park".into());
+        parked.recv().unwrap()
+    }
+
+    fn unpark(&mut self) {
+        self.ask(Command::Unpark).unwrap();
+        self.world.note("unpark".into());
+    }
+
     fn disconnected(&mut self) {
         self.ask(Command::Disconnected).unwrap();
         self.world.note("disconnected".into());
@@ -154,6 +169,7 @@ impl DataPlane for Engine {
 struct Running {
     ring: Ring,
     enabled: bool,
+    parked: bool,
     waiting: Vec<Request>,
 }
 
@@ -206,6 +222,7 @@ fn obey(rings: &mut BTreeMap<u16, Running>, command: Command) -> Answer {
                 Running {
                     ring,
                     enabled,
+                    parked: false,
                     waiting,
                 },
             );
@@ -223,13 +240,28 @@ fn obey(rings: &mut BTreeMap<u16, Running>, command: Command) -> Answer {
             }
         }
         Command::Log(index, log) => rings.get_mut(&index).unwrap().ring.set_log(log),
+        Command::Park(sender) => {
+            let lost = |r: &Running| !r.waiting.is_empty() && !r.ring.is_tracked();
+            let answer = match rings.values().any(lost) {
+                true => Err("requests do not end".into()),
+                false => {
+                    let park = |r: &mut Running| {
+                        r.parked = true;
+                        r.ring.park().map_err(|e| e.to_string())
+                    };
+                    rings.values_mut().map(park).collect()
+                }
+            };
+            sender.send(answer).unwrap();
+        }
+        Command::Unpark => rings.values_mut().for_each(|r| r.parked = false),
         Command::Disconnected => rings.clear(),
     }
     Ok(0)
 }
 
 fn serve_all(world: &World, rings: &mut BTreeMap<u16, Running>) {
-    for running in rings.values_mut().filter(|r| r.enabled) {
+    for running in rings.values_mut().filter(|r| r.enabled && !r.parked) {
         let limits = Limits {
             capacity_sectors: world.disk.lock().unwrap().len() as u64 / 512,
             read_only: false,

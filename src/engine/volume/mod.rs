@@ -169,6 +169,7 @@ impl Volume {
                 ctx.unwatch(ring.kick_fd(), token);
             }
         }
+        s.rings.parked(ctx.now);
         self.housekeeping(ctx);
         more
     }
