@@ -7,6 +7,7 @@ pub mod command;
 mod conn;
 mod context;
 mod disk;
+pub mod exec;
 mod extents;
 mod fill;
 mod plane;
