@@ -200,6 +200,7 @@ fn a_connection_that_has_only_begun_goes_on_where_it_was() {
     let served = Served::new("early");
     // Given one that has said nothing, and another time one that has negotiated and has not started a ring,
     let mut vm = served.vm();
+    until("it is connected", || served.server.connected());
     let (second, _) = moved(&served);
     vm.negotiate();
     let next = Served {
@@ -208,9 +209,8 @@ fn a_connection_that_has_only_begun_goes_on_where_it_was() {
         world: World::new(DISK),
         server: second,
     };
-    let handed = parked(&next);
+    let mut handed = parked(&next);
     let tally = Tally::default();
-    let mut handed = handed;
     handed.session.as_mut().unwrap().receipt = tally.receipt();
     let world = World::new(DISK);
     let bound = Bound::adopt(config(&next.name), &served.path(), handed).unwrap();

@@ -111,7 +111,11 @@ fn ten_new_programs_in_a_row_serve_on_what_the_ones_before_served() {
     // Given two volumes with copies on all of three nodes, one served by n1, one by n2, and a load on each,
     let mut cluster = cluster(3);
     let create = "--size 32MiB --replicas 2";
-    let mine = cluster.serve("mine", &format!("{create} --master n1"), "--node n1");
+    let mine = cluster.serve(
+        "mine",
+        &format!("{create} --master n1"),
+        "--node n1 --num-queues 2",
+    );
     let theirs = cluster.serve("theirs", &format!("{create} --master n2"), "--node n2");
     let bytes = 32 << 20;
     let load = Load::start(&mine, Plan::careless(3), Oracle::new(bytes));

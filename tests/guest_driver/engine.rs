@@ -2,7 +2,7 @@
 //! is written down.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -173,6 +173,13 @@ struct Running {
     waiting: Vec<Request>,
 }
 
+impl Running {
+    /// Where kicks are waited for; those of a parked ring are somebody else's.
+    fn kick(&self) -> Option<RawFd> {
+        (!self.parked).then(|| self.ring.kick_fd().as_raw_fd())
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         self.waiting.drain(..).for_each(Request::abandon);
@@ -183,7 +190,7 @@ fn work(world: &World, inbox: &Receiver<(Command, Sender<Answer>)>, wake: &Event
     let mut rings: BTreeMap<u16, Running> = BTreeMap::new();
     loop {
         let mut fds: Vec<_> = std::iter::once(wake.as_raw_fd())
-            .chain(rings.values().map(|r| r.ring.kick_fd().as_raw_fd()))
+            .chain(rings.values().filter_map(Running::kick))
             .map(|fd| libc::pollfd {
                 fd,
                 events: libc::POLLIN,
@@ -204,7 +211,7 @@ fn work(world: &World, inbox: &Receiver<(Command, Sender<Answer>)>, wake: &Event
                 Err(std::sync::mpsc::TryRecvError::Disconnected) => return,
             }
         }
-        for running in rings.values() {
+        for running in rings.values().filter(|r| !r.parked) {
             running.ring.drain_kick();
         }
         serve_all(world, &mut rings);
