@@ -74,7 +74,10 @@ impl Parking {
     pub fn wait(self, deadline: Instant) -> Result<Stand, String> {
         let left = deadline.saturating_duration_since(Instant::now());
         let answer = self.answer.recv_timeout(left).unwrap_or_else(|_| {
-            Err("its front-end has begun a message and does not end it; try again".into())
+            Err(
+                "its front-end is in the middle of a message, or of stopping a ring; try again"
+                    .into(),
+            )
         });
         answer.map_err(|why| format!("volume {}: {why}", self.volume))
     }
