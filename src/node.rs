@@ -70,10 +70,16 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
     // Before any thread starts and anything can be lost.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR2])
         .map_err(|e| Fault::internal(format!("signals cannot be handled: {e}")))?;
-    // The program before held them back.
-    exec::hold_signals(false);
+    // They are for this thread alone: one that another thread took at the moment when the program is replaced would be lost. So
+    // threads begin with signals held back.
+    exec::hold_signals(true);
     let registry = cluster::join::open_registry(&config)?;
-    let asked_to_end = || signals.pending().any(|signal| signal != SIGUSR2);
+    let asked_to_end = || {
+        exec::hold_signals(false);
+        let asked = signals.pending().any(|signal| signal != SIGUSR2);
+        exec::hold_signals(true);
+        asked
+    };
     if !cluster::join::await_registry(&*registry, asked_to_end)? {
         return Ok(());
     }
@@ -88,6 +94,7 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
     NodeHost::open_late(&host)?;
     let running = cluster::start(membership, Arc::clone(&host) as Arc<dyn Host>)?;
     tell_service_manager(&[sd_notify::NotifyState::Ready]);
+    exec::hold_signals(false);
     let mut told = Vec::new();
     let end = loop {
         told.extend(signals.pending());

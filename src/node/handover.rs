@@ -106,7 +106,11 @@ impl Names {
         Names {
             replication: config.listen.to_string(),
             http: config.http.to_string(),
-            api: config.api_socket().display().to_string(),
+            // As the running one calls it, whose working directory may be another.
+            api: std::path::absolute(config.api_socket())
+                .unwrap_or_else(|_| config.api_socket())
+                .display()
+                .to_string(),
         }
     }
 }
