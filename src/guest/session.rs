@@ -578,6 +578,8 @@ impl<'a> Session<'a> {
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
+        // Whoever hears of the end finds nothing of the front-end's open.
+        self.channel = None;
         // Before the memory table goes.
         self.plane.disconnected();
     }
