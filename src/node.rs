@@ -9,10 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::iterator::Signals;
 
+mod handover;
 mod status;
+mod upgrade;
+
+pub use upgrade::can_take_over;
 
 use crate::cluster;
 use crate::cluster::config::NodeConfig;
@@ -20,15 +24,16 @@ use crate::cluster::events::{EventLog, What};
 use crate::cluster::fault::Fault;
 use crate::cluster::host::{
     AttachRequest, AttachmentStatus, Birth, Capacity, Front, Host, HostError, LocalCopy,
+    UpgradeView,
 };
 use crate::cluster::join::Membership;
 use crate::cluster::metrics::Metrics;
 use crate::cluster::store::Registrar;
 use crate::copy::{LogImage, NodeDir, NodeDirError, Store, StoreError};
 use crate::engine::{
-    AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, WriteCache,
+    AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, WriteCache, exec,
 };
-use crate::guest::{BlockSize, Bound, DeviceConfig, Server};
+use crate::guest::{BlockSize, Bound, DeviceConfig, Handed, Server};
 use crate::registry::{CasError, Revision};
 use crate::replication::attachment::{self, CasOutcome};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
@@ -36,6 +41,7 @@ use crate::replication::dirty_map::DirtyMap;
 use crate::replication::ids::{CHUNK, CopyId, Epoch, NodeName, Tag, VolumeId};
 use crate::replication::message::Proof;
 use crate::replication::record::{self, Record};
+use handover::Inherited;
 
 /// Data segments of one guest request: with indirect descriptors Linux uses what it is offered.
 const SEG_MAX: u32 = 254;
@@ -51,34 +57,65 @@ const LAST_REQUESTS_LOOK: Duration = Duration::from_millis(10);
 /// The same once the node has started.
 const LATE_LOOK: Duration = Duration::from_millis(500);
 
-/// Runs a node until SIGTERM or SIGINT.
+/// Runs a node until SIGTERM or SIGINT. At SIGUSR2 the program that is at our path takes our place.
 ///
 /// # Errors
 ///
 /// Why it cannot start, for the person who started it.
 pub fn run(config: NodeConfig) -> Result<(), Fault> {
+    // Before anything is opened: what the program before left is told from our own by that.
+    let mut inherited = Inherited::take();
     // Before any thread starts and anything can be lost.
-    let mut signals = Signals::new([SIGTERM, SIGINT])
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR2])
         .map_err(|e| Fault::internal(format!("signals cannot be handled: {e}")))?;
+    // They are for this thread alone: one that another thread took at the moment when the program is replaced would be lost. So
+    // threads begin with signals held back.
+    exec::hold_signals(true);
     let registry = cluster::join::open_registry(&config)?;
-    let asked_to_end = || signals.pending().next().is_some();
+    let asked_to_end = || {
+        exec::hold_signals(false);
+        let asked = signals.pending().any(|signal| signal != SIGUSR2);
+        exec::hold_signals(true);
+        asked
+    };
     if !cluster::join::await_registry(&*registry, asked_to_end)? {
         return Ok(());
     }
     let mut dir = NodeDir::open(&config.data_dir, &config.name, None).map_err(dir_fault)?;
-    let membership = cluster::join::join(config, registry)?;
+    let doors = inherited.as_mut().map(|inherited| {
+        let names = handover::Names::of(&config);
+        inherited.take_doors(&names)
+    });
+    let membership = cluster::join::join(config, registry, doors.unwrap_or_default())?;
     dir.join(membership.cluster).map_err(dir_fault)?;
-    let host = Arc::new(NodeHost::start(dir, &membership)?);
+    let host = Arc::new(NodeHost::start(dir, &membership, inherited)?);
     NodeHost::open_late(&host)?;
     let running = cluster::start(membership, Arc::clone(&host) as Arc<dyn Host>)?;
     tell_service_manager(&[sd_notify::NotifyState::Ready]);
+    exec::hold_signals(false);
+    let mut told = Vec::new();
     let end = loop {
-        if let Some(signal) = signals.pending().next() {
+        told.extend(signals.pending());
+        if let Some(signal) = told.iter().find(|signal| **signal != SIGUSR2) {
             log::info!("signal {signal}: finishing what is under way");
             break Ok(());
         }
+        if !told.is_empty() {
+            told.clear();
+            if let Err(fault) = host.accept_upgrade() {
+                let hint = fault.hint.as_deref().unwrap_or_default();
+                log::error!("the program is not replaced: {fault}; {hint}");
+            }
+        }
         if let Some(why) = running.fatal() {
             break Err(Fault::state(why));
+        }
+        host.upgrade.look_after();
+        if host.upgrade.is_due() {
+            host.replace(|| {
+                told.extend(signals.pending().filter(|signal| *signal != SIGUSR2));
+                !told.is_empty()
+            });
         }
         thread::sleep(SIGNAL_LOOK);
     };
@@ -146,6 +183,7 @@ pub struct NodeHost {
     served: Mutex<HashMap<VolumeId, Served>>,
     /// Copies that could not be opened.
     broken: Mutex<HashMap<VolumeId, Broken>>,
+    upgrade: upgrade::Upgrade,
 }
 
 /// Why a copy could not be opened.
@@ -178,7 +216,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl NodeHost {
-    fn start(dir: NodeDir, membership: &Membership) -> Result<Self, Fault> {
+    fn start(
+        dir: NodeDir,
+        membership: &Membership,
+        inherited: Option<Inherited>,
+    ) -> Result<Self, Fault> {
         let me = Identity {
             cluster: membership.cluster,
             node: membership.node.clone(),
@@ -202,6 +244,7 @@ impl NodeHost {
             dir,
             served: Mutex::default(),
             broken: Mutex::default(),
+            upgrade: upgrade::Upgrade::new(membership, inherited)?,
         };
         let begun = Instant::now();
         for volume in host.dir.volumes().map_err(dir_fault)? {
@@ -380,8 +423,13 @@ fn store_error(error: StoreError) -> HostError {
     }
 }
 
-/// Listens for the virtual machine.
-fn bind(name: &str, record: &Record, front: &Front) -> Result<Bound, HostError> {
+/// Listens for the virtual machine, or goes on to.
+fn bind(
+    name: &str,
+    record: &Record,
+    front: &Front,
+    handed: Option<Handed>,
+) -> Result<Bound, HostError> {
     let config = DeviceConfig {
         volume: name.into(),
         size: record.size,
@@ -391,7 +439,11 @@ fn bind(name: &str, record: &Record, front: &Front) -> Result<Bound, HostError> 
         read_only: front.read_only,
         writeback: WriteCache::of(&front.socket).is_on(),
     };
-    Bound::new(config, &front.socket).map_err(|e| HostError::Refused(e.to_string()))
+    let bound = match handed {
+        None => Bound::new(config, &front.socket),
+        Some(handed) => Bound::adopt(config, &front.socket, handed),
+    };
+    bound.map_err(|e| HostError::Refused(e.to_string()))
 }
 
 fn capacity(path: &Path) -> Capacity {
@@ -544,7 +596,8 @@ impl Host for NodeHost {
                     // is made durable (PROTOCOL 3).
                     WriteCache::of(&front.socket).set(false);
                 }
-                Some(bind(&request.name, record, front)?)
+                let handed = self.upgrade.claim(request.volume, &front.socket);
+                Some(bind(&request.name, record, front, handed)?)
             }
             None => None,
         };
@@ -638,5 +691,13 @@ impl Host for NodeHost {
 
     fn metrics(&self) -> Metrics {
         status::metrics(self.engine.metrics())
+    }
+
+    fn upgrade(&self) -> Result<UpgradeView, Fault> {
+        self.accept_upgrade()
+    }
+
+    fn upgrade_state(&self) -> Result<UpgradeView, Fault> {
+        Ok(self.upgrade.view())
     }
 }

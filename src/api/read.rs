@@ -14,6 +14,7 @@ use super::{events, html, metrics};
 use crate::cluster::drain;
 use crate::cluster::events::Event;
 use crate::cluster::fault::{Code, Fault};
+use crate::cluster::host::UpgradeView;
 use crate::cluster::labels::Of;
 use crate::cluster::live::{Identity, Live, LocalStatus, gather};
 use crate::cluster::model::check_name;
@@ -40,6 +41,7 @@ pub(super) fn router() -> Router<Arc<Plane>> {
         .route("/api/v1/volumes/{namespace}/{name}", get(volume))
         .route("/api/v1/events", get(events::all))
         .route("/api/v1/local/status", get(status))
+        .route("/api/v1/local/upgrade", get(upgrade))
         .route("/api/v1/local/events", get(events::local))
         .fallback(nothing_here)
         .method_not_allowed_fallback(not_that_way)
@@ -75,6 +77,10 @@ struct Healthz {
     identity: Identity,
     #[serde(skip_serializing_if = "Option::is_none")]
     why: Option<String>,
+}
+
+async fn upgrade(State(plane): State<Arc<Plane>>) -> Reply<UpgradeView> {
+    json(plane, |plane| plane.host.upgrade_state()).await
 }
 
 async fn healthz(State(plane): State<Arc<Plane>>) -> Response {

@@ -13,6 +13,7 @@ use crate::cluster::attach::{AttachOptions, Attached, attach, detach};
 use crate::cluster::create::{CreateRequest, Created, create};
 use crate::cluster::drain::drain;
 use crate::cluster::fault::Fault;
+use crate::cluster::host::UpgradeView;
 use crate::cluster::migrate::{self, MigrateRequest};
 use crate::cluster::model::check_name;
 use crate::cluster::nodes::{self, NodeDone, NodeUpdate};
@@ -31,6 +32,7 @@ pub(super) fn router() -> Router<Arc<Plane>> {
         )
         .route("/api/v1/nodes/{name}/drain", post(drain_node))
         .route("/api/v1/nodes/{name}/undrain", post(undrain_node))
+        .route("/api/v1/local/upgrade", post(upgrade))
         .route("/api/v1/volumes", post(create_volume))
         .route(
             "/api/v1/volumes/{namespace}/{name}",
@@ -118,6 +120,10 @@ async fn undrain_node(
 ) -> Reply<NodeDone> {
     let name = node_name(name)?;
     json(plane, move |plane| drain(plane, &name, false)).await
+}
+
+async fn upgrade(State(plane): State<Arc<Plane>>) -> Reply<UpgradeView> {
+    json(plane, |plane| plane.host.upgrade()).await
 }
 
 async fn create_volume(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<Created> {

@@ -17,6 +17,7 @@ mod remote;
 mod rule;
 mod samples;
 mod top;
+mod upgrade;
 mod volume;
 mod volume_text;
 mod yaml;

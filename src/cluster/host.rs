@@ -6,9 +6,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::fault::Fault;
 use super::metrics::Metrics;
 use crate::registry::Revision;
-use crate::replication::ids::{CopyId, Epoch, NodeName, Tag, VolumeId};
+use crate::replication::ids::{CopyId, Epoch, Instance, NodeName, Tag, VolumeId};
 use crate::replication::record::Record;
 
 /// Why the host did not do it. Each text is one sentence that names the thing and says what to do.
@@ -179,6 +180,49 @@ pub struct Capacity {
     pub free: u64,
 }
 
+/// How far the replacement of this node's program is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpgradeState {
+    /// None was asked for since this program began, and none brought it about.
+    None,
+    /// It begins in a moment.
+    Accepted,
+    /// This program could not be replaced and serves on.
+    Failed,
+    /// This program has begun, and takes the machines over.
+    TakingOver,
+    /// This program has taken over.
+    Done,
+}
+
+/// The program of a node, and its replacement by another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeView {
+    /// The node.
+    pub node: NodeName,
+    /// The run of its program.
+    pub instance: Instance,
+    /// The process, which stays.
+    pub pid: u32,
+    /// The version of the program that runs.
+    pub version: String,
+    /// The version that ran before, if it was replaced.
+    pub from: Option<String>,
+    /// The file that an upgrade runs.
+    pub program: PathBuf,
+    /// How far it is.
+    pub state: UpgradeState,
+    /// Why it failed; empty otherwise.
+    pub why: String,
+    /// Front-ends whose connections were taken over.
+    pub taken_over: usize,
+    /// Front-ends that had to connect again.
+    pub lost: usize,
+    /// From when their rings stood still until the last of them ran again, in milliseconds.
+    pub standstill_ms: Option<u64>,
+}
+
 /// One node's engine.
 pub trait Host: Send + Sync {
     /// Makes an empty copy. Repeating it with the same ids is `Ok`; another copy id for the volume is
@@ -233,4 +277,17 @@ pub trait Host: Send + Sync {
 
     /// What `/metrics` shows of the engine.
     fn metrics(&self) -> Metrics;
+
+    /// Has the process run the program that is at its path now, in a moment: everything is checked that can be, and nothing
+    /// has been stopped on return.
+    fn upgrade(&self) -> Result<UpgradeView, Fault> {
+        self.upgrade_state()
+    }
+
+    /// How far that is.
+    fn upgrade_state(&self) -> Result<UpgradeView, Fault> {
+        Err(Fault::state(
+            "this node is not a process of its own, whose program could be replaced",
+        ))
+    }
 }

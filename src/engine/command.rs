@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
 use crate::cluster::metrics::VolumeMetrics;
 use crate::copy::{GrowthError, Metadata, Store};
-use crate::guest::{Capacity, GuestMem, RingLog, RingStart};
+use crate::guest::{Capacity, GuestMem, ParkedRing, RingLog, RingStart};
 use crate::replication::attachment::{CasOutcome, CopyView, Phase, Revision};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState};
 use crate::replication::dirty_map::DirtyMap;
@@ -80,6 +80,9 @@ pub enum GuestCommand {
 
 /// Answer to a [`GuestCommand`].
 pub type GuestAnswer = Result<u16, String>;
+
+/// Answer to [`Command::Park`].
+pub type ParkAnswer = Result<Vec<ParkedRing>, String>;
 
 /// One attached volume, for people.
 #[derive(Clone, Debug)]
@@ -169,6 +172,13 @@ pub enum Command {
     ByTurns(VolumeId, bool),
     /// From a vhost-user control thread.
     Guest(VolumeId, GuestCommand, SyncSender<GuestAnswer>),
+    /// The guest's rings stand still; answered when nothing of them is in flight, or this time is over. See
+    /// [`crate::guest::DataPlane::park`].
+    Park(VolumeId, Nanos, SyncSender<ParkAnswer>),
+    /// They go on.
+    Unpark(VolumeId),
+    /// How long the disk has been at its oldest request.
+    DiskAge(SyncSender<Nanos>),
     /// The record of an attached volume, as read or watched (`None`: removed).
     Record(VolumeId, Option<(Record, Revision)>),
     /// It could not be read.

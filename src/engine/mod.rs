@@ -7,6 +7,7 @@ pub mod command;
 mod conn;
 mod context;
 mod disk;
+pub mod exec;
 mod extents;
 mod fill;
 mod plane;
@@ -192,6 +193,15 @@ impl Handle {
         for w in &self.workers {
             w.send(Command::Peers(peers.to_vec()));
         }
+    }
+
+    /// How long the disk has been at its oldest request.
+    pub fn disk_age(&self) -> Nanos {
+        let ages = self.workers.iter().map(|w| w.ask(ANSWER, Command::DiskAge));
+        // A worker that does not say is as bad.
+        ages.map(|age| age.unwrap_or(ANSWER))
+            .max()
+            .unwrap_or_default()
     }
 
     /// Attached volumes and copies.

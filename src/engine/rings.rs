@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 use super::buffer::{Buffer, Bytes, GuestPart, GuestRequest};
-use super::command::GuestAnswer;
+use super::command::{GuestAnswer, ParkAnswer};
 use super::zeroes::Zeroes;
 use crate::cluster::metrics::Layer;
 use crate::guest::{
@@ -209,6 +209,13 @@ impl Queue {
     }
 }
 
+/// Rings that stand still for the program that takes this one's place.
+struct Parking {
+    /// Until it was answered.
+    reply: Option<SyncSender<ParkAnswer>>,
+    deadline: Nanos,
+}
+
 /// All rings of one volume.
 pub struct Rings {
     name: String,
@@ -229,6 +236,7 @@ pub struct Rings {
     read: bool,
     limits: Limits,
     writeback: bool,
+    parking: Option<Parking>,
     /// The volume is being detached: nothing new is taken.
     pub paused: bool,
     /// What the guest asked, for `/metrics`.
@@ -268,6 +276,7 @@ impl Rings {
             read: false,
             limits,
             writeback: true,
+            parking: None,
             paused: false,
             stats: Layer::default(),
         }
@@ -425,9 +434,65 @@ impl Rings {
         }
     }
 
+    /// Nothing new is taken.
+    fn stand_still(&self) -> bool {
+        self.paused || self.parking.is_some()
+    }
+
+    /// All rings stand still; `reply` is answered by [`parked`](Rings::parked).
+    pub fn park(&mut self, now: Nanos, patience: Nanos, reply: SyncSender<ParkAnswer>) {
+        self.parking = Some(Parking {
+            reply: Some(reply),
+            deadline: now.after(patience),
+        });
+    }
+
+    /// They go on.
+    pub fn unpark(&mut self) {
+        self.parking = None;
+        for slot in self.queues.iter_mut().filter_map(|q| q.slot.as_mut()) {
+            // Kicks that came meanwhile were taken note of, others were not asked for.
+            slot.ready = true;
+        }
+    }
+
+    /// Answers who waits for the rings to stand still, when nothing is in flight or the time is over. What is in flight
+    /// then, and written down, is submitted again by whoever takes the rings over; if it is not written down they stay.
+    pub fn parked(&mut self, now: Nanos) {
+        let Some(Parking { reply, deadline }) = &mut self.parking else {
+            return;
+        };
+        let slots = || self.queues.iter().filter_map(|q| q.slot.as_ref());
+        let rings = || slots().map(|slot| &slot.ring);
+        // An answer that is held back is not the guest's yet.
+        let busy = |slot: &&Slot| slot.pushed || slot.ring.in_flight() > 0;
+        if reply.is_none() || (slots().any(|slot| busy(&slot)) && now < *deadline) {
+            return;
+        }
+        let mut open = slots().filter(busy).map(|slot| &slot.ring);
+        let lost = open.find(|ring| !ring.is_tracked());
+        let answer = match lost {
+            None => rings()
+                .map(|ring| ring.park().map_err(|e| e.to_string()))
+                .collect(),
+            Some(ring) => Err(format!(
+                "{} requests of queue {} do not end, and its front-end keeps no in-flight region for them",
+                ring.in_flight(),
+                ring.index()
+            )),
+        };
+        let failed = answer.is_err();
+        // Whoever asked may have given up, and then says so.
+        let _ = reply.take().map(|reply| reply.try_send(answer));
+        if failed {
+            self.unpark();
+        }
+    }
+
     /// The connection is gone: its rings are dropped, and what is under way is not answered any more.
     pub fn disconnect(&mut self) {
         self.queues.iter_mut().for_each(|queue| drop(queue.end()));
+        self.parking = None;
         self.forget_waiting();
     }
 
@@ -499,7 +564,7 @@ impl Rings {
     pub fn take(&mut self, now: Nanos, attachment: &mut Attachment<Bytes>, direct: bool) -> bool {
         let mut any = false;
         self.go_on(now, attachment, direct);
-        if self.paused {
+        if self.stand_still() {
             return any;
         }
         let count = self.queues.len();
@@ -693,6 +758,7 @@ impl Rings {
         // Room comes with an answer, and with that the next turn.
         let room = self.budget.has_room(&self.parts);
         let mut more = room && self.long.is_some();
+        let still = self.stand_still();
         for queue in &mut self.queues {
             let Some(slot) = &mut queue.slot else {
                 continue;
@@ -704,12 +770,12 @@ impl Rings {
             if !slot.ready
                 && slot.enabled
                 && slot.stopping.is_none()
-                && !self.paused
+                && !still
                 && !slot.ring.is_broken()
             {
                 slot.ready = slot.ring.enable_kicks();
             }
-            more |= room && !self.paused && queue.may_take() > 0;
+            more |= room && !still && queue.may_take() > 0;
         }
         more
     }

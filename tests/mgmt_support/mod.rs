@@ -20,7 +20,7 @@ use lockstep::cluster::host::{
     AttachRequest, AttachmentStatus, Birth, Capacity, CopyState, Host, HostError, LocalCopy, Phase,
     SyncProgress,
 };
-use lockstep::cluster::join::{Membership, join, open_registry};
+use lockstep::cluster::join::{Doors, Membership, join, open_registry};
 use lockstep::cluster::metrics::{Metrics, VolumeMetrics};
 use lockstep::cluster::model::Labels;
 use lockstep::cluster::store::{Registrar, Store};
@@ -498,7 +498,7 @@ impl Lab {
 
     pub fn start(&self, config: NodeConfig) -> Result<Node, Fault> {
         let registry = open_registry(&config)?;
-        let joined = join(config, registry)?;
+        let joined = join(config, registry, Doors::default())?;
         let (name, run_dir, store) = (
             joined.node.0.clone(),
             joined.config.run_dir.clone(),

@@ -177,6 +177,7 @@ impl Volume {
                 ctx.unwatch(ring.kick_fd(), token);
             }
         }
+        s.rings.parked(ctx.now);
         self.housekeeping(ctx) || more
     }
 

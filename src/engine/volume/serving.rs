@@ -7,7 +7,9 @@ use super::turns::Seat;
 use super::{Detaching, LocalCopy, QUIESCE, Serving, Volume, seconds};
 use crate::cluster::metrics::Layer;
 use crate::engine::buffer::Bytes;
-use crate::engine::command::{AttachVolume, Event, GuestAnswer, GuestCommand, RegistryRequest};
+use crate::engine::command::{
+    AttachVolume, Event, GuestAnswer, GuestCommand, ParkAnswer, RegistryRequest,
+};
 use crate::engine::context::Context;
 use crate::engine::rings::Rings;
 use crate::guest::{BlockSize, Serial};
@@ -278,6 +280,22 @@ impl Volume {
             }
         };
         let _ = reply.try_send(answer);
+    }
+
+    /// The guest's rings stand still, for the program that takes this one's place.
+    pub fn park(&mut self, now: Nanos, patience: Nanos, reply: SyncSender<ParkAnswer>) {
+        match &mut self.serving {
+            Some(s) => s.rings.park(now, patience, reply),
+            // No ring can run.
+            None => drop(reply.try_send(Ok(Vec::new()))),
+        }
+    }
+
+    /// They go on.
+    pub fn unpark(&mut self) {
+        if let Some(s) = &mut self.serving {
+            s.rings.unpark();
+        }
     }
 
     /// A kick came in.

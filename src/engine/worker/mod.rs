@@ -533,6 +533,17 @@ impl Loop {
                 self.volumes[at].on_guest(&mut self.ctx, command, reply);
                 self.touch(at);
             }
+            Command::Park(volume, patience, reply) => {
+                let at = self.place(volume);
+                self.volumes[at].park(self.ctx.now, patience, reply);
+                self.touch(at);
+            }
+            Command::Unpark(volume) => {
+                let at = self.place(volume);
+                self.volumes[at].unpark();
+                self.touch(at);
+            }
+            Command::DiskAge(reply) => drop(reply.try_send(self.ctx.disk.age())),
             Command::ByTurns(volume, on) => {
                 let at = self.place(volume);
                 self.volumes[at].by_turns(on);
