@@ -1,7 +1,7 @@
 //! One node process: builds the rooms and joins them. The registry and the control loop say what should be served and
 //! stored here; the engine does it; the guest room gives each attached volume its socket.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
@@ -424,17 +424,12 @@ impl Host for NodeHost {
         birth: Birth,
     ) -> Result<(), HostError> {
         let engine = &self.engine;
-        if let Some(have) = engine
-            .status()
-            .1
-            .into_iter()
-            .find(|c| c.state.volume_id == volume)
-        {
-            return match have.state.copy_id == copy {
+        if let Some(have) = engine.copy_of(volume) {
+            return match have == copy {
                 true => Ok(()),
                 false => Err(HostError::Refused(format!(
-                    "node {} has another copy of this volume ({}) already",
-                    self.me.node, have.state.copy_id
+                    "node {} has another copy of this volume ({have}) already",
+                    self.me.node
                 ))),
             };
         }
@@ -491,8 +486,7 @@ impl Host for NodeHost {
     }
 
     fn local_copies(&self) -> Vec<LocalCopy> {
-        let engine = &self.engine;
-        let open = engine.status().1.into_iter().map(
+        let open = self.engine.copies().into_iter().map(
             |CopyStatus {
                  volume,
                  state,
@@ -533,6 +527,14 @@ impl Host for NodeHost {
             }),
         });
         open.chain(broken).collect()
+    }
+
+    fn copies_here(&self) -> BTreeMap<VolumeId, CopyId> {
+        let mut all: BTreeMap<VolumeId, CopyId> = self.engine.copy_ids().into_iter().collect();
+        for volume in lock(&self.broken).keys() {
+            all.entry(*volume).or_insert(CopyId([0; 16]));
+        }
+        all
     }
 
     fn attach(&self, request: AttachRequest) -> Result<(), HostError> {
@@ -633,7 +635,7 @@ impl Host for NodeHost {
     }
 
     fn attachments(&self) -> Vec<AttachmentStatus> {
-        let all = self.engine.status().0;
+        let all = self.engine.attached();
         let served = lock(&self.served);
         all.into_iter()
             .filter_map(|status| Some(status::describe(&status, served.get(&status.volume)?)))

@@ -6,8 +6,8 @@
 use std::fs;
 
 use super::prometheus::{Exposition, Kind, Pairs};
-use super::read::look;
 use crate::cluster::health::Health;
+use crate::cluster::live::gather;
 use crate::cluster::metrics::{Layer, Metrics, VolumeMetrics};
 use crate::cluster::plane::Plane;
 use crate::cluster::view::{self, VolumeView};
@@ -50,8 +50,9 @@ pub(super) fn render(plane: &Plane) -> String {
             histogram,
         );
     }
-    // Without the registry the engine's figures above are still worth having.
-    if let Ok((snapshot, live)) = look(plane) {
+    // What the control loop knows: a figure may be a moment old, and whoever scrapes asks the registry nothing.
+    if let Some(snapshot) = plane.known() {
+        let live = gather(plane, snapshot.nodes.values().map(|(n, _)| n));
         for volume in view::volumes(&snapshot, &live) {
             volume_gauges(&mut out, plane, &volume);
         }

@@ -196,8 +196,22 @@ async fn volume(
     .await
 }
 
-async fn status(State(plane): State<Arc<Plane>>) -> Reply<LocalStatus> {
-    json(plane, |plane| Ok(LocalStatus::of(plane))).await
+/// How much of it.
+#[derive(Deserialize)]
+struct Much {
+    /// Without copies and attachments.
+    #[serde(default)]
+    brief: bool,
+}
+
+async fn status(State(plane): State<Arc<Plane>>, Query(much): Query<Much>) -> Reply<LocalStatus> {
+    json(plane, move |plane| {
+        Ok(match much.brief {
+            true => LocalStatus::brief(plane),
+            false => LocalStatus::of(plane),
+        })
+    })
+    .await
 }
 
 /// A node's own events, and where to go on from.

@@ -17,10 +17,10 @@ mod write_cache;
 mod zeroes;
 
 use std::net::SocketAddr;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, SyncSender, channel};
 
 use crate::replication::attachment::Revision;
-use crate::replication::ids::{Nanos, NodeName, VolumeId};
+use crate::replication::ids::{CopyId, Nanos, NodeName, VolumeId};
 use crate::replication::record::Record;
 use command::GuestCommand;
 
@@ -189,18 +189,33 @@ impl Handle {
         }
     }
 
-    /// Attached volumes and copies.
-    pub fn status(&self) -> (Vec<VolumeStatus>, Vec<CopyStatus>) {
-        let mut all = (Vec::new(), Vec::new());
-        for (attached, copies) in self
-            .workers
-            .iter()
-            .filter_map(|w| w.ask(ANSWER, Command::Status))
-        {
-            all.0.extend(attached);
-            all.1.extend(copies);
-        }
-        all
+    /// Attached volumes.
+    pub fn attached(&self) -> Vec<VolumeStatus> {
+        self.ask_all(Command::Attached)
+    }
+
+    /// Copies, with a look at the files of each.
+    pub fn copies(&self) -> Vec<CopyStatus> {
+        self.ask_all(Command::Copies)
+    }
+
+    /// The identities of all copies.
+    pub fn copy_ids(&self) -> Vec<(VolumeId, CopyId)> {
+        self.ask_all(|reply| Command::CopyIds(None, reply))
+    }
+
+    /// The identity of the volume's copy, if there is one.
+    pub fn copy_of(&self, volume: VolumeId) -> Option<CopyId> {
+        let found = self
+            .owner(volume)
+            .ask(ANSWER, |reply| Command::CopyIds(Some(volume), reply))?;
+        found.first().map(|(_, copy)| *copy)
+    }
+
+    /// What all workers answer.
+    fn ask_all<T>(&self, command: impl Fn(SyncSender<Vec<T>>) -> Command) -> Vec<T> {
+        let answers = self.workers.iter().filter_map(|w| w.ask(ANSWER, &command));
+        answers.flatten().collect()
     }
 
     /// Counters, a set for each worker.

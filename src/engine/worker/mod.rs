@@ -557,14 +557,26 @@ impl Loop {
             }
             Command::Peers(peers) => self.ctx.addresses = peers.into_iter().collect(),
             Command::Adopt(stream, hello, rest) => self.adopt(stream, &hello, &rest),
-            Command::Status(reply) => {
-                let attached = self.volumes.iter().filter_map(Volume::status).collect();
-                let copies = self
-                    .volumes
-                    .iter()
-                    .filter_map(Volume::copy_status)
-                    .collect();
-                let _ = reply.try_send((attached, copies));
+            Command::Attached(reply) => {
+                let all = self.volumes.iter().filter_map(Volume::status);
+                let _ = reply.try_send(all.collect());
+            }
+            Command::Copies(reply) => {
+                let all = self.volumes.iter().filter_map(Volume::copy_status);
+                let _ = reply.try_send(all.collect());
+            }
+            Command::CopyIds(volume, reply) => {
+                let id = |v: &Volume| Some((v.id, v.copy_id()?));
+                let all = match volume {
+                    None => self.volumes.iter().filter_map(id).collect(),
+                    Some(volume) => {
+                        let at = self.by_id.get(&volume);
+                        at.and_then(|at| id(&self.volumes[*at]))
+                            .into_iter()
+                            .collect()
+                    }
+                };
+                let _ = reply.try_send(all);
             }
             Command::Metrics(reply) => {
                 let _ = reply.try_send(WorkerMetrics {
