@@ -647,6 +647,6 @@ impl Host for NodeHost {
     }
 
     fn metrics(&self) -> Metrics {
-        status::metrics(self.engine.metrics())
+        status::metrics(self.engine.metrics(), self.engine.syncs())
     }
 }

@@ -107,6 +107,23 @@ fn engine(out: &mut Exposition, metrics: &Metrics) {
             count as f64,
         );
     }
+    for syncs in &metrics.syncs {
+        for (name, help, count) in [
+            (
+                "lockstep_syncs_running",
+                "Copies that are brought up to date from this node, and on it.",
+                syncs.now,
+            ),
+            (
+                "lockstep_syncs_running_max",
+                "The most of them at once since the process began.",
+                syncs.most,
+            ),
+        ] {
+            let labels: Pairs<'_> = &[("end", syncs.end)];
+            out.sample(name, Kind::Gauge, help, labels, count as f64);
+        }
+    }
     out.histogram(
         "lockstep_failover_seconds",
         "Time from the loss of a master or attachment until the volume served again.",

@@ -11,18 +11,21 @@ mod extents;
 mod fill;
 mod plane;
 mod rings;
+mod syncs;
 mod volume;
 mod worker;
 mod write_cache;
 mod zeroes;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, channel};
 
 use crate::replication::attachment::Revision;
 use crate::replication::ids::{CopyId, Nanos, NodeName, VolumeId};
 use crate::replication::record::Record;
 use command::GuestCommand;
+use syncs::{End, Places};
 
 pub use command::{
     AttachVolume, Command, CopyStatus, Event, OpenCopy, Records, RegistryRequest, VolumeStatus,
@@ -30,6 +33,7 @@ pub use command::{
 };
 pub use context::Identity;
 pub use plane::Plane;
+pub use syncs::Syncs;
 pub use write_cache::WriteCache;
 
 /// How long a worker may take to answer a question: it never blocks, so this is a worker in trouble.
@@ -58,6 +62,7 @@ pub struct Engine {
 #[derive(Clone)]
 pub struct Handle {
     workers: Vec<command::Mailbox>,
+    places: Arc<Places>,
 }
 
 impl Engine {
@@ -74,6 +79,7 @@ impl Engine {
     ) -> std::io::Result<(Self, Receiver<Event>)> {
         let (registry, requests) = channel();
         let (events, received) = channel();
+        let places = Arc::new(Places::default());
         let mut all = Vec::new();
         for index in 0..workers {
             let (registry, events) = (registry.clone(), events.clone());
@@ -84,10 +90,12 @@ impl Engine {
                 me,
                 registry,
                 events,
+                places: Arc::clone(&places),
             })?);
         }
         let handle = Handle {
             workers: all.iter().map(|w| w.mailbox.clone()).collect(),
+            places,
         };
         for mailbox in &handle.workers {
             mailbox.send(Command::Siblings(handle.workers.clone()));
@@ -216,6 +224,11 @@ impl Handle {
     fn ask_all<T>(&self, command: impl Fn(SyncSender<Vec<T>>) -> Command) -> Vec<T> {
         let answers = self.workers.iter().filter_map(|w| w.ask(ANSWER, &command));
         answers.flatten().collect()
+    }
+
+    /// Syncs from this node, and to it.
+    pub fn syncs(&self) -> [Syncs; 2] {
+        [End::Source, End::Target].map(|end| self.places.syncs(end))
     }
 
     /// Counters, a set for each worker.
