@@ -149,7 +149,8 @@ impl World {
         );
         let requests = self.registry();
         let begin = Instant::now();
-        let times = create(&self.cluster, &self.nodes(), (0, n), SIZE, REPLICAS);
+        let nodes = self.nodes();
+        let times = create(&self.cluster, &nodes, (0, n), SIZE, REPLICAS, "soft");
         let took = begin.elapsed();
         let part = (n / 10).max(1);
         println!(

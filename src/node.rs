@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -62,6 +63,7 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
     // Before any thread starts and anything can be lost.
     let mut signals = Signals::new([SIGTERM, SIGINT])
         .map_err(|e| Fault::internal(format!("signals cannot be handled: {e}")))?;
+    raise_descriptors();
     let registry = cluster::join::open_registry(&config)?;
     let asked_to_end = || signals.pending().next().is_some();
     if !cluster::join::await_registry(&*registry, asked_to_end)? {
@@ -88,6 +90,16 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
     running.stop();
     host.shut_down();
     end
+}
+
+/// Four descriptors a copy and three an attachment: the 1,024 that a process is given for the sake of old programs are few,
+/// and what it may have is its own to take.
+fn raise_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(e) = setrlimit(Resource::Nofile, limit) {
+        log::warn!("the limit of open files stays as it is: {e}");
+    }
 }
 
 fn tell_service_manager(state: &[sd_notify::NotifyState<'_>]) {

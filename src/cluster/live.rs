@@ -22,6 +22,10 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub const STATUS_PATH: &str = "/api/v1/local/status";
 /// The same without its copies and attachments: short, however many there are.
 const BRIEF_PATH: &str = "/api/v1/local/status?brief=true";
+/// The same with what it says of one volume's attachment.
+fn volume_path(volume: VolumeId) -> String {
+    format!("{STATUS_PATH}?volume={volume}")
+}
 
 /// Who answers on an address: the answer of `/healthz`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +79,18 @@ impl LocalStatus {
             reports: plane.reports(),
             ..Self::brief(plane)
         }
+    }
+
+    /// The same without its copies, and with what concerns this volume only.
+    pub fn of_volume(plane: &Plane, volume: VolumeId) -> Self {
+        let mut status = Self {
+            attachments: plane.host.attachments(),
+            reports: plane.reports(),
+            ..Self::brief(plane)
+        };
+        status.attachments.retain(|a| a.volume == volume);
+        status.reports.retain(|r| r.volume == volume);
+        status
     }
 
     /// The same without its copies, attachments and reports.
@@ -140,6 +156,17 @@ pub fn gather<'a>(plane: &Plane, nodes: impl Iterator<Item = &'a NodeRecord>) ->
 /// The same without copies and attachments.
 pub fn gather_brief<'a>(plane: &Plane, nodes: impl Iterator<Item = &'a NodeRecord>) -> Live {
     gather_as(plane, nodes, BRIEF_PATH, LocalStatus::brief)
+}
+
+/// What one node says of one volume's attachment, and nothing else.
+pub fn gather_volume<'a>(
+    plane: &Plane,
+    node: impl Iterator<Item = &'a NodeRecord>,
+    volume: VolumeId,
+) -> Live {
+    gather_as(plane, node, &volume_path(volume), |plane| {
+        LocalStatus::of_volume(plane, volume)
+    })
 }
 
 fn gather_as<'a>(

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -119,11 +119,13 @@ pub fn create(
     (from, to): (usize, usize),
     size: u64,
     replicas: u8,
+    failure_mode: &str,
 ) -> Vec<Duration> {
     all(to - from, |i| {
         let i = from + i;
         let body = serde_json::json!({
-            "namespace": "default", "name": name(i), "size": size, "wishes": {"replicas": replicas},
+            "namespace": "default", "name": name(i), "size": size,
+            "wishes": {"replicas": replicas, "failure_mode": failure_mode},
         });
         post(cluster, nodes[i % nodes.len()], "/api/v1/volumes", &body);
     })
@@ -180,7 +182,7 @@ impl View {
 
     /// Looks at everything.
     pub fn see<T>(&self, look: impl FnOnce(&Snapshot) -> T) -> T {
-        look(&self.now.lock().unwrap())
+        look(&self.now.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// How many volumes there are, and how many of them are so.
