@@ -328,13 +328,29 @@ impl World {
         let victim = self.args.nodes;
         let lost = format!("n{victim}");
         let line = format!("cluster update --replace-after {}", self.args.replace_after);
-        self.cluster.ok(1, &line);
         let loads = self.loads(&lost);
         std::thread::sleep(Duration::from_secs(3));
         let before = Rates::of(&loads);
         std::thread::sleep(Duration::from_secs(5));
         println!("loaded volumes: {}", Rates::of(&loads).since(&before));
 
+        println!("{lost} is killed, and back before its copies are replaced:");
+        loads.iter().for_each(Load::reset);
+        let (rates, requests) = (Rates::of(&loads), self.registry_alive(victim));
+        self.cluster.kill(victim);
+        self.until_ejected(victim, Instant::now());
+        std::thread::sleep(Duration::from_secs(5));
+        let begin = Instant::now();
+        self.cluster.start_node(victim);
+        let peak = self.watch_syncs(&[], is_tidy);
+        println!(
+            "  all is tidy {:.1} s after its start; registry {:?}",
+            begin.elapsed().as_secs_f64(),
+            difference(&requests, &self.registry_alive(victim)),
+        );
+        println!("  syncs at once, at most: {peak}");
+        println!("  loaded volumes: {}", Rates::of(&loads).since(&rates));
+        self.cluster.ok(1, &line);
         println!("{lost} is killed:");
         loads.iter().for_each(Load::reset);
         let (rates, requests) = (Rates::of(&loads), self.registry_alive(victim));
@@ -380,24 +396,6 @@ impl World {
         let peak = self.watch_syncs(&[], is_tidy);
         println!(
             "  all is tidy after {:.1} s; registry {:?}",
-            begin.elapsed().as_secs_f64(),
-            difference(&requests, &self.registry_alive(victim)),
-        );
-        println!("  syncs at once, at most: {peak}");
-        println!("  loaded volumes: {}", Rates::of(&loads).since(&rates));
-
-        println!("{lost} is killed, and back before its copies are replaced:");
-        self.cluster.ok(1, "cluster update --replace-after 10m");
-        loads.iter().for_each(Load::reset);
-        let (rates, requests) = (Rates::of(&loads), self.registry_alive(victim));
-        self.cluster.kill(victim);
-        self.until_ejected(victim, Instant::now());
-        std::thread::sleep(Duration::from_secs(5));
-        let begin = Instant::now();
-        self.cluster.start_node(victim);
-        let peak = self.watch_syncs(&[], is_tidy);
-        println!(
-            "  all is tidy {:.1} s after its start; registry {:?}",
             begin.elapsed().as_secs_f64(),
             difference(&requests, &self.registry_alive(victim)),
         );
@@ -533,7 +531,15 @@ impl World {
             }
             std::thread::sleep(Duration::from_millis(200));
         }
-        format!("from {from:?}, to {to:?}")
+        let mut most = BTreeMap::new();
+        for n in self.nodes().into_iter().filter(|n| !dead.contains(n)) {
+            let text = get(&self.cluster, n, "/metrics").unwrap_or_default();
+            for (end, count) in scale_support::samples(&text, "lockstep_syncs_running_max") {
+                let most: &mut f64 = most.entry(end).or_default();
+                *most = most.max(count);
+            }
+        }
+        format!("from {from:?}, to {to:?}; as the nodes counted since they began {most:?}")
     }
 }
 

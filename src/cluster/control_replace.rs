@@ -220,6 +220,7 @@ impl Control {
             return Ok(());
         }
         self.said.remove(&format!("replacement of {}", found.id));
+        self.tending.hurry(found.id, Instant::now());
         let list = |names: Vec<&str>| names.join(" and ");
         let gone = found.record.0.copies.iter();
         let gone = gone.filter(|c| lost.contains(&c.copy_id));

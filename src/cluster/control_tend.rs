@@ -76,6 +76,14 @@ impl Tending {
         })
     }
 
+    /// Something was done for it elsewhere that it waited for.
+    pub(super) fn hurry(&mut self, volume: VolumeId, now: Instant) {
+        if let Some(memory) = self.volumes.get_mut(&volume) {
+            (memory.begin, memory.vain) = (now, 0);
+            self.look_at(now);
+        }
+    }
+
     /// It was of no use: not again soon.
     fn in_vain(&mut self, volume: VolumeId, now: Instant) {
         let memory = self.memory(volume, now);
@@ -174,6 +182,7 @@ impl Control {
         let mut tended = attached.values().filter(|a| a.tends()).count();
         let local = self.copies_here();
         let wait = self.replaces_after(snapshot);
+        let mut room: Option<Room<'_>> = None;
         for (id, spec, record) in whole_volumes(snapshot) {
             let here = attached.get(&id);
             if spec.0.attachment.is_some() || here.is_some_and(|a| !a.tends()) {
@@ -223,10 +232,12 @@ impl Control {
             let ours =
                 wanting == Wanting::LostHere || turn(&record.0, &live) == Some(&self.plane.node);
             let by_another = live.tended(id).is_some();
-            let helps = || {
-                can_help(&record.0, wanting, &live)
-                    && (wanting != Wanting::Silent
-                        || self.has_a_place(id, spec, record, snapshot, &live))
+            let mut helps = || {
+                if !can_help(&record.0, wanting, &live) {
+                    return false;
+                }
+                let room = room.get_or_insert_with(|| Room::of(snapshot, &live));
+                wanting != Wanting::Silent || has_a_place(id, spec, record, &live, room)
             };
             if !ours || by_another || !helps() {
                 // Nothing was tried: soon again, since who answers can change without a word from the registry.
@@ -245,28 +256,6 @@ impl Control {
             .volumes
             .retain(|id, _| snapshot.volumes.contains_key(id));
         Ok(())
-    }
-
-    /// Whether another node could take the place of the copies whose nodes do not answer. Without one the copy is left in
-    /// the record: should its node return, nothing is lost.
-    fn has_a_place(
-        &self,
-        id: VolumeId,
-        spec: &Versioned<VolumeSpec>,
-        record: &Versioned<Record>,
-        snapshot: &Snapshot,
-        live: &Live,
-    ) -> bool {
-        let found = Found {
-            id,
-            name: spec.0.full_name(),
-            spec: spec.clone(),
-            record: record.clone(),
-        };
-        let silent = staying(&record.0).filter(|c| live.node(&c.node).is_none());
-        let lost = silent.map(|c| c.copy_id).collect();
-        let lacks = lacking(&record.0, &lost);
-        lacks > 0 && place_more(&found, &Room::of(snapshot, live), 1, &lost).is_ok()
     }
 
     fn begin(&mut self, id: VolumeId, name: &str, record: &Versioned<Record>) -> bool {
@@ -344,6 +333,26 @@ impl Control {
         // Progress of a sync is no change of the registry.
         self.tending.look_at(now + SETTLE);
     }
+}
+
+/// Whether another node could take the place of the copies whose nodes do not answer. Without one the copy is left in the
+/// record: should its node return, nothing is lost.
+fn has_a_place(
+    id: VolumeId,
+    spec: &Versioned<VolumeSpec>,
+    record: &Versioned<Record>,
+    live: &Live,
+    room: &Room<'_>,
+) -> bool {
+    let found = Found {
+        id,
+        name: spec.0.full_name(),
+        spec: spec.clone(),
+        record: record.clone(),
+    };
+    let silent = staying(&record.0).filter(|c| live.node(&c.node).is_none());
+    let lost = silent.map(|c| c.copy_id).collect();
+    lacking(&record.0, &lost) > 0 && place_more(&found, room, 1, &lost).is_ok()
 }
 
 /// Nothing is left to do but to release the volume.

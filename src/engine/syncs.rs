@@ -116,6 +116,11 @@ impl Held {
         }
     }
 
+    /// For another sync than the one before.
+    pub fn renew(&mut self, now: Nanos) {
+        (self.since, self.begun) = (now, false);
+    }
+
     /// Whether it is still needed, `runs` being whether the sync goes on now.
     pub fn is_needed(&mut self, runs: bool, now: Nanos) -> bool {
         self.begun |= runs;
@@ -210,6 +215,8 @@ mod tests {
         let mut other = hold();
         assert!(other.is_needed(true, at(5_000)));
         assert!(!other.is_needed(false, at(5_001)));
+        other.renew(at(6_000));
+        assert!(other.is_needed(false, at(7_999)));
     }
 
     #[test]

@@ -312,12 +312,16 @@ impl Volume {
 impl LocalCopy {
     /// Whether there is a place for the sync that the message begins, if it begins one.
     pub(super) fn may_take(&mut self, ctx: &Context, message: &Message) -> bool {
-        if matches!(message, Message::SyncBegin(_)) && self.place.is_none() {
-            let place = ctx.turns.places.take(End::Target);
-            self.place = place.map(|place| Held::new(place, ctx.now));
-            return self.place.is_some();
+        if !matches!(message, Message::SyncBegin(_)) {
+            return true;
         }
-        true
+        if let Some(place) = &mut self.place {
+            place.renew(ctx.now);
+            return true;
+        }
+        let place = ctx.turns.places.take(End::Target);
+        self.place = place.map(|place| Held::new(place, ctx.now));
+        self.place.is_some()
     }
 
     /// Whether the data file is still as long as it was made. Bytes that somebody cut off read as zeros once a write made

@@ -107,9 +107,11 @@ impl Volume {
         }
     }
 
-    /// Neither a copy nor an attachment.
-    pub fn is_unused(&self) -> bool {
-        self.copy.is_none() && self.serving.is_none()
+    /// Whether it is to be told the time now. A node has hundreds of copies that nothing happens to: those look up once in a
+    /// second.
+    pub fn wants_time(&self, now: Nanos) -> bool {
+        let copy_does = |c: &LocalCopy| !c.replica.is_idle() || now.since(c.looked) >= IDLE_LOOK;
+        self.serving.is_some() || self.copy.as_ref().is_some_and(copy_does)
     }
 
     // ---- the turn

@@ -302,7 +302,7 @@ impl Loop {
     fn tick(&mut self) {
         self.busy = self.volumes.iter().any(Volume::is_busy) || !self.ctx.peers.is_empty();
         for at in 0..self.volumes.len() {
-            if !self.volumes[at].is_unused() {
+            if self.volumes[at].wants_time(self.ctx.now) {
                 self.volumes[at].on_tick(&mut self.ctx);
                 self.touched.push(at);
             }

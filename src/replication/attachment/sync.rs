@@ -549,7 +549,13 @@ impl<D: Payload> Attachment<D> {
         if self.syncs.remove(&copy).is_some() {
             self.actions.push_back(Action::Hangup(copy));
         }
-        self.unlink(copy, why);
+        // Why it was lost stays worth knowing: it may be waited for in vain.
+        let before = self.peers[copy].why.split("; it waits").next();
+        let why = match before.filter(|b| !b.is_empty() && !b.starts_with("it waits")) {
+            Some(before) => format!("{before}; {why}"),
+            None => why.to_string(),
+        };
+        self.unlink(copy, &why);
         self.peers[copy].sync_after = self.now.after(PUT_OFF);
     }
 
