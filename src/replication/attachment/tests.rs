@@ -2,6 +2,7 @@
 
 mod growing;
 mod mirroring;
+mod turns;
 
 use super::*;
 use crate::replication::failure_mode::FailureMode;
