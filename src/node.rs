@@ -1,7 +1,7 @@
 //! One node process: builds the rooms and joins them. The registry and the control loop say what should be served and
 //! stored here; the engine does it; the guest room gives each attached volume its socket.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::iterator::Signals;
 
@@ -71,6 +72,7 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
     // They are for this thread alone: one that another thread took at the moment when the program is replaced would be lost. So
     // threads begin with signals held back.
     exec::hold_signals(true);
+    raise_descriptors();
     let registry = cluster::join::open_registry(&config)?;
     let asked_to_end = || {
         exec::hold_signals(false);
@@ -123,6 +125,16 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
     running.stop();
     host.shut_down();
     end
+}
+
+/// Four descriptors a copy and three an attachment: the 1,024 that a process is given for the sake of old programs are few,
+/// and what it may have is its own to take.
+fn raise_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(e) = setrlimit(Resource::Nofile, limit) {
+        log::warn!("the limit of open files stays as it is: {e}");
+    }
 }
 
 fn tell_service_manager(state: &[sd_notify::NotifyState<'_>]) {
@@ -468,17 +480,12 @@ impl Host for NodeHost {
         birth: Birth,
     ) -> Result<(), HostError> {
         let engine = &self.engine;
-        if let Some(have) = engine
-            .status()
-            .1
-            .into_iter()
-            .find(|c| c.state.volume_id == volume)
-        {
-            return match have.state.copy_id == copy {
+        if let Some(have) = engine.copy_of(volume) {
+            return match have == copy {
                 true => Ok(()),
                 false => Err(HostError::Refused(format!(
-                    "node {} has another copy of this volume ({}) already",
-                    self.me.node, have.state.copy_id
+                    "node {} has another copy of this volume ({have}) already",
+                    self.me.node
                 ))),
             };
         }
@@ -535,8 +542,7 @@ impl Host for NodeHost {
     }
 
     fn local_copies(&self) -> Vec<LocalCopy> {
-        let engine = &self.engine;
-        let open = engine.status().1.into_iter().map(
+        let open = self.engine.copies().into_iter().map(
             |CopyStatus {
                  volume,
                  state,
@@ -577,6 +583,14 @@ impl Host for NodeHost {
             }),
         });
         open.chain(broken).collect()
+    }
+
+    fn copies_here(&self) -> BTreeMap<VolumeId, CopyId> {
+        let mut all: BTreeMap<VolumeId, CopyId> = self.engine.copy_ids().into_iter().collect();
+        for volume in lock(&self.broken).keys() {
+            all.entry(*volume).or_insert(CopyId([0; 16]));
+        }
+        all
     }
 
     fn attach(&self, request: AttachRequest) -> Result<(), HostError> {
@@ -678,7 +692,7 @@ impl Host for NodeHost {
     }
 
     fn attachments(&self) -> Vec<AttachmentStatus> {
-        let all = self.engine.status().0;
+        let all = self.engine.attached();
         let served = lock(&self.served);
         all.into_iter()
             .filter_map(|status| Some(status::describe(&status, served.get(&status.volume)?)))
@@ -690,7 +704,7 @@ impl Host for NodeHost {
     }
 
     fn metrics(&self) -> Metrics {
-        status::metrics(self.engine.metrics())
+        status::metrics(self.engine.metrics(), self.engine.syncs())
     }
 
     fn upgrade(&self) -> Result<UpgradeView, Fault> {

@@ -6,8 +6,8 @@
 use std::fs;
 
 use super::prometheus::{Exposition, Kind, Pairs};
-use super::read::look;
 use crate::cluster::health::Health;
+use crate::cluster::live::gather;
 use crate::cluster::metrics::{Layer, Metrics, VolumeMetrics};
 use crate::cluster::plane::Plane;
 use crate::cluster::view::{self, VolumeView};
@@ -50,8 +50,9 @@ pub(super) fn render(plane: &Plane) -> String {
             histogram,
         );
     }
-    // Without the registry the engine's figures above are still worth having.
-    if let Ok((snapshot, live)) = look(plane) {
+    // What the control loop knows: a figure may be a moment old, and whoever scrapes asks the registry nothing.
+    if let Some(snapshot) = plane.known() {
+        let live = gather(plane, snapshot.nodes.values().map(|(n, _)| n));
         for volume in view::volumes(&snapshot, &live) {
             volume_gauges(&mut out, plane, &volume);
         }
@@ -105,6 +106,23 @@ fn engine(out: &mut Exposition, metrics: &Metrics) {
             &[("result", result)],
             count as f64,
         );
+    }
+    for syncs in &metrics.syncs {
+        for (name, help, count) in [
+            (
+                "lockstep_syncs_running",
+                "Copies that are brought up to date from this node, and on it.",
+                syncs.now,
+            ),
+            (
+                "lockstep_syncs_running_max",
+                "The most of them at once since the process began.",
+                syncs.most,
+            ),
+        ] {
+            let labels: Pairs<'_> = &[("end", syncs.end)];
+            out.sample(name, Kind::Gauge, help, labels, count as f64);
+        }
     }
     out.histogram(
         "lockstep_failover_seconds",

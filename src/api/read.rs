@@ -22,7 +22,7 @@ use crate::cluster::plane::Plane;
 use crate::cluster::selector::Selector;
 use crate::cluster::snapshot::Snapshot;
 use crate::cluster::view::{self, ClusterView, NodeView, VolumeView};
-use crate::replication::ids::NodeName;
+use crate::replication::ids::{NodeName, VolumeId};
 
 /// The media type of Prometheus' text format.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -202,8 +202,25 @@ async fn volume(
     .await
 }
 
-async fn status(State(plane): State<Arc<Plane>>) -> Reply<LocalStatus> {
-    json(plane, |plane| Ok(LocalStatus::of(plane))).await
+/// How much of it.
+#[derive(Deserialize)]
+struct Much {
+    /// Without copies and attachments.
+    #[serde(default)]
+    brief: bool,
+    /// Without copies, and with what concerns this volume only.
+    volume: Option<VolumeId>,
+}
+
+async fn status(State(plane): State<Arc<Plane>>, Query(much): Query<Much>) -> Reply<LocalStatus> {
+    json(plane, move |plane| {
+        Ok(match much.volume {
+            Some(volume) => LocalStatus::of_volume(plane, volume),
+            None if much.brief => LocalStatus::brief(plane),
+            None => LocalStatus::of(plane),
+        })
+    })
+    .await
 }
 
 /// A node's own events, and where to go on from.

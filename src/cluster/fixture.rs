@@ -99,6 +99,7 @@ pub fn status(name: &str) -> LocalStatus {
         now: 0,
         run_dir: "/run".into(),
         capacity: Capacity::default(),
+        copies_held: 0,
         copies: Vec::new(),
         attachments: Vec::new(),
         reports: Vec::new(),

@@ -1,6 +1,7 @@
 //! What a node's engine offers the control loop and the API. `node` implements it; everything blocks for a bounded
 //! time and may be called from any thread.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -247,6 +248,13 @@ pub trait Host: Send + Sync {
 
     /// Every copy on the disk, readable or not.
     fn local_copies(&self) -> Vec<LocalCopy>;
+
+    /// The identities of these copies, zero for one that cannot be read. Takes no look at their files, and so may be asked
+    /// often.
+    fn copies_here(&self) -> BTreeMap<VolumeId, CopyId> {
+        let all = self.local_copies().into_iter();
+        all.map(|c| (c.volume, c.copy)).collect()
+    }
 
     /// Starts to serve. On return the listening socket, if there is to be one, exists; the rest shows in
     /// [`Host::attachments`].

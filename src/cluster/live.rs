@@ -20,6 +20,12 @@ use crate::replication::ids::{BootId, ClusterId, Instance, NodeName, VolumeId};
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Where a node answers for itself.
 pub const STATUS_PATH: &str = "/api/v1/local/status";
+/// The same without its copies and attachments: short, however many there are.
+const BRIEF_PATH: &str = "/api/v1/local/status?brief=true";
+/// The same with what it says of one volume's attachment.
+fn volume_path(volume: VolumeId) -> String {
+    format!("{STATUS_PATH}?volume={volume}")
+}
 
 /// Who answers on an address: the answer of `/healthz`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +57,9 @@ pub struct LocalStatus {
     pub run_dir: PathBuf,
     /// Its disk.
     pub capacity: Capacity,
+    /// How many copies are on it.
+    #[serde(default)]
+    pub copies_held: usize,
     /// The copies on it.
     pub copies: Vec<LocalCopy>,
     /// What it serves.
@@ -62,6 +71,30 @@ pub struct LocalStatus {
 impl LocalStatus {
     /// This node's.
     pub fn of(plane: &Plane) -> Self {
+        let copies = plane.host.local_copies();
+        Self {
+            copies_held: copies.len(),
+            copies,
+            attachments: plane.host.attachments(),
+            reports: plane.reports(),
+            ..Self::brief(plane)
+        }
+    }
+
+    /// The same without its copies, and with what concerns this volume only.
+    pub fn of_volume(plane: &Plane, volume: VolumeId) -> Self {
+        let mut status = Self {
+            attachments: plane.host.attachments(),
+            reports: plane.reports(),
+            ..Self::brief(plane)
+        };
+        status.attachments.retain(|a| a.volume == volume);
+        status.reports.retain(|r| r.volume == volume);
+        status
+    }
+
+    /// The same without its copies, attachments and reports.
+    pub fn brief(plane: &Plane) -> Self {
         Self {
             identity: Identity {
                 cluster: plane.cluster,
@@ -74,9 +107,10 @@ impl LocalStatus {
             now: wall_ms(),
             run_dir: plane.run_dir.clone(),
             capacity: plane.host.capacity(),
-            copies: plane.host.local_copies(),
-            attachments: plane.host.attachments(),
-            reports: plane.reports(),
+            copies_held: plane.host.copies_here().len(),
+            copies: Vec::new(),
+            attachments: Vec::new(),
+            reports: Vec::new(),
         }
     }
 
@@ -116,11 +150,36 @@ impl Live {
 
 /// Asks `nodes` at once, this one without a detour.
 pub fn gather<'a>(plane: &Plane, nodes: impl Iterator<Item = &'a NodeRecord>) -> Live {
+    gather_as(plane, nodes, STATUS_PATH, LocalStatus::of)
+}
+
+/// The same without copies and attachments.
+pub fn gather_brief<'a>(plane: &Plane, nodes: impl Iterator<Item = &'a NodeRecord>) -> Live {
+    gather_as(plane, nodes, BRIEF_PATH, LocalStatus::brief)
+}
+
+/// What one node says of one volume's attachment, and nothing else.
+pub fn gather_volume<'a>(
+    plane: &Plane,
+    node: impl Iterator<Item = &'a NodeRecord>,
+    volume: VolumeId,
+) -> Live {
+    gather_as(plane, node, &volume_path(volume), |plane| {
+        LocalStatus::of_volume(plane, volume)
+    })
+}
+
+fn gather_as<'a>(
+    plane: &Plane,
+    nodes: impl Iterator<Item = &'a NodeRecord>,
+    path: &str,
+    own: impl Fn(&Plane) -> LocalStatus,
+) -> Live {
     let (mine, others): (Vec<_>, Vec<_>) = nodes.partition(|n| n.name == plane.node);
     let questions = others.iter().map(|n| Question {
         node: n.name.clone(),
         address: n.http.clone(),
-        path: STATUS_PATH.into(),
+        path: path.into(),
     });
     let mut live: BTreeMap<_, _> = fan_out::<LocalStatus>(questions.collect())
         .into_iter()
@@ -130,7 +189,7 @@ pub fn gather<'a>(plane: &Plane, nodes: impl Iterator<Item = &'a NodeRecord>) ->
         })
         .collect();
     for node in mine {
-        live.insert(node.name.clone(), Ok(LocalStatus::of(plane)));
+        live.insert(node.name.clone(), Ok(own(plane)));
     }
     Live(live)
 }

@@ -78,6 +78,17 @@ pub struct VolumeMetrics {
     pub sync_remaining: u64,
 }
 
+/// Copies that are brought up to date at one end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SyncsHere {
+    /// `from` this node, or `to` it.
+    pub end: &'static str,
+    /// Now.
+    pub now: u64,
+    /// At once at most, since the process began.
+    pub most: u64,
+}
+
 /// The engine's counters at one instant.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Metrics {
@@ -95,6 +106,8 @@ pub struct Metrics {
     pub syncs_started: u64,
     /// Copies that are in sync again.
     pub syncs_completed: u64,
+    /// Syncs from this node and to it: now, and at once at most.
+    pub syncs: [SyncsHere; 2],
     /// From the loss of a master or attachment until the volume served again.
     pub failover: Histogram,
 }

@@ -18,6 +18,7 @@ mod control_creation;
 mod control_drain;
 mod control_migrate;
 mod control_replace;
+mod control_seen;
 mod control_tend;
 pub mod create;
 mod declared;
@@ -45,6 +46,7 @@ pub mod replicas;
 pub mod rules;
 pub mod selector;
 pub mod settings;
+mod silence;
 pub mod snapshot;
 pub mod store;
 pub mod units;
@@ -90,6 +92,11 @@ pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> 
     };
     let control = Control::new(plane.clone(), stop.clone());
     let mut threads = vec![spawn("control", Box::new(move || control.run()))?];
+    let watched = plane.clone();
+    threads.push(spawn(
+        "silence",
+        Box::new(move || silence::watch(&watched)),
+    )?);
     if !config.serve.is_empty() {
         let (plane, stop) = (plane.clone(), stop.clone());
         threads.push(spawn(

@@ -293,6 +293,7 @@ pub(super) fn shared(key: Option<&str>, nodes: &[&NodeName], snapshot: &Snapshot
             places.entry(value).or_default().push(&node.0);
         }
     }
+    places.values_mut().for_each(|nodes| nodes.sort_unstable());
     places
         .into_iter()
         .filter(|(_, nodes)| nodes.len() > 1)

@@ -11,6 +11,7 @@ use super::events::EventLog;
 use super::fault::Fault;
 use super::host::Host;
 use super::model::VolumeName;
+use super::silence::Silence;
 use super::snapshot::{Snapshot, VolumeEntry};
 use super::store::{Store, Versioned};
 use crate::registry::Revision;
@@ -53,7 +54,10 @@ pub struct Plane {
     pub host: Arc<dyn Host>,
     /// The node's events.
     pub events: Arc<EventLog>,
+    /// Since when each node does not answer.
+    pub(super) silence: Silence,
     stop: Arc<AtomicBool>,
+    known: Mutex<Option<Arc<Snapshot>>>,
     creating: Mutex<BTreeSet<VolumeId>>,
     reports: Mutex<BTreeMap<VolumeId, Report>>,
     fatal: Mutex<Option<String>>,
@@ -84,7 +88,9 @@ impl Plane {
             store: joined.store.clone(),
             host,
             events: joined.events.clone(),
+            silence: Silence::default(),
             stop: Arc::default(),
+            known: Mutex::default(),
             creating: Mutex::default(),
             reports: Mutex::default(),
             fatal: Mutex::default(),
@@ -106,6 +112,16 @@ impl Plane {
             spec,
             record,
         })
+    }
+
+    /// What the registry held when the control loop acted on it last; `None` before it has read it. Costs the registry
+    /// nothing, and may be a moment old: for what repeats itself, not for what people ask.
+    pub fn known(&self) -> Option<Arc<Snapshot>> {
+        lock(&self.known).clone()
+    }
+
+    pub(super) fn know(&self, snapshot: &Arc<Snapshot>) {
+        *lock(&self.known) = Some(Arc::clone(snapshot));
     }
 
     /// Where a volume's socket is unless people say otherwise.

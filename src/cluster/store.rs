@@ -153,6 +153,24 @@ impl Store {
         Ok(Snapshot::of(&listing))
     }
 
+    /// What a new volume in `namespace` depends on: nodes, namespaces, and the rules of this one; no volumes, of which there
+    /// may be thousands. Each kind is of one instant.
+    pub fn surroundings(&self, namespace: &str) -> Result<Snapshot, RegistryError> {
+        let mut snapshot = Snapshot::default();
+        let rules = format!("{RULES}{namespace}/");
+        for prefix in [NODES, NAMESPACES, &rules] {
+            snapshot.add(&self.timed(0, || self.registry.list(prefix))?);
+        }
+        Ok(snapshot)
+    }
+
+    /// One volume's keys, at one instant.
+    pub fn of_volume(&self, volume: VolumeId) -> Result<Snapshot, RegistryError> {
+        let prefix = volume_key(volume, "");
+        let listing = self.timed(0, || self.registry.list(&prefix))?;
+        Ok(Snapshot::of(&listing))
+    }
+
     /// Every change after `from`; feed them to [`Snapshot::apply`].
     pub fn watch(&self, from: Revision) -> Result<Watch, RegistryError> {
         self.registry.watch("", from)

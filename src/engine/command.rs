@@ -11,7 +11,7 @@ use crate::guest::{Capacity, GuestMem, ParkedRing, RingLog, RingStart};
 use crate::replication::attachment::{CasOutcome, CopyView, Phase, Revision};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState};
 use crate::replication::dirty_map::DirtyMap;
-use crate::replication::ids::{Epoch, Nanos, NodeName, Region, VolumeId};
+use crate::replication::ids::{CopyId, Epoch, Nanos, NodeName, Region, VolumeId};
 use crate::replication::message::Proof;
 use crate::replication::record::{self, Record};
 use crate::replication::replica::Ticket;
@@ -193,8 +193,12 @@ pub enum Command {
     Peers(Vec<(NodeName, SocketAddr)>),
     /// A connection that greeted and belongs to this worker; with what came behind the greeting.
     Adopt(TcpStream, Box<Hello>, Vec<u8>),
-    /// Report the attached volumes and the copies.
-    Status(SyncSender<(Vec<VolumeStatus>, Vec<CopyStatus>)>),
+    /// Report the attached volumes.
+    Attached(SyncSender<Vec<VolumeStatus>>),
+    /// Report the copies, with a look at the files of each.
+    Copies(SyncSender<Vec<CopyStatus>>),
+    /// Report the identities of the copies: of this volume, or of all.
+    CopyIds(Option<VolumeId>, SyncSender<Vec<(VolumeId, CopyId)>>),
     /// Report the counters.
     Metrics(SyncSender<WorkerMetrics>),
     /// End.

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::Served;
 use crate::cluster::host::{AttachmentStatus, CopyState, Phase, SyncProgress};
-use crate::cluster::metrics::Metrics;
-use crate::engine::{VolumeStatus, WorkerMetrics};
+use crate::cluster::metrics::{Metrics, SyncsHere};
+use crate::engine::{Syncs, VolumeStatus, WorkerMetrics};
 use crate::replication::attachment::{CopyView, Phase as Is};
 use crate::replication::record::CopyStatus;
 
@@ -69,8 +69,16 @@ fn copy(c: &CopyView) -> CopyState {
 }
 
 /// The counters of all workers.
-pub(super) fn metrics(workers: Vec<WorkerMetrics>) -> Metrics {
-    let mut all = Metrics::default();
+pub(super) fn metrics(workers: Vec<WorkerMetrics>, [from, to]: [Syncs; 2]) -> Metrics {
+    let syncs = |end, syncs: Syncs| SyncsHere {
+        end,
+        now: syncs.now as u64,
+        most: syncs.most as u64,
+    };
+    let mut all = Metrics {
+        syncs: [syncs("from", from), syncs("to", to)],
+        ..Metrics::default()
+    };
     let mut ejections: BTreeMap<String, u64> = BTreeMap::new();
     for worker in workers {
         all.volumes.extend(worker.volumes);

@@ -316,6 +316,11 @@ pub enum Refusal {
     /// It has been away while the volume grew, and has no room to follow.
     #[error("its disk has no room for the volume's size: make space there")]
     NoRoom,
+    /// As many other copies on its node are brought up to date as there may be at once: try again later.
+    #[error(
+        "it waits for its turn: as many other copies on its node are brought up to date as may be at once"
+    )]
+    Busy,
     /// Its disk failed a write or a flush.
     #[error("the copy's disk has failed; it serves no more")]
     Failed,

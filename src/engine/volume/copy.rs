@@ -10,8 +10,9 @@ use crate::engine::buffer::Bytes;
 use crate::engine::command::{Command, Event, Mailbox, OpenCopy};
 use crate::engine::context::Context;
 use crate::engine::disk::{Completion, DataFile, Output, Token, Work};
+use crate::engine::syncs::{End, Held};
 use crate::replication::ids::{CHUNK, CopyId, Epoch, Nanos, REGION, Region, VolumeId};
-use crate::replication::message::Message;
+use crate::replication::message::{Message, Refusal};
 use crate::replication::replica::{
     Action as CopyDo, DiskOp, DiskResult, Replica, SessionId, Ticket,
 };
@@ -65,6 +66,7 @@ impl Volume {
             length,
             measured: 0,
             cut: false,
+            place: None,
         });
         Ok(())
     }
@@ -101,10 +103,16 @@ impl Volume {
         message: Message,
         data: Option<Bytes>,
     ) {
-        match &mut self.copy {
-            Some(copy) => copy.replica.on_message(ctx.now, session, message, data),
-            None => ctx.close_session(session),
+        let Some(copy) = &mut self.copy else {
+            return ctx.close_session(session);
+        };
+        if copy.may_take(ctx, &message) {
+            return copy.replica.on_message(ctx.now, session, message, data);
         }
+        if let Some(token) = ctx.sessions.get(&session).copied() {
+            ctx.send(token, &Message::Nack(Refusal::Busy), None, false);
+        }
+        ctx.close_session(session);
     }
 
     /// An attachment's connection is gone.
@@ -305,6 +313,20 @@ impl Volume {
 }
 
 impl LocalCopy {
+    /// Whether there is a place for the sync that the message begins, if it begins one.
+    pub(super) fn may_take(&mut self, ctx: &Context, message: &Message) -> bool {
+        if !matches!(message, Message::SyncBegin(_)) {
+            return true;
+        }
+        if let Some(place) = &mut self.place {
+            place.renew(ctx.now);
+            return true;
+        }
+        let place = ctx.turns.places.take(End::Target);
+        self.place = place.map(|place| Held::new(place, ctx.now));
+        self.place.is_some()
+    }
+
     /// Whether the data file is still as long as it was made. Bytes that somebody cut off read as zeros once a write made
     /// the file longer again, so the copy is dead (PROTOCOL 3). No write reaches the file's last block: it stays cut.
     pub(super) fn measure(&mut self, ctx: &Context) {

@@ -353,6 +353,9 @@ impl<D: Payload> Attachment<D> {
                 self.outbid = self.outbid.max(promised);
                 self.outbid_by(copy);
             }
+            Refusal::Busy if self.syncs.get(&copy).is_some_and(Sync::is_opening) => {
+                self.put_off(copy, &Refusal::Busy.to_string());
+            }
             other => {
                 self.peers[copy].refused = other == Refusal::Failed;
                 self.peers[copy].unknown = other == Refusal::UnknownCopy;

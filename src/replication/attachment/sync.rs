@@ -24,6 +24,8 @@ const SESSIONS_MAX: usize = 2;
 const BACK_OFF: Nanos = Nanos::from_ms(250);
 /// The longest wait is 2^7 times the first: half a minute.
 const BACK_OFF_DOUBLINGS: u32 = 7;
+/// The wait of a sync that may not begin yet because others are under way: nothing broke off.
+const PUT_OFF: Nanos = Nanos::from_ms(250);
 /// A copy that was in sync for so long begins with the first wait again.
 const FORGIVEN: Nanos = Nanos::from_ms(60_000);
 /// How often the rate is measured.
@@ -132,6 +134,11 @@ impl Sync {
             rate: 0,
             lost: None,
         }
+    }
+
+    /// Whether the target was asked and has not answered.
+    pub(super) fn is_opening(&self) -> bool {
+        self.stage == Stage::Opening && self.lost.is_none()
     }
 
     /// Whether it only waits to be taken in.
@@ -532,6 +539,39 @@ impl<D: Payload> Attachment<D> {
                 self.settle(seq);
             }
         }
+    }
+
+    /// The sync of a copy that is not in sync is not begun now, because of others: it is tried again soon.
+    pub fn on_put_off(&mut self, now: Nanos, copy: usize, why: &str) {
+        self.now = now;
+        if !self.ended() && !self.in_sync.has(copy) && !self.syncs.contains_key(&copy) {
+            self.put_off(copy, why);
+        }
+    }
+
+    /// Nothing has begun yet on the target, so there is nothing to end but the connection.
+    pub(super) fn put_off(&mut self, copy: usize, why: &str) {
+        if self.syncs.remove(&copy).is_some() {
+            self.actions.push_back(Action::Hangup(copy));
+        }
+        // Why it was lost stays worth knowing: it may be waited for in vain.
+        let before = self.peers[copy].why.split("; it waits").next();
+        let why = match before.filter(|b| !b.is_empty() && !b.starts_with("it waits")) {
+            Some(before) => format!("{before}; {why}"),
+            None => why.to_string(),
+        };
+        self.unlink(copy, &why);
+        self.peers[copy].sync_after = self.now.after(PUT_OFF);
+    }
+
+    /// Whether the copy is, or may be, the target of a sync, so that a link to it is for one.
+    pub fn is_absent(&self, copy: usize) -> bool {
+        !self.in_sync.has(copy)
+    }
+
+    /// Whether a session with the copy goes on.
+    pub fn is_syncing(&self, copy: usize) -> bool {
+        self.syncs.contains_key(&copy)
     }
 
     /// Puts the next sync of `copy` off, longer each time.

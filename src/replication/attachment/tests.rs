@@ -3,6 +3,7 @@
 mod growing;
 mod mirroring;
 mod returning;
+mod turns;
 
 use super::*;
 use crate::replication::failure_mode::FailureMode;

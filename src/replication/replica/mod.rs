@@ -366,6 +366,15 @@ impl<D> Replica<D> {
         self.bound
     }
 
+    /// It is being brought up to date by somebody who is connected.
+    pub fn is_target(&self) -> bool {
+        let changes = matches!(
+            self.serial,
+            Some(Serial::BeginSync { .. } | Serial::EndSync { .. })
+        );
+        changes || matches!(self.role, Role::Target { .. }) && self.bound.is_some()
+    }
+
     /// Nothing is under way: no request, disk operation or change of state.
     pub fn is_idle(&self) -> bool {
         self.serial.is_none()

@@ -218,6 +218,7 @@ fn put_refusal(refusal: &Refusal, out: &mut Vec<u8>) {
             body::put_text(out, body::clip(text));
         }
         Refusal::NoRoom => out.push(7),
+        Refusal::Busy => out.push(8),
     }
 }
 
@@ -436,6 +437,7 @@ fn read_refusal(body: &mut Reader<'_>) -> Result<Refusal, WireError> {
         5 => Ok(Refusal::Failed),
         6 => Ok(Refusal::Protocol(body.text()?)),
         7 => Ok(Refusal::NoRoom),
+        8 => Ok(Refusal::Busy),
         _ => Err(WireError::Malformed("refusal")),
     }
 }

@@ -128,6 +128,7 @@ fn arb_refusal() -> impl Strategy<Value = Refusal> {
         Just(Refusal::Inconsistent),
         Just(Refusal::Failed),
         Just(Refusal::NoRoom),
+        Just(Refusal::Busy),
         "\\PC{0,64}".prop_map(Refusal::Protocol),
     ]
 }
@@ -564,7 +565,7 @@ fn counts_and_codes_out_of_range_are_refused() {
         ),
         (Message::Promise(promise.clone()), 0, &[3]),
         (Message::Promise(promise), 25, &long[1..]),
-        (Message::Nack(Refusal::Failed), 0, &[8]),
+        (Message::Nack(Refusal::Failed), 0, &[9]),
     ];
     for (message, at, bytes) in cases {
         let mut f = frame(&message, 1, None);

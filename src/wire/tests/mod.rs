@@ -134,6 +134,7 @@ fn messages() -> Vec<(Message, Option<&'static [u8]>)> {
             [
                 Message::Grow { epoch, seq, size },
                 Message::Nack(Refusal::NoRoom),
+                Message::Nack(Refusal::Busy),
             ]
             .map(bare),
         )
