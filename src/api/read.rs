@@ -18,6 +18,7 @@ use crate::cluster::labels::Of;
 use crate::cluster::live::{Identity, Live, LocalStatus, gather};
 use crate::cluster::model::check_name;
 use crate::cluster::plane::Plane;
+use crate::cluster::scrub::{self, ScrubView};
 use crate::cluster::selector::Selector;
 use crate::cluster::snapshot::Snapshot;
 use crate::cluster::view::{self, ClusterView, NodeView, VolumeView};
@@ -38,6 +39,7 @@ pub(super) fn router() -> Router<Arc<Plane>> {
         .route("/api/v1/nodes/{name}", get(node))
         .route("/api/v1/volumes", get(volumes))
         .route("/api/v1/volumes/{namespace}/{name}", get(volume))
+        .route("/api/v1/volumes/{namespace}/{name}/scrub", get(scrub))
         .route("/api/v1/events", get(events::all))
         .route("/api/v1/local/status", get(status))
         .route("/api/v1/local/events", get(events::local))
@@ -194,6 +196,14 @@ async fn volume(
         Ok(view)
     })
     .await
+}
+
+async fn scrub(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+) -> Reply<ScrubView> {
+    let name = name(&path)?;
+    json(plane, move |plane| scrub::inspect(plane, &name)).await
 }
 
 async fn status(State(plane): State<Arc<Plane>>) -> Reply<LocalStatus> {

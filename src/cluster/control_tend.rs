@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::control::Control;
 use super::events::What;
 use super::fault::Fault;
-use super::host::{AttachRequest, AttachmentStatus, Phase};
+use super::host::{AttachRequest, AttachmentStatus, Phase, ScrubState, ScrubStatus};
 use super::live::{Live, gather};
 use super::membership::staying;
 use super::plane::whole_volumes;
@@ -49,6 +49,8 @@ struct Memory {
     vain: u32,
     /// Tended, and nothing under way since.
     idle: Option<Instant>,
+    /// A scrub was asked for.
+    asked: bool,
 }
 
 impl Tending {
@@ -66,6 +68,7 @@ impl Tending {
             begin: now + START,
             vain: 0,
             idle: None,
+            asked: false,
         })
     }
 
@@ -87,12 +90,18 @@ enum Wanting {
     LostHere,
     /// A copy is to be brought up to date, to be removed or to become the master, or all of them are to grow.
     Copies,
+    /// This process was asked to compare its copies.
+    Scrub,
 }
 
 /// What a detached volume lacks; `None` when it is as its record asks.
-fn wanting(record: &Record, node: &NodeName, has_copy: bool) -> Option<Wanting> {
+fn wanting(record: &Record, node: &NodeName, has_copy: bool, scrub: bool) -> Option<Wanting> {
     if record.state == State::Creating {
         return None;
+    }
+    // First: whatever else is wanting is seen to by the same attachment.
+    if scrub {
+        return Some(Wanting::Scrub);
     }
     if record.attachment.is_some() || record.state != State::Clean {
         return Some(Wanting::Unreleased);
@@ -122,7 +131,7 @@ fn can_help(record: &Record, wanting: Wanting, live: &Live) -> bool {
         return false;
     }
     match wanting {
-        Wanting::Unreleased | Wanting::LostHere => true,
+        Wanting::Unreleased | Wanting::LostHere | Wanting::Scrub => true,
         Wanting::Copies => {
             record.present().any(|c| c.leaving)
                 || staying(record).any(|c| c.status != CopyStatus::InSync && answers(&c.node))
@@ -165,7 +174,8 @@ impl Control {
                 .copy_on(&self.plane.node)
                 .is_some_and(|mine| local.iter().any(|c| c.copy == mine.copy_id));
             if let Some(status) = here {
-                let done = finished(&record.0, &self.plane.node, has_copy);
+                let scrub = self.scrub_asked(&spec.0).is_some();
+                let done = finished(&record.0, &self.plane.node, has_copy, scrub);
                 self.go_on(
                     id,
                     &spec.0.full_name().to_string(),
@@ -175,11 +185,17 @@ impl Control {
                 );
                 continue;
             }
-            let Some(wanting) = wanting(&record.0, &self.plane.node, has_copy) else {
+            let scrub = self.scrub_asked(&spec.0).is_some();
+            let Some(wanting) = wanting(&record.0, &self.plane.node, has_copy, scrub) else {
                 self.tending.volumes.remove(&id);
                 continue;
             };
-            let begin = self.tending.memory(id, now).begin;
+            let memory = self.tending.memory(id, now);
+            // Somebody waits for a scrub.
+            if scrub && !std::mem::replace(&mut memory.asked, true) {
+                memory.begin = now;
+            }
+            let begin = memory.begin;
             if begin > now {
                 self.tending.look_at(begin);
                 continue;
@@ -191,8 +207,8 @@ impl Control {
             let live = live.get_or_insert_with(|| {
                 gather(&self.plane, snapshot.nodes.values().map(|(n, _)| n))
             });
-            let ours =
-                wanting == Wanting::LostHere || turn(&record.0, live) == Some(&self.plane.node);
+            let ours = matches!(wanting, Wanting::LostHere | Wanting::Scrub)
+                || turn(&record.0, live) == Some(&self.plane.node);
             let by_another = live.tended(id).is_some();
             if !ours || by_another || !can_help(&record.0, wanting, live) {
                 // Nothing was tried: soon again, since who answers can change without a word from the registry.
@@ -263,8 +279,10 @@ impl Control {
             return self.let_go(id, name, "tended", "fenced");
         }
         self.tell(id, record);
-        let busy =
-            status.phase == Phase::Recovering || status.copies.iter().any(|c| c.sync.is_some());
+        let scrubs = |s: &ScrubStatus| s.state == ScrubState::Running;
+        let busy = status.phase == Phase::Recovering
+            || status.copies.iter().any(|c| c.sync.is_some())
+            || status.scrub.as_ref().is_some_and(scrubs);
         if done && status.phase == Phase::Serving {
             self.tending.volumes.remove(&id);
             self.said.remove(&format!("tending of {id}"));
@@ -290,13 +308,13 @@ impl Control {
 }
 
 /// Nothing is left to do but to release the volume.
-fn finished(record: &Record, node: &NodeName, has_copy: bool) -> bool {
+fn finished(record: &Record, node: &NodeName, has_copy: bool, scrub: bool) -> bool {
     let released = Record {
         attachment: None,
         state: State::Clean,
         ..record.clone()
     };
-    record.state == State::Active && wanting(&released, node, has_copy).is_none()
+    record.state == State::Active && wanting(&released, node, has_copy, scrub).is_none()
 }
 
 #[cfg(test)]
@@ -382,7 +400,10 @@ mod tests {
                 });
             }
             let live = live(&answering.split(' ').collect::<Vec<_>>());
-            let found = wanting(&record, &node("n1"), has).map(|wanting| {
+            // A scrub that this process was asked for goes before all of it.
+            let asked = wanting(&record, &node("n1"), has, true);
+            assert_eq!(asked, Some(Wanting::Scrub), "{copies}");
+            let found = wanting(&record, &node("n1"), has, false).map(|wanting| {
                 let turn = turn(&record, &live).map(|n| n.0.clone());
                 (wanting, can_help(&record, wanting, &live), turn)
             });
@@ -398,7 +419,7 @@ mod tests {
             preferred: Some(copy(2)),
             ..record("n1:i n2:i")
         };
-        let found = wanting(&record, &node("n1"), true);
+        let found = wanting(&record, &node("n1"), true, false);
         assert_eq!(found, Some(Wanting::Copies));
         assert!(can_help(&record, Wanting::Copies, &live(&["n1", "n2"])));
         assert!(!can_help(&record, Wanting::Copies, &live(&["n1"])));
@@ -412,13 +433,14 @@ mod tests {
         };
         let (to, refused) = (record.size * 2, None);
         record.grow = Some(Growth { to, refused });
-        assert_eq!(wanting(&record, &node("n1"), true), Some(Wanting::Copies));
+        let found = wanting(&record, &node("n1"), true, false);
+        assert_eq!(found, Some(Wanting::Copies));
         assert!(can_help(&record, Wanting::Copies, &live(&["n1", "n2"])));
         assert!(!can_help(&record, Wanting::Copies, &live(&["n1"])));
         // It has no room: not again before somebody asks.
         let refused = Some("full".into());
         record.grow = Some(Growth { to, refused });
-        assert_eq!(wanting(&record, &node("n1"), true), None);
+        assert_eq!(wanting(&record, &node("n1"), true, false), None);
     }
 
     #[test]

@@ -198,7 +198,7 @@ impl World {
                 }
             }
         }
-        let rotten = self.disk(n).decayed.clone();
+        let rotten: Vec<usize> = self.disk(n).decayed.keys().copied().collect();
         self.say(|_| format!("copy {n} rots in {rotten:?}"));
         !rotten.is_empty()
     }
@@ -207,7 +207,7 @@ impl World {
     fn check_found(&mut self, victim: usize, view: &View) {
         assert_eq!(view.progress, Progress::Done, "liveness: a calm scrub ends");
         let alone: Vec<NodeName> = vec![self.nodes[victim].name.clone()];
-        for s in &self.disk(victim).decayed {
+        for s in self.disk(victim).decayed.keys() {
             let found = differing(view).find(|p| blocks(p).any(|b| b.contains(s)));
             let found = found.unwrap_or_else(|| {
                 panic!(
