@@ -120,40 +120,36 @@ fn a_second_scrub_follows_the_first_or_is_refused_by_name_and_one_can_be_stopped
             .contains("no scrub of volume default/v is under way")
     );
     n1.host.levers.lock().unwrap().endless = true;
-    let first: Value = serde_json::from_str(&ok(&n2, "volume scrub v --async -o json")).unwrap();
-    assert_eq!(
-        (&first["node"], &first["followed"]),
-        (&json!("n1"), &json!(false))
-    );
-    eventually("it runs", || {
-        (scrub(&n1, "v")["state"] == "running").then_some(())
-    });
-    let second: Value = serde_json::from_str(&ok(&n1, "volume scrub v --async -o json")).unwrap();
-    assert_eq!(
-        (&second["id"], &second["followed"]),
-        (&first["id"], &json!(true))
-    );
-    let refused = run(&n1, "volume scrub v --repair");
-    assert_eq!(refused.code, 11, "{}", refused.err);
-    assert!(
-        refused.err.contains("without --repair")
-            && refused.err.contains("under way on n1")
-            && refused.err.contains("--stop"),
-        "{}",
-        refused.err
-    );
-    // Whoever waits for it is told that it was stopped: no exit code 0.
-    let waiting = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
+        // Given one that somebody waits for,
         let waiting = scope.spawn(|| run(&n2, "volume scrub v"));
-        eventually("somebody follows", || {
-            (scrub(&n1, "v")["id"] == first["id"]).then_some(())
+        let first = eventually("it runs", || {
+            let seen = scrub(&n1, "v");
+            (seen["state"] == "running").then_some(seen)
         });
-        std::thread::sleep(std::time::Duration::from_millis(700));
+        // when another one of its kind is asked for, then that follows,
+        let second = ok(&n1, "volume scrub v --async -o json");
+        let second: Value = serde_json::from_str(&second).unwrap();
+        assert_eq!(
+            (&second["id"], &second["node"], &second["followed"]),
+            (&first["id"], &json!("n1"), &json!(true))
+        );
+        // and one of another kind is refused.
+        let refused = run(&n1, "volume scrub v --repair");
+        assert_eq!(refused.code, 11, "{}", refused.err);
+        assert!(
+            refused.err.contains("without --repair")
+                && refused.err.contains("under way on n1")
+                && refused.err.contains("--stop"),
+            "{}",
+            refused.err
+        );
+        // When it is stopped, then whoever waits is told so, and not that all is well.
         ok(&n1, "volume scrub v --stop");
-        waiting.join().unwrap()
+        let waiting = waiting.join().unwrap();
+        assert_eq!(waiting.code, 12, "{}", waiting.err);
+        assert!(waiting.err.contains("it was stopped"), "{}", waiting.err);
     });
-    assert_eq!(waiting.code, 12, "{}", waiting.err);
-    assert!(waiting.err.contains("it was stopped"), "{}", waiting.err);
     // And the next one is a new one.
     n1.host.levers.lock().unwrap().endless = false;
     ok(&n1, "volume scrub v --repair");

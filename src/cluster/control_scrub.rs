@@ -122,13 +122,32 @@ impl Control {
             {
                 // Somebody has enough of it, or gave it up for dead and asked anew.
                 self.plane.host.stop_scrub(id, memory.id);
-                self.scrubs.volumes.remove(&id);
+                self.scrub_stopped(id, here);
             }
             if let Some(wish) = wish {
                 self.go_on_with_scrub(id, spec, (&wish, here), now)?;
             }
         }
         Ok(())
+    }
+
+    /// The wish is gone, and it was not this process that took it out, unless it does not know that it was.
+    fn scrub_stopped(&mut self, id: VolumeId, here: Option<&AttachmentStatus>) {
+        let Some(memory) = self.scrubs.volumes.remove(&id) else {
+            return;
+        };
+        let kept = self.plane.scrubs();
+        if kept.iter().any(|s| s.status.id == memory.id) {
+            return;
+        }
+        let over = |s: &&ScrubStatus| s.id == memory.id && !s.is_open();
+        let status = match here.and_then(|a| a.scrub.as_ref()).filter(over) {
+            Some(ended) => Some(ended.clone()),
+            None => memory.seen.map(|seen| seen.broken_off("it was stopped")),
+        };
+        if let Some(status) = status {
+            self.plane.keep_scrub(id, status);
+        }
     }
 
     fn go_on_with_scrub(

@@ -30,6 +30,16 @@ impl World {
         let wait = self.rng.between(200, 4_000) * MS;
         self.after(wait, Ev::Scrub);
         if let Some(a) = self.live() {
+            // Now and then somebody has enough of the one that is under way.
+            if self.rng.one_in(8)
+                && let Some(view) = self.view(a)
+                && view.progress == Progress::Running
+            {
+                let node = self.atts[a].node;
+                let now = self.clock(node);
+                self.atts[a].machine.stop_scrub(now, view.id);
+                self.seen.count("scrub stopped");
+            }
             let repair = self.rng.one_in(2);
             self.ask_scrub(a, repair);
         }

@@ -83,6 +83,7 @@ pub const DEMANDED: &[&str] = &[
     "chunk of zeros brought up to date",
     "scrub ended",
     "scrub broke off",
+    "scrub stopped",
     "sector mended by a scrub",
     "rot found by a scrub",
     "rot mended by a scrub",
