@@ -224,6 +224,9 @@ impl Scrub {
     }
 
     /// What is being compared is asked anew, when all that was asked is answered.
+    ///
+    /// S21: A has answered, B has not, and both lose power; B is the first one back, serves on without what no flush covered, and
+    /// answers: the two differ, and A is on its way out of the in-sync set.
     fn outdate(&mut self) {
         self.range.stale = self.range.open > 0;
         for look in self.looks.values_mut() {
