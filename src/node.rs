@@ -682,6 +682,15 @@ impl Host for NodeHost {
         }
     }
 
+    fn scrub(&self, volume: VolumeId, id: u64, repair: bool) -> Result<(), HostError> {
+        let begun = self.engine.scrub(volume, id, repair);
+        begun.map_err(HostError::Busy)
+    }
+
+    fn stop_scrub(&self, volume: VolumeId, id: u64) {
+        self.engine.stop_scrub(volume, id);
+    }
+
     fn record_changed(&self, volume: VolumeId, record: &Record, revision: Revision) {
         self.engine
             .record(volume, Some((record.clone(), revision.0)));

@@ -154,6 +154,30 @@ fn layers(out: &mut Exposition, labels: Pairs<'_>, volume: &VolumeMetrics) {
     ] {
         out.sample(name, Kind::Gauge, help, labels, value as f64);
     }
+    for (name, help, value) in [
+        (
+            "lockstep_scrub_chunks_total",
+            "Chunks of 64 KiB that scrubs compared on all in-sync copies.",
+            volume.scrub.chunks,
+        ),
+        (
+            "lockstep_scrub_differences_total",
+            "Blocks of 4 KiB in which a scrub found copies to differ.",
+            volume.scrub.differences,
+        ),
+        (
+            "lockstep_scrub_unreadable_total",
+            "Blocks of 4 KiB that a copy's disk could not read for a scrub.",
+            volume.scrub.unreadable,
+        ),
+        (
+            "lockstep_scrub_repaired_total",
+            "Blocks of both kinds that a scrub made the same on every copy.",
+            volume.scrub.repaired,
+        ),
+    ] {
+        out.sample(name, Kind::Counter, help, labels, value as f64);
+    }
 }
 
 fn one_layer(out: &mut Exposition, labels: Pairs<'_>, layer: &str, figures: &Layer) {

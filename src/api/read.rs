@@ -19,6 +19,7 @@ use crate::cluster::labels::Of;
 use crate::cluster::live::{Identity, Live, LocalStatus, gather};
 use crate::cluster::model::check_name;
 use crate::cluster::plane::Plane;
+use crate::cluster::scrub::{self, ScrubView};
 use crate::cluster::selector::Selector;
 use crate::cluster::snapshot::Snapshot;
 use crate::cluster::view::{self, ClusterView, NodeView, VolumeView};
@@ -39,6 +40,7 @@ pub(super) fn router() -> Router<Arc<Plane>> {
         .route("/api/v1/nodes/{name}", get(node))
         .route("/api/v1/volumes", get(volumes))
         .route("/api/v1/volumes/{namespace}/{name}", get(volume))
+        .route("/api/v1/volumes/{namespace}/{name}/scrub", get(scrub))
         .route("/api/v1/events", get(events::all))
         .route("/api/v1/local/status", get(status))
         .route("/api/v1/local/upgrade", get(upgrade))
@@ -200,6 +202,14 @@ async fn volume(
         Ok(view)
     })
     .await
+}
+
+async fn scrub(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+) -> Reply<ScrubView> {
+    let name = name(&path)?;
+    json(plane, move |plane| scrub::inspect(plane, &name)).await
 }
 
 /// How much of it.

@@ -20,6 +20,7 @@ use crate::cluster::nodes::{self, NodeDone, NodeUpdate};
 use crate::cluster::plane::Plane;
 use crate::cluster::policy::{ClusterUpdate, update_cluster};
 use crate::cluster::replicas::{MoveRequest, PromoteRequest, move_copy, promote};
+use crate::cluster::scrub::{self, ScrubAsked, ScrubRequest};
 use crate::cluster::update::{UpdateRequest, Updated, remove, update};
 use crate::replication::ids::NodeName;
 
@@ -54,6 +55,10 @@ pub(super) fn router() -> Router<Arc<Plane>> {
         .route(
             "/api/v1/volumes/{namespace}/{name}/promote",
             post(promote_volume),
+        )
+        .route(
+            "/api/v1/volumes/{namespace}/{name}/scrub",
+            post(scrub_volume).delete(stop_scrub),
         )
 }
 
@@ -231,6 +236,29 @@ async fn promote_volume(
     let (name, request): (_, PromoteRequest) = (name(&path)?, body(&bytes)?);
     json(plane, move |plane| {
         promote(plane, &name, &request)?;
+        Ok(Done {
+            volume: name.to_string(),
+        })
+    })
+    .await
+}
+
+async fn scrub_volume(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+    bytes: Bytes,
+) -> Reply<ScrubAsked> {
+    let (name, request): (_, ScrubRequest) = (name(&path)?, body(&bytes)?);
+    json(plane, move |plane| scrub::ask(plane, &name, request)).await
+}
+
+async fn stop_scrub(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+) -> Reply<Done> {
+    let name = name(&path)?;
+    json(plane, move |plane| {
+        scrub::stop(plane, &name)?;
         Ok(Done {
             volume: name.to_string(),
         })

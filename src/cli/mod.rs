@@ -16,6 +16,7 @@ mod registry;
 mod remote;
 mod rule;
 mod samples;
+mod scrub;
 mod top;
 mod upgrade;
 mod volume;

@@ -17,6 +17,7 @@ use super::control_copies::Copies;
 use super::control_creation::Creations;
 use super::control_drain::Drains;
 use super::control_replace::Replacements;
+use super::control_scrub::Scrubs;
 use super::control_seen::Seen;
 use super::control_tend::Tending;
 use super::host::Capacity;
@@ -57,6 +58,7 @@ pub(super) struct Control {
     pub(super) copies: Copies,
     pub(super) replacements: Replacements,
     pub(super) tending: Tending,
+    pub(super) scrubs: Scrubs,
     /// Volumes whose machines may leave, as the host was told.
     pub(super) by_turns: BTreeSet<VolumeId>,
     pub(super) drains: Drains,
@@ -79,6 +81,7 @@ impl Control {
             copies: Copies::default(),
             replacements: Replacements::default(),
             tending: Tending::default(),
+            scrubs: Scrubs::default(),
             by_turns: BTreeSet::new(),
             drains: Drains::default(),
             heard: 0,
@@ -152,6 +155,7 @@ impl Control {
                 || self.copies.due(now)
                 || self.replacements.due(now)
                 || self.tending.due(now)
+                || self.scrubs.due(now)
                 || self.drains.due(now);
             // Something happened here, an attachment was fenced for instance: no change of a record may ever tell.
             let stirred = self.plane.events.last() > self.heard;
@@ -198,6 +202,7 @@ impl Control {
         self.tend_copies(snapshot)?;
         self.attachments(snapshot)?;
         self.tend(snapshot)?;
+        self.scrub_volumes(snapshot)?;
         self.replace_copies(snapshot)?;
         self.drain_copies(snapshot)?;
         self.remove_copies(snapshot)?;

@@ -17,7 +17,7 @@ use super::control::Control;
 use super::control_replace::stagger;
 use super::events::What;
 use super::fault::Fault;
-use super::host::{AttachRequest, AttachmentStatus, Phase};
+use super::host::{AttachRequest, AttachmentStatus, Phase, ScrubState, ScrubStatus};
 use super::live::Live;
 use super::membership::{lacking, staying};
 use super::model::VolumeSpec;
@@ -56,6 +56,8 @@ struct Memory {
     vain: u32,
     /// Tended, and nothing under way since.
     idle: Option<Instant>,
+    /// A scrub was asked for.
+    asked: bool,
 }
 
 impl Tending {
@@ -73,6 +75,7 @@ impl Tending {
             begin: now + START,
             vain: 0,
             idle: None,
+            asked: false,
         })
     }
 
@@ -102,6 +105,8 @@ enum Wanting {
     LostHere,
     /// A copy is to be brought up to date, to be removed or to become the master, or all of them are to grow.
     Copies,
+    /// This process was asked to compare its copies.
+    Scrub,
     /// All is as the record asks, but for a copy whose node was silent for too long.
     Silent,
 }
@@ -111,10 +116,15 @@ fn wanting(
     record: &Record,
     node: &NodeName,
     has_copy: bool,
+    scrub: bool,
     silent: impl Fn(&NodeName) -> bool,
 ) -> Option<Wanting> {
     if record.state == State::Creating {
         return None;
+    }
+    // First: whatever else is wanting is seen to by the same attachment.
+    if scrub {
+        return Some(Wanting::Scrub);
     }
     if record.attachment.is_some() || record.state != State::Clean {
         return Some(Wanting::Unreleased);
@@ -148,7 +158,7 @@ fn can_help(record: &Record, wanting: Wanting, live: &Live) -> bool {
         return false;
     }
     match wanting {
-        Wanting::Unreleased | Wanting::LostHere => true,
+        Wanting::Unreleased | Wanting::LostHere | Wanting::Scrub => true,
         // It answers again: nothing is lost.
         Wanting::Silent => !silent.is_empty(),
         Wanting::Copies => {
@@ -194,7 +204,8 @@ impl Control {
                 .copy_on(&self.plane.node)
                 .is_some_and(|mine| local.get(&id) == Some(&mine.copy_id));
             if let Some(status) = here {
-                let done = finished(&record.0, &self.plane.node, has_copy);
+                let scrub = self.scrub_asked(&spec.0).is_some();
+                let done = finished(&record.0, &self.plane.node, has_copy, scrub);
                 self.go_on(
                     id,
                     &spec.0.full_name().to_string(),
@@ -211,7 +222,9 @@ impl Control {
                     .zip(wait)
                     .is_some_and(|(at, wait)| at + wait + stagger(id, wait) <= now)
             };
-            let Some(wanting) = wanting(&record.0, &self.plane.node, has_copy, silent) else {
+            let scrub = self.scrub_asked(&spec.0).is_some();
+            let Some(wanting) = wanting(&record.0, &self.plane.node, has_copy, scrub, silent)
+            else {
                 self.tending.volumes.remove(&id);
                 continue;
             };
@@ -219,7 +232,12 @@ impl Control {
                 // Whoever has a copy of it sees the same.
                 continue;
             }
-            let begin = self.tending.memory(id, now).begin;
+            let memory = self.tending.memory(id, now);
+            // Somebody waits for a scrub.
+            if scrub && !std::mem::replace(&mut memory.asked, true) {
+                memory.begin = now;
+            }
+            let begin = memory.begin;
             if begin > now {
                 self.tending.look_at(begin);
                 continue;
@@ -229,8 +247,8 @@ impl Control {
                 continue;
             }
             let live = self.live(snapshot);
-            let ours =
-                wanting == Wanting::LostHere || turn(&record.0, &live) == Some(&self.plane.node);
+            let ours = matches!(wanting, Wanting::LostHere | Wanting::Scrub)
+                || turn(&record.0, &live) == Some(&self.plane.node);
             let by_another = live.tended(id).is_some();
             let mut helps = || {
                 if !can_help(&record.0, wanting, &live) {
@@ -309,8 +327,10 @@ impl Control {
             return self.let_go(id, name, "tended", "fenced");
         }
         self.tell(id, record);
-        let busy =
-            status.phase == Phase::Recovering || status.copies.iter().any(|c| c.sync.is_some());
+        let scrubs = |s: &ScrubStatus| s.state == ScrubState::Running;
+        let busy = status.phase == Phase::Recovering
+            || status.copies.iter().any(|c| c.sync.is_some())
+            || status.scrub.as_ref().is_some_and(scrubs);
         if done && status.phase == Phase::Serving {
             self.tending.volumes.remove(&id);
             self.said.remove(&format!("tending of {id}"));
@@ -356,13 +376,13 @@ fn has_a_place(
 }
 
 /// Nothing is left to do but to release the volume.
-fn finished(record: &Record, node: &NodeName, has_copy: bool) -> bool {
+fn finished(record: &Record, node: &NodeName, has_copy: bool, scrub: bool) -> bool {
     let released = Record {
         attachment: None,
         state: State::Clean,
         ..record.clone()
     };
-    record.state == State::Active && wanting(&released, node, has_copy, |_| false).is_none()
+    record.state == State::Active && wanting(&released, node, has_copy, scrub, |_| false).is_none()
 }
 
 #[cfg(test)]
@@ -472,7 +492,10 @@ mod tests {
             }
             let live = live(&answering.split(' ').collect::<Vec<_>>());
             let silent = |n: &NodeName| !answering.split(' ').any(|a| a == n.0);
-            let found = wanting(&record, &node("n1"), has, silent).map(|wanting| {
+            // A scrub that this process was asked for goes before all of it.
+            let asked = wanting(&record, &node("n1"), has, true, silent);
+            assert_eq!(asked, Some(Wanting::Scrub), "{copies}");
+            let found = wanting(&record, &node("n1"), has, false, silent).map(|wanting| {
                 let turn = turn(&record, &live).map(|n| n.0.clone());
                 (wanting, can_help(&record, wanting, &live), turn)
             });
@@ -488,7 +511,7 @@ mod tests {
             preferred: Some(copy(2)),
             ..record("n1:i n2:i")
         };
-        let found = wanting(&record, &node("n1"), true, |_| false);
+        let found = wanting(&record, &node("n1"), true, false, |_| false);
         assert_eq!(found, Some(Wanting::Copies));
         assert!(can_help(&record, Wanting::Copies, &live(&["n1", "n2"])));
         assert!(!can_help(&record, Wanting::Copies, &live(&["n1"])));
@@ -502,14 +525,14 @@ mod tests {
         };
         let (to, refused) = (record.size * 2, None);
         record.grow = Some(Growth { to, refused });
-        let found = wanting(&record, &node("n1"), true, |_| false);
+        let found = wanting(&record, &node("n1"), true, false, |_| false);
         assert_eq!(found, Some(Wanting::Copies));
         assert!(can_help(&record, Wanting::Copies, &live(&["n1", "n2"])));
         assert!(!can_help(&record, Wanting::Copies, &live(&["n1"])));
         // It has no room: not again before somebody asks.
         let refused = Some("full".into());
         record.grow = Some(Growth { to, refused });
-        assert_eq!(wanting(&record, &node("n1"), true, |_| false), None);
+        assert_eq!(wanting(&record, &node("n1"), true, false, |_| false), None);
     }
 
     #[test]

@@ -170,6 +170,7 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
         from_rules,
         flags,
         attachment: None,
+        scrub: None,
         creator: Creator {
             node: plane.node.clone(),
             instance: plane.instance,

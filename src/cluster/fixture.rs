@@ -78,6 +78,7 @@ pub fn spec() -> VolumeSpec {
         from_rules: BTreeMap::new(),
         flags: Wishes::default(),
         attachment: None,
+        scrub: None,
         creator: Creator {
             node: node("n1"),
             instance: Instance([1; 16]),
@@ -103,5 +104,6 @@ pub fn status(name: &str) -> LocalStatus {
         copies: Vec::new(),
         attachments: Vec::new(),
         reports: Vec::new(),
+        scrubs: Vec::new(),
     }
 }

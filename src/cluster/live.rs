@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::host::{AttachmentStatus, Capacity, LocalCopy, Phase};
 use super::model::NodeRecord;
-use super::plane::{Plane, Report};
+use super::plane::{EndedScrub, Plane, Report};
 use super::units::wall_ms;
 use crate::api::client::{Target, ask, runtime};
 use crate::replication::ids::{BootId, ClusterId, Instance, NodeName, VolumeId};
@@ -66,6 +66,9 @@ pub struct LocalStatus {
     pub attachments: Vec<AttachmentStatus>,
     /// What it could not do.
     pub reports: Vec<Report>,
+    /// The last scrub that ended on it, of each volume.
+    #[serde(default)]
+    pub scrubs: Vec<EndedScrub>,
 }
 
 impl LocalStatus {
@@ -111,6 +114,7 @@ impl LocalStatus {
             copies: Vec::new(),
             attachments: Vec::new(),
             reports: Vec::new(),
+            scrubs: plane.scrubs(),
         }
     }
 

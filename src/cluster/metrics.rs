@@ -2,6 +2,7 @@
 //! interface. Counters start at zero with the process and only grow.
 
 use crate::replication::ids::VolumeId;
+use crate::replication::scrub::Counters;
 
 /// Upper bounds of the latency buckets, in seconds: 50 µs, where a local NVMe write is, to 10 s, beyond which every
 /// deadline has passed.
@@ -76,6 +77,8 @@ pub struct VolumeMetrics {
     pub inflight: u64,
     /// Bytes still to bring up to date, over all syncing copies.
     pub sync_remaining: u64,
+    /// What scrubs have compared and found.
+    pub scrub: Counters,
 }
 
 /// Copies that are brought up to date at one end.

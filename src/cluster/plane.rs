@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::events::EventLog;
 use super::fault::Fault;
-use super::host::Host;
+use super::host::{Host, ScrubStatus};
 use super::model::VolumeName;
 use super::silence::Silence;
 use super::snapshot::{Snapshot, VolumeEntry};
@@ -32,6 +32,15 @@ pub struct Report {
     pub spec: Revision,
     /// Why it failed.
     pub fault: Fault,
+}
+
+/// How a scrub on this node ended. Nobody else knows, and the node only while its process runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndedScrub {
+    /// The volume.
+    pub volume: VolumeId,
+    /// What it found.
+    pub status: ScrubStatus,
 }
 
 /// One node's management plane.
@@ -60,6 +69,7 @@ pub struct Plane {
     known: Mutex<Option<Arc<Snapshot>>>,
     creating: Mutex<BTreeSet<VolumeId>>,
     reports: Mutex<BTreeMap<VolumeId, Report>>,
+    scrubs: Mutex<BTreeMap<VolumeId, ScrubStatus>>,
     fatal: Mutex<Option<String>>,
 }
 
@@ -93,6 +103,7 @@ impl Plane {
             known: Mutex::default(),
             creating: Mutex::default(),
             reports: Mutex::default(),
+            scrubs: Mutex::default(),
             fatal: Mutex::default(),
         }
     }
@@ -156,6 +167,26 @@ impl Plane {
     /// The failures that stand.
     pub fn reports(&self) -> Vec<Report> {
         lock(&self.reports).values().cloned().collect()
+    }
+
+    /// Keeps what a scrub found when it ended.
+    pub(super) fn keep_scrub(&self, volume: VolumeId, status: ScrubStatus) {
+        lock(&self.scrubs).insert(volume, status);
+    }
+
+    /// Forgets the scrubs of volumes that are gone.
+    pub(super) fn forget_scrubs(&self, is_there: impl Fn(VolumeId) -> bool) {
+        lock(&self.scrubs).retain(|volume, _| is_there(*volume));
+    }
+
+    /// The last scrub of each volume that ended here.
+    pub fn scrubs(&self) -> Vec<EndedScrub> {
+        let all = lock(&self.scrubs);
+        let ended = |(volume, status): (&VolumeId, &ScrubStatus)| EndedScrub {
+            volume: *volume,
+            status: status.clone(),
+        };
+        all.iter().map(ended).collect()
     }
 
     /// Set when the node stops.

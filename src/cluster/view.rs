@@ -17,6 +17,7 @@ use super::membership::staying;
 use super::model::{Labels, NodeRecord, RuleLabels, VolumeSpec};
 use super::nodes::{closed, shared};
 use super::plane::whole_volumes;
+use super::scrub::{self, ScrubView};
 use super::settings::show_failure_mode;
 use super::snapshot::Snapshot;
 use super::units::show_time;
@@ -83,6 +84,9 @@ pub struct VolumeView {
     pub preferred: Option<NodeName>,
     /// Where it is served.
     pub attachment: Option<AttachmentView>,
+    /// The last comparison of its copies that a node remembers, or the one under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scrub: Option<ScrubView>,
     /// All copies.
     pub copies: Vec<CopyView>,
     /// What could not be had although it was wished for, one sentence each.
@@ -387,6 +391,7 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
             connected: status.map(|s| s.connected),
             inflight: status.map(|s| s.inflight),
         }),
+        scrub: scrub::newest(spec, id, record.size, live),
         copies,
         remarks: Vec::new(),
         events: Vec::new(),

@@ -15,6 +15,7 @@ use crate::replication::ids::{CopyId, Epoch, Nanos, NodeName, Region, VolumeId};
 use crate::replication::message::Proof;
 use crate::replication::record::{self, Record};
 use crate::replication::replica::Ticket;
+use crate::replication::scrub::View as ScrubView;
 use crate::wire::hello::Hello;
 
 /// A copy as read from disk, ready to be served.
@@ -105,6 +106,8 @@ pub struct VolumeStatus {
     pub undecided: u64,
     /// Whether a completed write may be in caches: what the guest negotiated.
     pub writeback: bool,
+    /// The scrub under way, or the last one.
+    pub scrub: Option<ScrubView>,
 }
 
 /// One local copy, for people.
@@ -170,6 +173,10 @@ pub enum Command {
     Detach(VolumeId, SyncSender<Result<(), String>>),
     /// The machine may move to another node, or not any more (see [`AttachVolume::by_turns`]).
     ByTurns(VolumeId, bool),
+    /// Compare all in-sync copies of an attached volume, under this id, and repair if so; an error says why not.
+    Scrub(VolumeId, u64, bool, SyncSender<Result<(), String>>),
+    /// End the scrub of this id.
+    StopScrub(VolumeId, u64),
     /// From a vhost-user control thread.
     Guest(VolumeId, GuestCommand, SyncSender<GuestAnswer>),
     /// The guest's rings stand still; answered when nothing of them is in flight, or this time is over. See

@@ -175,6 +175,18 @@ impl Handle {
         self.owner(volume).send(Command::ByTurns(volume, on));
     }
 
+    /// Compares all in-sync copies of a volume that is attached here.
+    pub fn scrub(&self, volume: VolumeId, id: u64, repair: bool) -> Result<(), String> {
+        self.owner(volume)
+            .ask(ANSWER, |reply| Command::Scrub(volume, id, repair, reply))
+            .unwrap_or_else(|| Err(silent()))
+    }
+
+    /// Ends that.
+    pub fn stop_scrub(&self, volume: VolumeId, id: u64) {
+        self.owner(volume).send(Command::StopScrub(volume, id));
+    }
+
     /// Whether completed writes of this volume may be in caches, as its machine negotiated elsewhere.
     pub fn write_cache(&self, volume: VolumeId, writeback: bool) {
         let command = GuestCommand::Features { writeback };

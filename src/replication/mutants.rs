@@ -30,6 +30,10 @@ pub enum Mutant {
     AmbiguousIsFailed,
     /// The record says a size before the copies have room for it.
     GrowUnasked,
+    /// A scrub compares chunks that are being written.
+    ScrubUnheld,
+    /// A scrub repairs from another copy than the one that reads come from.
+    RepairFromReplica,
 }
 
 /// Whether this thread makes this mistake.
@@ -62,7 +66,7 @@ mod chosen {
 
     impl Mutant {
         /// All of them.
-        pub const ALL: [Self; 12] = [
+        pub const ALL: [Self; 14] = [
             Self::CompleteBeforeCas,
             Self::SkipPromiseFsync,
             Self::ClearBeforeFlush,
@@ -75,6 +79,8 @@ mod chosen {
             Self::ReadWithoutLease,
             Self::AmbiguousIsFailed,
             Self::GrowUnasked,
+            Self::ScrubUnheld,
+            Self::RepairFromReplica,
         ];
     }
 }

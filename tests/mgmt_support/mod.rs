@@ -17,8 +17,8 @@ use lockstep::cluster::config::{NodeConfig, Serve};
 use lockstep::cluster::events::{EventLog, What};
 use lockstep::cluster::fault::Fault;
 use lockstep::cluster::host::{
-    AttachRequest, AttachmentStatus, Birth, Capacity, CopyState, Host, HostError, LocalCopy, Phase,
-    SyncProgress,
+    AttachRequest, AttachmentStatus, Birth, Capacity, CopyState, Difference, Host, HostError,
+    LocalCopy, Phase, ScrubState, ScrubStatus, SyncProgress,
 };
 use lockstep::cluster::join::{Doors, Membership, join, open_registry};
 use lockstep::cluster::metrics::{Metrics, VolumeMetrics};
@@ -60,6 +60,11 @@ pub struct Levers {
     pub made: BTreeSet<CopyId>,
     pub syncs: BTreeMap<CopyId, SyncProgress>,
     pub lags: BTreeMap<CopyId, String>,
+    /// What attachments say of their scrubs, and what they find in the next one.
+    pub scrubs: BTreeMap<VolumeId, ScrubStatus>,
+    pub differences: Vec<Difference>,
+    /// Scrubs go on for ever.
+    pub endless: bool,
 }
 
 struct Served {
@@ -208,6 +213,7 @@ impl Host for TestHost {
         let Some(gone) = served.remove(&volume) else {
             return Ok(());
         };
+        self.levers.lock().unwrap().scrubs.remove(&volume);
         if let Some(front) = &gone.request.front {
             let _ = fs::remove_file(&front.socket);
         }
@@ -247,12 +253,44 @@ impl Host for TestHost {
         levers.changes.push((volume, record.clone()));
     }
 
+    fn scrub(&self, volume: VolumeId, id: u64, repair: bool) -> Result<(), HostError> {
+        let mut levers = self.levers.lock().unwrap();
+        if levers.scrubs.get(&volume).is_some_and(|s| s.id == id) {
+            return Ok(());
+        }
+        let mut status = ScrubStatus::waiting(id, repair, 1 << 30);
+        status.state = ScrubState::Running;
+        status.differences = levers.differences.clone();
+        for d in &mut status.differences {
+            d.repaired = repair;
+            status.differing_bytes += d.length;
+            status.repaired_bytes += if repair { d.length } else { 0 };
+        }
+        levers.scrubs.insert(volume, status);
+        Ok(())
+    }
+
+    fn stop_scrub(&self, volume: VolumeId, id: u64) {
+        let mut levers = self.levers.lock().unwrap();
+        if let Some(s) = levers
+            .scrubs
+            .get_mut(&volume)
+            .filter(|s| s.id == id && s.is_open())
+        {
+            *s = s.clone().broken_off("it was stopped");
+        }
+    }
+
     fn peers_changed(&self, peers: &[(NodeName, SocketAddr)]) {
         self.levers.lock().unwrap().peers = peers.to_vec();
     }
 
     fn attachments(&self) -> Vec<AttachmentStatus> {
-        let levers = self.levers.lock().unwrap();
+        let mut levers = self.levers.lock().unwrap();
+        if !levers.endless {
+            let open = levers.scrubs.values_mut().filter(|s| s.is_open());
+            open.for_each(|s| s.state = ScrubState::Done);
+        }
         let served = self.served.lock().unwrap();
         served
             .iter()
@@ -287,6 +325,7 @@ impl Host for TestHost {
                     .collect(),
                 inflight: 0,
                 writeback: true,
+                scrub: levers.scrubs.get(volume).cloned(),
             })
             .collect()
     }
@@ -313,6 +352,7 @@ impl Host for TestHost {
                 backend: Default::default(),
                 inflight: 2,
                 sync_remaining: levers.syncs.values().map(|s| s.remaining_bytes).sum(),
+                scrub: Default::default(),
             };
             volume.frontend.write.total = 7;
             volume.frontend.write.seconds.observe(0.001);

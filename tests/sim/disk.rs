@@ -147,6 +147,8 @@ pub struct Disk {
     data: Vec<bool>,
     /// Sectors that cannot be read until they are written.
     pub bad: BTreeSet<usize>,
+    /// Sectors that read as what nobody wrote, until they are written, and what they held.
+    pub decayed: BTreeMap<usize, u64>,
     /// Set when an operation took something out of the log or a bitmap.
     pub forgot: Option<Forgot>,
     /// Bad sectors that were written with what they had held.
@@ -178,6 +180,7 @@ impl Disk {
             reported: (superblock.epoch, superblock.promised),
             data: vec![false; chunks],
             bad: BTreeSet::new(),
+            decayed: BTreeMap::new(),
             repaired: 0,
             given_back: 0,
             written_anew: 0,
@@ -346,6 +349,10 @@ impl Disk {
                     self.repaired += u64::from(self.cache[s] == value);
                 }
                 self.data[s / PER_CHUNK] = true;
+                if let Some(held) = self.decayed.remove(&s) {
+                    // A power cut may bring back what was there before, and not the rot.
+                    self.durable[s] = held;
+                }
                 self.cache[s] = value;
                 self.unsynced.entry(s).or_default().push(Unsynced {
                     ticket,
@@ -354,6 +361,18 @@ impl Disk {
                 });
             }
         }
+    }
+
+    /// The sector reads as something else from now on, if there is one that is no hole.
+    pub fn rots(&mut self, s: usize, by: u64) -> bool {
+        let there = s < self.cache.len() && self.data[s / PER_CHUNK];
+        if there && !self.decayed.contains_key(&s) {
+            self.decayed.insert(s, self.cache[s]);
+            self.unsynced.remove(&s);
+            self.cache[s] ^= by;
+            self.durable[s] = self.cache[s];
+        }
+        there
     }
 
     /// Whole chunks of zeros become holes, whether or not a power cut may bring back what they held.

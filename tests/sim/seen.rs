@@ -82,4 +82,11 @@ pub const DEMANDED: &[&str] = &[
     "zeros under way at a crash",
     "zeros on a copy that is brought up to date",
     "chunk of zeros brought up to date",
+    "scrub ended",
+    "scrub broke off",
+    "scrub stopped",
+    "sector mended by a scrub",
+    "rot found by a scrub",
+    "rot mended by a scrub",
+    "rot of the master mended",
 ];

@@ -276,6 +276,7 @@ impl Volume {
                 in_flight: 0,
                 undecided: 0,
                 writeback,
+                scrub: None,
             });
         };
         let status = attachment.status();
@@ -289,6 +290,7 @@ impl Volume {
             in_flight: status.in_flight,
             undecided: status.undecided,
             writeback,
+            scrub: status.scrub,
         })
     }
 
@@ -319,6 +321,9 @@ impl Volume {
                 .unwrap_or_default(),
             inflight: s.rings.in_flight() as u64,
             sync_remaining: (s.attachment.as_ref()).map_or(0, Attachment::sync_remaining),
+            scrub: (s.attachment.as_ref())
+                .map(Attachment::scrub_counters)
+                .unwrap_or_default(),
         })
     }
 }

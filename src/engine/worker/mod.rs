@@ -555,6 +555,14 @@ impl Loop {
                 self.volumes[at].by_turns(on);
                 self.touch(at);
             }
+            Command::Scrub(volume, id, repair, reply) => {
+                let mut answer = Err("the volume is not attached here".into());
+                self.with_attachment(volume, |a, now| answer = a.scrub(now, id, repair));
+                let _ = reply.try_send(answer);
+            }
+            Command::StopScrub(volume, id) => {
+                self.with_attachment(volume, |a, now| a.stop_scrub(now, id))
+            }
             Command::Record(volume, found) => {
                 let at = self.place(volume);
                 self.volumes[at].on_record(&self.ctx, found);

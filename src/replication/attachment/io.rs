@@ -1,6 +1,7 @@
 //! Requests: from the guest to the copies, and back when the rules allow (PROTOCOL 2, 3, 4, 7). A read is the master's, which holds every
 //! completed write (S10).
 
+use super::scrub::Step as ScrubStep;
 use super::sync::Step;
 use super::{
     Action, Attachment, CopySet, Done, Kind, Op, Origin, Outcome, Payload, Pending, Phase,
@@ -205,8 +206,10 @@ impl<D: Payload> Attachment<D> {
             Kind::Data => (Message::SyncData(request), p.data.clone()),
             Kind::Hash => (Message::SyncHash(request), None),
             Kind::Map => {
-                let Origin::Sync { copy, .. } = p.origin else {
-                    return;
+                let copy = match p.origin {
+                    Origin::Sync { copy, .. } => copy,
+                    // Only its holes are of interest: of itself a copy has no bitmap.
+                    _ => p.waiting.iter().next().unwrap_or_default(),
                 };
                 let message = Message::MapRead {
                     epoch,
@@ -363,6 +366,11 @@ impl<D: Payload> Attachment<D> {
                 step,
             } => self.step_ended(copy, session, step),
             Origin::Repair { copy } => self.repaired(copy, p.span),
+            Origin::Scrub {
+                id,
+                step: ScrubStep::Write(chunk),
+            } => self.mended(id, chunk, outcome),
+            Origin::Scrub { .. } => {}
         }
     }
 
@@ -407,7 +415,12 @@ impl<D: Payload> Attachment<D> {
                     } => self.chunk_for(copy, session, chunk, p.span, data),
                     Origin::Repair { copy } => self.repair_with(copy, p.span, data),
                     Origin::Reconcile { chunk } => self.chunk_read(chunk, copy, data),
-                    Origin::Background
+                    Origin::Scrub {
+                        id,
+                        step: ScrubStep::Read(chunk),
+                    } => self.mend_with(id, chunk, p.span, data),
+                    Origin::Scrub { .. }
+                    | Origin::Background
                     | Origin::Abandoned
                     | Origin::Grow
                     | Origin::Reconciled
@@ -467,6 +480,10 @@ impl<D: Payload> Attachment<D> {
                         step: Step::Read(chunk),
                     } => self.chunk_for(copy, session, chunk, p.span, None),
                     Origin::Repair { copy } => self.repair_with(copy, p.span, None),
+                    Origin::Scrub {
+                        id,
+                        step: ScrubStep::Read(chunk),
+                    } => self.mend_with(id, chunk, p.span, None),
                     _ => {}
                 }
             }
@@ -483,7 +500,28 @@ impl<D: Payload> Attachment<D> {
             if p.waiting.and(out).is_empty() {
                 continue;
             }
+            let from = p.waiting.iter().next().unwrap_or_default();
             p.waiting = p.waiting.without(out);
+            // Of a scrub: what the others answer is asked anew (`outdate_scrub`).
+            match p.origin {
+                Origin::Scrub {
+                    id,
+                    step: ScrubStep::Holes,
+                } => {
+                    self.pending.remove(seq);
+                    self.holes_known(id, None);
+                    continue;
+                }
+                Origin::Scrub {
+                    id,
+                    step: ScrubStep::Hash(chunk, block),
+                } => {
+                    self.pending.remove(seq);
+                    self.block_known(id, (chunk, block), from, None);
+                    continue;
+                }
+                _ => {}
+            }
             let session = matches!(
                 p.origin,
                 Origin::Sync { .. } | Origin::Repair { .. } | Origin::Grow

@@ -184,6 +184,9 @@ impl<D: Payload> Attachment<D> {
     pub(super) fn unlink(&mut self, copy: usize, why: &str) {
         let now = self.now;
         self.ready.remove(copy);
+        if self.in_sync.has(copy) {
+            self.outdate_scrub();
+        }
         let peer = &mut self.peers[copy];
         let since = match peer.link {
             Link::Down { since, .. } | Link::Dialing { since } => since,
@@ -690,6 +693,7 @@ impl<D: Payload> Attachment<D> {
                 self.peers.iter_mut().for_each(|p| p.detached = false);
                 // S4: the ejection is in the record; only now may its writes complete without it.
                 self.compare_again();
+                self.outdate_scrub();
                 self.forget_copies(out);
                 self.end_lost_sessions();
                 self.release_done();

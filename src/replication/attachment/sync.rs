@@ -457,10 +457,14 @@ impl<D: Payload> Attachment<D> {
     fn mirror_under_way(&mut self, copy: usize) {
         self.peers[copy].taken_up = self.now;
         for seq in self.pending.in_order() {
-            let guests = |p: &&mut super::Pending<D>| {
-                p.kind.is_write() && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned)
+            let ordinary = |p: &&mut super::Pending<D>| {
+                let ordinary = matches!(
+                    p.origin,
+                    Origin::Guest(_) | Origin::Abandoned | Origin::Scrub { .. }
+                );
+                p.kind.is_write() && ordinary
             };
-            let Some(p) = self.pending.get_mut(seq).filter(guests) else {
+            let Some(p) = self.pending.get_mut(seq).filter(ordinary) else {
                 continue;
             };
             p.waiting.insert(copy);
@@ -628,12 +632,17 @@ impl<D: Payload> Attachment<D> {
     pub(super) fn tick_syncs(&mut self) {
         self.end_lost_sessions();
         self.dial_targets();
-        let syncing = !self.syncs.is_empty();
+        let scrubbing = |s: &super::scrub::Scrub| s.is_running();
+        let syncing = !self.syncs.is_empty() || self.scrub.as_ref().is_some_and(scrubbing);
         if let Some(average) = self.latency.period(self.now, syncing) {
             let limit = self.latency.limit();
             for sync in self.syncs.values_mut() {
                 sync.throttle.weigh(average, limit);
                 sync.measure(self.now);
+            }
+            if let Some(scrub) = &mut self.scrub {
+                scrub.throttle.weigh(average, limit);
+                scrub.measure(self.now);
             }
         }
         for copy in self.targets().iter() {
@@ -710,6 +719,7 @@ impl<D: Payload> Attachment<D> {
                 chunk,
             } => self.chunk_locked(copy, session, chunk),
             Work::Repair { copy, span } => self.repair(copy, span),
+            Work::Scrub { id, chunk } => self.held(id, chunk),
         }
     }
 }
