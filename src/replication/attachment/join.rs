@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::{Attachment, CopySet, Link, Origin, Outcome, Payload, Phase, Purpose, Vote};
 use crate::replication::ids::{Epoch, Nanos, Region, Seq};
 use crate::replication::message::{DiskState, Message, Promise, Proof, Refusal};
-use crate::replication::record::{self, State};
+use crate::replication::record::State;
 use crate::replication::takeover;
 
 /// The first step back of an outbid candidate is below twice this.
@@ -245,7 +245,6 @@ impl<D: Payload> Attachment<D> {
             // S5: the former attachment may have left completed writes unflushed. Should their last copy lose power before our first
             // flush, the guest, which may be the former one's, has to know.
             self.newest = self.newest.max(Seq(1));
-            self.lost_unflushed |= self.guest_may_have_lost(members);
         }
         let tag = self.tag();
         let claimed = (self.join.target, tag);
@@ -257,18 +256,6 @@ impl<D: Payload> Attachment<D> {
         self.join.regions = logs.map(|logs| union(logs).into_iter().collect());
         self.set_phase(Phase::Claiming, "5.3 claim");
         self.propose(Purpose::Claim, next);
-    }
-
-    /// Whether a guest that outlived the former attachment may have had writes completed that are on none of `members`: all of
-    /// their machines lost power since. A guest outlives only a process of its own node, not that node's machine.
-    fn guest_may_have_lost(&self, members: CopySet) -> bool {
-        let here = |a: &record::Attachment| a.node == self.me.node && a.boot_id == self.me.boot_id;
-        let gap = |(c, disk): takeover::Promised<'_>| {
-            let known = self.record.copies[c].boot_id;
-            known.is_some_and(|boot| boot != disk.boot_id)
-        };
-        let mut promised = self.promises().filter(|(c, _)| members.has(*c));
-        self.record.attachment.as_ref().is_some_and(here) && promised.all(gap)
     }
 
     /// The record is ours: have the copies persist it.
