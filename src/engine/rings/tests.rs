@@ -572,6 +572,7 @@ fn what_another_copy_answered_ends_when_the_disk_here_has_let_go() {
         assert_eq!((world.answered(), world.under_way()), (vec![], vec![read]));
         // before the kernel has let go of it.
         drop(in_use);
+        world.rings.answer_unpinned(START);
         world.turn();
         match stopped {
             false => assert_eq!((world.answered(), world.rings.in_flight()), (vec![0], 0)),
