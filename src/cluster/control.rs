@@ -191,7 +191,6 @@ impl Control {
         if !self.still_ours(snapshot) {
             return Ok(());
         }
-        self.write_capacity(snapshot)?;
         let peers = self.peers(snapshot);
         if peers != self.told_peers {
             self.plane.host.peers_changed(&peers);
@@ -201,6 +200,8 @@ impl Control {
         self.clean_creations(snapshot)?;
         self.tend_copies(snapshot)?;
         self.attachments(snapshot)?;
+        // Machines may be waiting for the above: a node that has just begun serves first.
+        self.write_capacity(snapshot)?;
         self.tend(snapshot)?;
         self.scrub_volumes(snapshot)?;
         self.replace_copies(snapshot)?;

@@ -239,13 +239,13 @@ impl Upgrade {
             return;
         }
         lock(&self.state).told = true;
-        let text = format!(
-            "took over from version {}: {} front-ends serve on, {} connect again, {} ms after they stood still",
-            past.version,
-            past.tally.taken(),
-            past.tally.lost(),
-            past.standstill().unwrap_or_default(),
-        );
+        let mut text = format!("took over from version {}", past.version);
+        if let Some(ms) = past.standstill() {
+            let (taken, lost) = (past.tally.taken(), past.tally.lost());
+            text += &format!(
+                ": {taken} front-ends are served on, {lost} connect again, {ms} ms after they stood still"
+            );
+        }
         log::info!("{text}");
         self.events.push(What::node("", "up", "upgrade").text(text));
     }
