@@ -34,6 +34,8 @@ pub enum Mutant {
     ScrubUnheld,
     /// A scrub repairs from another copy than the one that reads come from.
     RepairFromReplica,
+    /// A scrub takes what a copy answered before it was lost for what it holds.
+    ScrubThroughLoss,
 }
 
 /// Whether this thread makes this mistake.
@@ -66,7 +68,7 @@ mod chosen {
 
     impl Mutant {
         /// All of them.
-        pub const ALL: [Self; 14] = [
+        pub const ALL: [Self; 15] = [
             Self::CompleteBeforeCas,
             Self::SkipPromiseFsync,
             Self::ClearBeforeFlush,
@@ -81,6 +83,7 @@ mod chosen {
             Self::GrowUnasked,
             Self::ScrubUnheld,
             Self::RepairFromReplica,
+            Self::ScrubThroughLoss,
         ];
     }
 }

@@ -294,7 +294,8 @@ impl<D: Payload> Attachment<D> {
     fn disk_full(&mut self, copy: usize, seq: Seq) {
         if let Some(p) = self.pending.get_mut(seq) {
             p.waiting.insert(copy);
-            p.full = true;
+            // What a scrub wants to write there suspends nobody: it is given up (`retry_full`).
+            p.full = !matches!(p.origin, Origin::Scrub { .. });
         }
         self.peers[copy].why =
             format!("the disk of node {} is full", self.record.copies[copy].node);
@@ -541,6 +542,10 @@ impl<D: Payload> Attachment<D> {
                 p.asked = self.now;
                 self.transmit(seq, CopySet::one(self.master).and(self.ready));
             } else {
+                if p.waiting.is_empty() && p.failed == Some(Status::NoSpace) {
+                    // S17: the last copy is full, and is put out in favour of one that has the write: that one's answer counts.
+                    p.failed = None;
+                }
                 self.settle(seq);
             }
         }
@@ -690,7 +695,7 @@ impl<D: Payload> Attachment<D> {
             .collect();
         let over = self.failing_requests();
         for seq in full {
-            if over && self.give_up(seq) {
+            if (over || self.asked_by_scrub(seq).is_some()) && self.give_up(seq) {
                 continue;
             }
             if let Some(p) = self.pending.get_mut(seq) {

@@ -545,7 +545,7 @@ impl<D: Payload> Attachment<D> {
         self.request(origin, kind, span, true, data, to);
     }
 
-    /// It is written, or the last copy's disk failed.
+    /// It is written, or the last copy's disk failed or is full.
     pub(super) fn mended(&mut self, id: u64, chunk: Chunk, outcome: Outcome) {
         if self.look(id, chunk).is_none() {
             // The scrub ended meanwhile; this write kept its claim until now.
@@ -553,7 +553,7 @@ impl<D: Payload> Attachment<D> {
         }
         if outcome == Outcome::IoError {
             // Lets this chunk go as well.
-            return self.end_scrub("the last copy's disk failed a repair");
+            return self.end_scrub("the last copy's disk failed a repair, or is full");
         }
         self.mend_next(id, chunk);
     }
@@ -621,7 +621,9 @@ impl<D: Payload> Attachment<D> {
     /// A copy went, came, or is not whom we spoke to any more.
     pub(super) fn outdate_scrub(&mut self) {
         if let Some(s) = self.scrub.as_mut().filter(|s| s.is_running()) {
-            s.outdate();
+            if !mutants::on(Mutant::ScrubThroughLoss) {
+                s.outdate();
+            }
             self.note_left_out();
         }
     }

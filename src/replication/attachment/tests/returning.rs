@@ -62,6 +62,30 @@ fn a_write_that_another_copy_may_have_is_not_given_up_on_a_full_disk() {
 }
 
 #[test]
+fn a_write_that_the_copies_left_have_is_no_error_because_one_that_is_gone_was_full() {
+    let mut b = Bench::serving(2);
+    b.submit(1, write(SPAN));
+    let seq = writes(&b.take(), 0)[0].seq;
+    // Copy 1 has it, and is lost; the registry is away, and copy 0, the last one, is full.
+    b.acks(1, seq, Status::Ok);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.pass(500, &[0]);
+    b.acks(0, seq, Status::NoSpace);
+    // Its machine goes, and copy 1 is back before it could be put out.
+    b.a.on_disconnected(b.now, 0, "its machine was switched off");
+    b.a.on_cas(b.now, CasOutcome::Unavailable);
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    b.take();
+    b.pass(1_000, &[1]);
+    let proposed = b.proposed().unwrap();
+    assert_eq!(proposed.copies[0].status, CopyStatus::Missing);
+    b.swapped();
+    b.pass(50, &[1]);
+    assert_eq!(completed(&b.take()), [(1, Outcome::Ok)]);
+}
+
+#[test]
 fn a_copy_that_is_asked_instead_of_a_lost_one_is_not_late_at_once() {
     let mut b = Bench::serving(2);
     b.submit(1, Op::Read(SPAN));
