@@ -42,12 +42,14 @@ pub mod nodes;
 pub mod placement;
 pub mod plane;
 pub mod policy;
+pub mod reach;
 pub mod registry_move;
 pub mod replicas;
 pub mod rules;
 pub mod scrub;
 pub mod selector;
 pub mod settings;
+pub mod sight;
 mod silence;
 pub mod snapshot;
 pub mod store;
@@ -67,12 +69,16 @@ use host::Host;
 use join::Membership;
 use plane::Plane;
 
+use crate::registry::Presence;
+
 /// A node's running management plane.
 pub struct Cluster {
     plane: Arc<Plane>,
     stop: Arc<AtomicBool>,
     servers: Servers,
     threads: Vec<JoinHandle<()>>,
+    /// Ends last: until then this process is one that runs.
+    _presence: Option<Presence>,
 }
 
 /// Begins to act: the API answers, and the control loop makes `host` do what the records say.
@@ -99,6 +105,10 @@ pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> 
         "silence",
         Box::new(move || silence::watch(&watched)),
     )?);
+    {
+        let (plane, stop) = (plane.clone(), stop.clone());
+        threads.push(spawn("reach", Box::new(move || reach::run(&plane, &stop)))?);
+    }
     if !config.serve.is_empty() {
         let (plane, stop) = (plane.clone(), stop.clone());
         threads.push(spawn(
@@ -106,11 +116,16 @@ pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> 
             Box::new(move || declared::run(&plane, config.serve, &stop)),
         )?);
     }
+    let presence = plane.store.announce(&plane.node).map_err(|e| {
+        // A hint less for people; volumes do not depend on it.
+        log::warn!("{e}; when this node does not answer, others cannot tell whether it runs");
+    });
     Ok(Cluster {
         plane,
         stop,
         servers,
         threads,
+        _presence: presence.ok(),
     })
 }
 
