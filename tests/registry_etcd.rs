@@ -504,6 +504,9 @@ fn a_user_and_password_are_shown_where_etcd_asks_for_them() {
     let two = ours.cas("k", Some(one), Some(b"2")).unwrap();
     let watch = ours.watch("", one).unwrap();
     assert_eq!(collect(&watch, 1)[0].revision, two);
+    // A right to our keys is enough to be announced.
+    let _presence = ours.announce("n1", TTL).unwrap();
+    announced(&*ours, "a user is announced", &["n1"]);
     // Whoever shows nothing, a wrong password, or has no right to our keys, is told what to do.
     let refused = |registry: &dyn Registry, part: &str| {
         match registry.get("k") {
@@ -535,6 +538,8 @@ fn a_user_and_password_are_shown_where_etcd_asks_for_them() {
         ours.cas("k", Some(two), Some(b"3")).ok()
     });
     assert_eq!(collect(&watch, 1)[0].revision, three);
+    thread::sleep(2 * TTL);
+    announced(&*ours, "the user is still announced", &["n1"]);
 }
 
 /// Certificates for a TLS etcd on loopback addresses, and directories for its clients.

@@ -85,9 +85,15 @@ pub struct Cluster {
 pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> {
     let plane = Arc::new(Plane::new(&joined, host));
     let Membership {
-        http, api, config, ..
+        http,
+        api,
+        config,
+        replication,
+        ..
     } = joined;
     let stop = plane.stop_flag();
+    let port = replication.local_addr().map_or(0, |at| at.port());
+    drop(replication);
     let servers = Servers::start(&plane, http, api)?;
     plane
         .events
@@ -107,7 +113,10 @@ pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> 
     )?);
     {
         let (plane, stop) = (plane.clone(), stop.clone());
-        threads.push(spawn("reach", Box::new(move || reach::run(&plane, &stop)))?);
+        threads.push(spawn(
+            "reach",
+            Box::new(move || reach::run(&plane, port, &stop)),
+        )?);
     }
     if !config.serve.is_empty() {
         let (plane, stop) = (plane.clone(), stop.clone());

@@ -5,8 +5,8 @@
 //! for no copy, and takes the refusal for the proof: the way is open, and the right node of the right cluster is at its
 //! end. What comes of it is shown to people and decides nothing about data.
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -46,6 +46,9 @@ pub struct Way {
     pub for_ms: u64,
     /// Why it is not; empty when it is.
     pub why: String,
+    /// It is not reached, and what it sends arrives here: its connections begin, and our answers are lost.
+    #[serde(default)]
+    pub heard: bool,
 }
 
 /// What is known of the way to one node.
@@ -53,6 +56,14 @@ struct Known {
     reached: bool,
     since: Instant,
     why: String,
+    heard: bool,
+}
+
+/// Why a greeting was not answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Lost {
+    why: String,
+    heard: bool,
 }
 
 struct Peer {
@@ -113,6 +124,7 @@ impl Reach {
                 reached: known.reached,
                 for_ms: u64::try_from(span.as_millis()).unwrap_or(u64::MAX),
                 why: known.why.clone(),
+                heard: known.heard,
             })
         });
         ways.collect()
@@ -136,14 +148,14 @@ impl Reach {
         &self,
         name: &NodeName,
         address: SocketAddr,
-        result: Result<(), String>,
+        result: Result<(), Lost>,
         now: Instant,
         spread: impl Fn(Duration) -> Duration,
     ) -> Option<What> {
         let mut peers = self.lock();
         let peer = peers.get_mut(name).filter(|p| p.address == address)?;
         let was = peer.known.as_ref().map(|k| k.reached);
-        let Err(why) = result else {
+        let Err(Lost { why, heard }) = result else {
             peer.failures = 0;
             peer.due = Some(now + spread(PERIOD));
             if was == Some(true) {
@@ -153,6 +165,7 @@ impl Reach {
                 reached: true,
                 since: now,
                 why: String::new(),
+                heard: false,
             })?;
             let span = now.saturating_duration_since(before.since).as_secs();
             let text = format!("node {name} is reached again after {span}s");
@@ -176,6 +189,7 @@ impl Reach {
             reached: false,
             since,
             why,
+            heard,
         });
         (was != Some(false)).then(|| What::node("reached", "not reached", "reach").text(text))
     }
@@ -187,7 +201,9 @@ impl Reach {
 }
 
 /// Greets the other nodes until the node stops.
-pub(super) fn run(plane: &Plane, stop: &AtomicBool) {
+///
+/// `port` is where this one takes replication connections.
+pub(super) fn run(plane: &Plane, port: u16, stop: &AtomicBool) {
     let runtime = match runtime() {
         Ok(runtime) => runtime,
         Err(e) => return log::error!("other nodes are not greeted: {e}"),
@@ -227,14 +243,54 @@ pub(super) fn run(plane: &Plane, stop: &AtomicBool) {
             else {
                 continue;
             };
-            let changed = plane
-                .reach
-                .note(&name, address, result, Instant::now(), spread);
+            let lost = |why| Lost {
+                why,
+                heard: half_open(port).contains(&address.ip()),
+            };
+            let result = result.map_err(lost);
+            let now = Instant::now();
+            let changed = plane.reach.note(&name, address, result, now, spread);
             if let Some(what) = changed {
                 plane.events.push(what);
             }
         }
     });
+}
+
+/// Who began to connect to our port and does not hear our answers.
+///
+/// A connection needs packets both ways, so one direction that is cut stops those of the other one as well. The kernel knows
+/// better: it keeps a connection that begins, and whose beginner it answers in vain, for about a minute.
+fn half_open(port: u16) -> BTreeSet<IpAddr> {
+    let tables = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
+    let texts = tables.map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    let lines = texts.iter().flat_map(|text| text.lines());
+    lines.filter_map(|line| beginner(line, port)).collect()
+}
+
+/// Who is at the other end of a line of `/proc/net/tcp`, if that is a connection to `port` that has only begun.
+fn beginner(line: &str, port: u16) -> Option<IpAddr> {
+    /// `TCP_SYN_RECV` in the kernel's `include/net/tcp_states.h`.
+    const BEGUN: &str = "03";
+    let mut fields = line.split_ascii_whitespace().skip(1);
+    let (local, remote, state) = (fields.next()?, fields.next()?, fields.next()?);
+    let (_, local) = local.rsplit_once(':')?;
+    if state != BEGUN || u16::from_str_radix(local, 16) != Ok(port) {
+        return None;
+    }
+    let (address, _) = remote.rsplit_once(':')?;
+    // Each four bytes are a number as this machine keeps it.
+    let word = |at: usize| u32::from_str_radix(address.get(at..at + 8)?, 16).ok();
+    let first = word(0)?.to_ne_bytes();
+    if address.len() == 8 {
+        return Some(Ipv4Addr::from(first).into());
+    }
+    let mut bytes = [0; 16];
+    for (i, part) in bytes.chunks_exact_mut(4).enumerate() {
+        part.copy_from_slice(&word(8 * i)?.to_ne_bytes());
+    }
+    // A socket for both kinds shows the old one as a part of the new one.
+    Some(Ipv6Addr::from(bytes).to_canonical())
 }
 
 /// Four to six fifths of a span, so that many nodes do not keep step.
@@ -315,6 +371,13 @@ mod tests {
         PLACE.parse().unwrap()
     }
 
+    fn lost(why: &str) -> Lost {
+        Lost {
+            why: why.into(),
+            heard: false,
+        }
+    }
+
     fn only(reach: &Reach) -> Vec<(bool, String)> {
         let ways = reach.ways().into_iter();
         ways.map(|w| (w.reached, w.why)).collect()
@@ -323,9 +386,9 @@ mod tests {
     #[test]
     fn a_way_is_lost_with_the_second_failure_and_back_with_the_first_answer() {
         // Each step: the result, whether that is worth an event, what is known then.
-        let late = || Err("late".to_string());
-        let reset = || Err("reset".to_string());
-        let steps: [(Result<(), String>, bool, Option<(bool, &str)>); 9] = [
+        let late = || Err(lost("late"));
+        let reset = || Err(lost("reset"));
+        let steps: [(Result<(), Lost>, bool, Option<(bool, &str)>); 9] = [
             (late(), false, None),
             (Ok(()), false, Some((true, ""))),
             (late(), false, Some((true, ""))),
@@ -363,7 +426,7 @@ mod tests {
         let start = Instant::now();
         let fail = |after: u64| {
             let at = start + Duration::from_secs(after);
-            reach.note(&it, place(), Err("late".into()), at, |span| span)
+            reach.note(&it, place(), Err(lost("late")), at, |span| span)
         };
         assert!(fail(1).is_none());
         let text = fail(2).unwrap().text;
@@ -391,6 +454,36 @@ mod tests {
         assert_eq!(only(&reach), [(true, String::new())]);
         reach.peers_changed(&me, &[]);
         assert!(reach.ways().is_empty());
+    }
+
+    #[test]
+    fn connections_that_have_only_begun_are_found_in_the_kernels_table() {
+        let head =
+            "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid";
+        let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+        // As a little-endian machine writes them.
+        let word = |bytes: [u8; 4]| format!("{:08X}", u32::from_ne_bytes(bytes));
+        let (me, it) = (word([10, 0, 0, 1]), word([10, 0, 0, 2]));
+        let mapped = format!("{0}{0}{1}{it}", word([0; 4]), word([0, 0, 0xff, 0xff]));
+        let six = [[0xfd, 0, 0, 0], [0; 4], [0; 4], [0, 0, 0, 2]]
+            .map(word)
+            .concat();
+        for (line, found) in [
+            (head.to_string(), None),
+            (String::new(), None),
+            (format!("0: {me}:1647 00000000:0000 0A 0"), None),
+            (format!("1: {me}:1647 {it}:8A2C 01 0"), None),
+            (format!("2: {me}:1647 {it}:8A2C 03 0"), ip("10.0.0.2")),
+            (format!("3: {me}:1649 {it}:8A2C 03 0"), None),
+            (
+                format!("4: {mapped}:1647 {mapped}:8A2C 03 0"),
+                ip("10.0.0.2"),
+            ),
+            (format!("5: {six}:1647 {six}:8A2C 03 0"), ip("fd00::2")),
+            ("6: x:1647 y:8A2C 03 0".into(), None),
+        ] {
+            assert_eq!(beginner(&line, 5703), found, "{line}");
+        }
     }
 
     #[test]

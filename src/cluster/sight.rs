@@ -168,6 +168,18 @@ impl<'a> Facts<'a> {
             (None, Some(way)) => Some(one_way(b, a, way)),
             (Some(way), Some(_)) => {
                 let mut text = format!("{a} and {b} do not reach each other ({})", because(way));
+                let heard = |by, of| self.way(by, of).is_some_and(|way| way.heard);
+                let half = match (heard(a, b), heard(b, a)) {
+                    (true, false) => Some((b, a)),
+                    (false, true) => Some((a, b)),
+                    _ => None,
+                };
+                if let Some((from, to)) = half {
+                    text += &format!(
+                        ": what {from} sends arrives at {to}, what {to} sends does not arrive at {from}; \
+                         the way is cut in one direction"
+                    );
+                }
                 let all = self.nodes.keys().copied();
                 let both: Vec<&NodeName> = all
                     .filter(|n| self.reaches(n, a) && self.reaches(n, b))
@@ -209,7 +221,7 @@ mod tests {
     use super::*;
     use crate::cluster::fixture::node;
 
-    /// `n2+ n3-`: the way to n2 is open and the one to n3 cut, for 12 s.
+    /// `n2+ n3- n4<`: the way to n2 is open and those to n3 and n4 are cut, for 12 s; n4 is heard.
     fn ways(text: &str) -> Vec<Way> {
         let way = |word: &str| {
             let (name, sign) = word.split_at(word.len() - 1);
@@ -218,6 +230,7 @@ mod tests {
                 reached: sign == "+",
                 for_ms: 12_345,
                 why: if sign == "+" { "" } else { "late" }.into(),
+                heard: sign == "<",
             }
         };
         text.split_whitespace().map(way).collect()
@@ -319,7 +332,7 @@ mod tests {
     #[test]
     fn cuts_between_nodes_that_answer_are_named_with_their_direction() {
         // (what n1, n2 and n3 say, the sentences)
-        let table: [([&str; 3], &[&str]); 8] = [
+        let table: [([&str; 3], &[&str]); 10] = [
             (["n2+ n3+", "n1+ n3+", "n1+ n2+"], &[]),
             // Nothing known yet, or said by none of an older version.
             (["", "", ""], &[]),
@@ -337,6 +350,18 @@ mod tests {
             ),
             (
                 ["n2+ n3+", "n1+ n3-", "n1+ n2-"],
+                &["n2 and n3 do not reach each other (late, for 12s); n1 reaches both"],
+            ),
+            (
+                ["n2+ n3+", "n1+ n3<", "n1+ n2-"],
+                &[
+                    "n2 and n3 do not reach each other (late, for 12s): what n3 sends arrives at n2, what n2 sends \
+                     does not arrive at n3; the way is cut in one direction; n1 reaches both",
+                ],
+            ),
+            // Both are heard, each now and then: that is no direction.
+            (
+                ["n2+ n3+", "n1+ n3<", "n1+ n2<"],
                 &["n2 and n3 do not reach each other (late, for 12s); n1 reaches both"],
             ),
             (
