@@ -16,6 +16,7 @@ use super::reach::Way;
 use super::sight::{self, Facts, Sight};
 use super::units::wall_ms;
 use crate::api::client::{Target, ask, runtime};
+use crate::registry::Present;
 use crate::replication::ids::{BootId, ClusterId, Instance, NodeName, VolumeId};
 
 /// How long a node has to answer. On a LAN it takes milliseconds; `volume ls` must not hang for one that is gone.
@@ -204,7 +205,7 @@ fn gather_as<'a>(
     Live(live)
 }
 
-/// How the nodes that were asked are. The registry is asked who is announced if one of them does not answer.
+/// How the nodes that were asked are, for showing. The registry is asked who is announced if one of them does not answer.
 pub fn sight(plane: &Plane, live: &Live) -> Sight {
     let silent = live.0.values().any(Result::is_err);
     let present = silent.then(|| plane.store.present());
@@ -215,6 +216,11 @@ pub fn sight(plane: &Plane, live: &Live) -> Sight {
             None
         }
     });
+    sight_with(plane, live, present.as_ref())
+}
+
+/// The same with what the registry said.
+pub(super) fn sight_with(plane: &Plane, live: &Live, present: Option<&Present>) -> Sight {
     sight::assess(&Facts {
         here: &plane.node,
         nodes: live
@@ -225,7 +231,7 @@ pub fn sight(plane: &Plane, live: &Live) -> Sight {
                 Err(why) => (name, Err(why.clone())),
             })
             .collect(),
-        present: present.as_ref(),
+        present,
     })
 }
 

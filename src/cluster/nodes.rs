@@ -225,7 +225,9 @@ pub fn remove(plane: &Plane, name: &NodeName) -> Result<(), Fault> {
         );
     }
     let live = live::gather_brief(plane, snapshot.nodes.values().map(|(n, _)| n));
-    if let Some((Health::Unreachable, why)) = live::sight(plane, &live).nodes.get(name) {
+    let present = plane.store.present()?;
+    let sight = live::sight_with(plane, &live, Some(&present));
+    if let Some((Health::Unreachable, why)) = sight.nodes.get(name) {
         return Err(
             Fault::try_again(format!("node {name} may be running: {why}")).hint(
                 "stop its process, or its machine; some seconds later (30 when it could not end in order) try again",
