@@ -110,6 +110,13 @@ fn metrics_have_the_names_of_the_interface() {
     ] {
         assert!(metrics.lines().any(|l| l.starts_with(name)), "{name}");
     }
+    mgmt_support::eventually("n1 says that it reaches n2", || {
+        let line = "lockstep_node_reaches{node=\"n2\"} 1";
+        text(&n1, "/metrics")
+            .lines()
+            .any(|l| l == line)
+            .then_some(())
+    });
     // A volume's own gauges come from one node.
     let other = text(&n2, "/metrics");
     assert!(!other.contains("lockstep_volume_health{"), "{other}");

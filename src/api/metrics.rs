@@ -41,6 +41,15 @@ pub(super) fn render(plane: &Plane) -> String {
     ] {
         out.sample(name, Kind::Gauge, help, &[("node", node)], bytes as f64);
     }
+    for way in plane.reach.ways() {
+        out.sample(
+            "lockstep_node_reaches",
+            Kind::Gauge,
+            "1 when this node reaches the other one on the replication port, 0 when it does not.",
+            &[("node", &way.node.0)],
+            if way.reached { 1.0 } else { 0.0 },
+        );
+    }
     let seconds = plane.store.seconds();
     for (op, histogram) in [("read", &seconds.read), ("write", &seconds.write)] {
         out.histogram(

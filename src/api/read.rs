@@ -16,7 +16,7 @@ use crate::cluster::events::Event;
 use crate::cluster::fault::{Code, Fault};
 use crate::cluster::host::UpgradeView;
 use crate::cluster::labels::Of;
-use crate::cluster::live::{Identity, Live, LocalStatus, gather};
+use crate::cluster::live::{Identity, Live, LocalStatus, gather, gather_brief, sight};
 use crate::cluster::model::check_name;
 use crate::cluster::plane::Plane;
 use crate::cluster::scrub::{self, ScrubView};
@@ -114,7 +114,7 @@ async fn page(State(plane): State<Arc<Plane>>) -> Result<Html<String>, Failure> 
         let (snapshot, live) = look(plane)?;
         Ok(html::page(
             &view::volumes(&snapshot, &live),
-            &view::nodes(&snapshot, &live),
+            &view::nodes(&snapshot, &live, &sight(plane, &live)),
         ))
     });
     html.await.map(Html)
@@ -124,7 +124,14 @@ async fn cluster(State(plane): State<Arc<Plane>>) -> Reply<ClusterView> {
     json(plane, |plane| {
         let (snapshot, live) = look(plane)?;
         let registry = plane.store.registry_name();
-        Ok(view::cluster(&snapshot, &live, plane.cluster, registry))
+        let sight = sight(plane, &live);
+        Ok(view::cluster(
+            &snapshot,
+            &live,
+            &sight,
+            plane.cluster,
+            registry,
+        ))
     })
     .await
 }
@@ -132,7 +139,7 @@ async fn cluster(State(plane): State<Arc<Plane>>) -> Reply<ClusterView> {
 async fn nodes(State(plane): State<Arc<Plane>>) -> Reply<Vec<NodeView>> {
     json(plane, |plane| {
         let (snapshot, live) = look(plane)?;
-        Ok(view::nodes(&snapshot, &live))
+        Ok(view::nodes(&snapshot, &live, &sight(plane, &live)))
     })
     .await
 }
@@ -145,15 +152,21 @@ async fn node(State(plane): State<Arc<Plane>>, Path(name): Path<String>) -> Repl
         let (record, _) = snapshot.nodes.get(&name).ok_or_else(|| {
             Fault::not_found(format!("there is no node {name}")).hint("see: lockstep node ls")
         })?;
-        // Where its copies go depends on all.
+        // Where its copies go depends on all that the others have; how it is, on whom they reach.
+        let all = snapshot.nodes.values().map(|(n, _)| n);
         let live = match record.draining {
-            Some(_) => gather(plane, snapshot.nodes.values().map(|(n, _)| n)),
-            None => gather(plane, [record].into_iter()),
+            Some(_) => gather(plane, all),
+            None => {
+                let mut live = gather_brief(plane, all);
+                live.0.extend(gather(plane, [record].into_iter()).0);
+                live
+            }
         };
-        let mut node = view::node(record, &snapshot, &live);
+        let mut node = view::node(record, &snapshot, &live, &sight(plane, &live));
         node.drain = drain::progress(record, &snapshot, &live);
         if let Some(status) = live.node(&name) {
             node.copies = view::node_copies(&status.copies, &snapshot);
+            node.ways = status.ways.clone();
         }
         Ok(node)
     })

@@ -1,5 +1,6 @@
 //! `lockstep node`: run one, or look at them.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -13,7 +14,7 @@ use crate::cluster::fault::Fault;
 use crate::cluster::labels::{Of, own_key, parse_all};
 use crate::cluster::model::check_name;
 use crate::cluster::nodes::{NodeDone, NodeUpdate};
-use crate::cluster::units::show_size;
+use crate::cluster::units::{show_ms, show_size};
 use crate::cluster::view::NodeView;
 use crate::node::can_take_over;
 
@@ -253,7 +254,32 @@ fn list(nodes: &[NodeView]) -> String {
             n.version.clone(),
         ]);
     }
-    table.text()
+    let mut out = table.text();
+    // Each cut is said by the nodes at both its ends.
+    let said = nodes.iter().flat_map(|n| {
+        let why = (!n.why.is_empty()).then(|| format!("{} is {}: {}", n.name, n.health, n.why));
+        why.into_iter().chain(n.cuts.iter().cloned())
+    });
+    let said: BTreeSet<String> = said.collect();
+    if !said.is_empty() {
+        out += "\n";
+    }
+    for line in said {
+        out += &format!("{line}\n");
+    }
+    out
+}
+
+/// `n2, n3; not n4 (no answer within 2s, for 12s)`.
+fn reaches(node: &NodeView) -> String {
+    let (reached, lost): (Vec<_>, Vec<_>) = node.ways.iter().partition(|way| way.reached);
+    let reached: Vec<&str> = reached.iter().map(|way| way.node.0.as_str()).collect();
+    let lost = lost.iter().map(|way| {
+        let span = show_ms(way.for_ms / 1000 * 1000);
+        format!("not {} ({}, for {span})", way.node, way.why)
+    });
+    let parts = [reached.join(", ")].into_iter().filter(|r| !r.is_empty());
+    parts.chain(lost).collect::<Vec<_>>().join("; ")
 }
 
 fn inspect(node: &NodeView) -> String {
@@ -261,6 +287,8 @@ fn inspect(node: &NodeView) -> String {
         ("Name", node.name.to_string()),
         ("Health", node.health.clone()),
         ("Why", or_dash(&node.why)),
+        ("Reaches", or_dash(&reaches(node))),
+        ("Cut", or_dash(&node.cuts.join("; "))),
         ("Address", node.address.clone()),
         ("HTTP", node.http.clone()),
         ("Version", node.version.clone()),

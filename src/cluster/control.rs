@@ -194,6 +194,8 @@ impl Control {
         let peers = self.peers(snapshot);
         if peers != self.told_peers {
             self.plane.host.peers_changed(&peers);
+            let me = &self.plane.node;
+            self.plane.reach.peers_changed(me, &peers);
             self.told_peers = peers;
         }
         self.create_copies(snapshot)?;

@@ -105,5 +105,6 @@ pub fn status(name: &str) -> LocalStatus {
         attachments: Vec::new(),
         reports: Vec::new(),
         scrubs: Vec::new(),
+        ways: Vec::new(),
     }
 }

@@ -12,8 +12,11 @@ use tokio::task::JoinSet;
 use super::host::{AttachmentStatus, Capacity, LocalCopy, Phase};
 use super::model::NodeRecord;
 use super::plane::{EndedScrub, Plane, Report};
+use super::reach::Way;
+use super::sight::{self, Facts, Sight};
 use super::units::wall_ms;
 use crate::api::client::{Target, ask, runtime};
+use crate::registry::Present;
 use crate::replication::ids::{BootId, ClusterId, Instance, NodeName, VolumeId};
 
 /// How long a node has to answer. On a LAN it takes milliseconds; `volume ls` must not hang for one that is gone.
@@ -69,6 +72,9 @@ pub struct LocalStatus {
     /// The last scrub that ended on it, of each volume.
     #[serde(default)]
     pub scrubs: Vec<EndedScrub>,
+    /// Its ways to other nodes, as far as it knows them.
+    #[serde(default)]
+    pub ways: Vec<Way>,
 }
 
 impl LocalStatus {
@@ -115,6 +121,7 @@ impl LocalStatus {
             attachments: Vec::new(),
             reports: Vec::new(),
             scrubs: plane.scrubs(),
+            ways: plane.reach.ways(),
         }
     }
 
@@ -196,6 +203,36 @@ fn gather_as<'a>(
         live.insert(node.name.clone(), Ok(own(plane)));
     }
     Live(live)
+}
+
+/// How the nodes that were asked are, for showing. The registry is asked who is announced if one of them does not answer.
+pub fn sight(plane: &Plane, live: &Live) -> Sight {
+    let silent = live.0.values().any(Result::is_err);
+    let present = silent.then(|| plane.store.present());
+    let present = present.and_then(|asked| match asked {
+        Ok(present) => Some(present),
+        Err(e) => {
+            log::debug!("who is announced is not known: {e}");
+            None
+        }
+    });
+    sight_with(plane, live, present.as_ref())
+}
+
+/// The same with what the registry said.
+pub(super) fn sight_with(plane: &Plane, live: &Live, present: Option<&Present>) -> Sight {
+    sight::assess(&Facts {
+        here: &plane.node,
+        nodes: live
+            .0
+            .iter()
+            .map(|(name, status)| match status {
+                Ok(status) => (name, Ok(status.ways.as_slice())),
+                Err(why) => (name, Err(why.clone())),
+            })
+            .collect(),
+        present,
+    })
 }
 
 fn check(plane: &Plane, name: &NodeName, status: LocalStatus) -> Result<LocalStatus, String> {

@@ -8,8 +8,10 @@ use super::events::What;
 use super::fault::Fault;
 use super::join::alive;
 use super::labels::{self, Of};
+use super::live;
 use super::model::{Labels, NodeRecord};
 use super::plane::{Plane, whole_volumes};
+use super::sight::Health;
 use super::snapshot::Snapshot;
 use super::store::Race;
 use crate::replication::ids::NodeName;
@@ -220,6 +222,16 @@ pub fn remove(plane: &Plane, name: &NodeName) -> Result<(), Fault> {
             Fault::state(format!("node {name} is not dead: {how}")).hint(format!(
                 "empty it with lockstep node drain {name}, stop its process, then remove it"
             )),
+        );
+    }
+    let live = live::gather_brief(plane, snapshot.nodes.values().map(|(n, _)| n));
+    let present = plane.store.present()?;
+    let sight = live::sight_with(plane, &live, Some(&present));
+    if let Some((Health::Unreachable, why)) = sight.nodes.get(name) {
+        return Err(
+            Fault::try_again(format!("node {name} may be running: {why}")).hint(
+                "stop its process, or its machine; some seconds later (30 when it could not end in order) try again",
+            ),
         );
     }
     let instance = record.instance;

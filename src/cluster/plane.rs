@@ -11,6 +11,7 @@ use super::events::EventLog;
 use super::fault::Fault;
 use super::host::{Host, ScrubStatus};
 use super::model::VolumeName;
+use super::reach::Reach;
 use super::silence::Silence;
 use super::snapshot::{Snapshot, VolumeEntry};
 use super::store::{Store, Versioned};
@@ -65,6 +66,8 @@ pub struct Plane {
     pub events: Arc<EventLog>,
     /// Since when each node does not answer.
     pub(super) silence: Silence,
+    /// Which other nodes this one reaches.
+    pub reach: Reach,
     stop: Arc<AtomicBool>,
     known: Mutex<Option<Arc<Snapshot>>>,
     creating: Mutex<BTreeSet<VolumeId>>,
@@ -99,6 +102,7 @@ impl Plane {
             host,
             events: joined.events.clone(),
             silence: Silence::default(),
+            reach: Reach::default(),
             stop: Arc::default(),
             known: Mutex::default(),
             creating: Mutex::default(),

@@ -25,7 +25,10 @@ use super::model::{
     VolumeSpec,
 };
 use super::snapshot::Snapshot;
-use crate::registry::{CasError, Change, Entry, Guard, Registry, RegistryError, Revision, Watch};
+use crate::registry::{
+    CasError, Change, Entry, Guard, PRESENCE, Presence, Present, Registry, RegistryError, Revision,
+    Watch,
+};
 use crate::replication::ids::{CopyId, NodeName, VolumeId};
 use crate::replication::record::Record;
 
@@ -135,6 +138,16 @@ impl Store {
     /// How people name the registry.
     pub fn registry_name(&self) -> String {
         self.registry.name()
+    }
+
+    /// Says that the node's process lives, until the answer is dropped. A hint for people, never a fence.
+    pub fn announce(&self, node: &NodeName) -> Result<Presence, RegistryError> {
+        self.registry.announce(&node.0, PRESENCE)
+    }
+
+    /// Which nodes are announced.
+    pub fn present(&self) -> Result<Present, RegistryError> {
+        self.timed(0, || self.registry.present())
     }
 
     /// How long the registry's calls took so far.

@@ -4,9 +4,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -28,6 +30,7 @@ use lockstep::cluster::{Cluster, start};
 use lockstep::registry::{Access, Location, Revision};
 use lockstep::replication::ids::{BootId, CopyId, Instance, NodeName, Tag, VolumeId};
 use lockstep::replication::record::{Attachment, Base, CopyEntry, CopyStatus, Record, State};
+use lockstep::wire::hello::{Answer as GreetingAnswer, Hello, HelloRefusal, Reason};
 use serde_json::Value;
 
 /// Generous: only something broken takes this long.
@@ -83,13 +86,53 @@ pub struct TestHost {
     events: Arc<EventLog>,
     served: Mutex<BTreeMap<VolumeId, Served>>,
     pub levers: Mutex<Levers>,
+    door: Arc<AtomicBool>,
+    porter: Option<thread::JoinHandle<()>>,
+}
+
+/// Refuses whoever greets, as an engine does that has no such copy, until `door` is shut.
+fn greeted(listener: TcpListener, name: NodeName, door: &AtomicBool) {
+    listener.set_nonblocking(true).unwrap();
+    while !door.load(Ordering::Acquire) {
+        let Ok((mut stream, _)) = listener.accept() else {
+            thread::sleep(Duration::from_millis(5));
+            continue;
+        };
+        stream.set_nonblocking(false).unwrap();
+        let (mut input, mut buffer) = (Vec::new(), [0; 1024]);
+        while let Ok(None) = Hello::decode(&input) {
+            match stream.read(&mut buffer) {
+                Ok(n) if n > 0 => input.extend_from_slice(&buffer[..n]),
+                _ => break,
+            }
+        }
+        let mut answer = Vec::new();
+        let refusal = HelloRefusal::new(Reason::UnknownCopy, "none here").by(&name);
+        GreetingAnswer::Refusal(refusal).encode(&mut answer);
+        let _ = stream.write_all(&answer);
+    }
+}
+
+impl Drop for TestHost {
+    fn drop(&mut self) {
+        self.door.store(true, Ordering::Release);
+        let _ = self.porter.take().unwrap().join();
+    }
 }
 
 impl TestHost {
     fn new(joined: &Membership) -> Self {
         let dir = joined.config.data_dir.join("copies");
         fs::create_dir_all(&dir).unwrap();
+        let door = Arc::new(AtomicBool::new(false));
+        let porter = {
+            let listener = joined.replication.try_clone().unwrap();
+            let (name, door) = (joined.node.clone(), door.clone());
+            thread::spawn(move || greeted(listener, name, &door))
+        };
         Self {
+            door,
+            porter: Some(porter),
             dir,
             node: joined.node.clone(),
             boot_id: joined.boot_id,

@@ -406,6 +406,7 @@ fn the_greeting_has_the_bytes_it_always_had() {
         versions,
         reason: Reason::Busy,
         text: "later".into(),
+        node: None,
     })
     .encode(&mut out);
     let frozen = [
