@@ -19,6 +19,8 @@ use scale_support::{View, attach, create, etcd_requests, get, is_tidy, is_whole,
 const SIZE: u64 = 4 << 20;
 const NODES: [usize; 5] = [1, 2, 3, 4, 5];
 const MANY: usize = 60;
+/// Requests to the registry a second. Five nodes that look at it every five seconds would ask once a second.
+const QUIET: f64 = 0.5;
 
 fn cluster(registry: &str) -> (Cluster, View) {
     let mut cluster = Cluster::empty(Path::new("/dev/shm"));
@@ -42,25 +44,28 @@ fn all(view: &View, count: usize, what: &str, is: impl Fn(&Record) -> bool) {
     });
 }
 
-/// Requests to etcd in some seconds in which nothing happens, on a machine that has other things to do as well: a copy that
-/// is lost and comes back because of that is looked past, a load that does not end is not.
+/// Requests to etcd a second while nothing happens. A machine that has other things to do loses a copy now and then: a load
+/// that ends is looked past, one that does not end is not.
 fn idle_requests(etcd: &Etcd) -> f64 {
-    let span = Duration::from_secs(7);
+    // What keeps etcd's own client library alive is not ours.
+    let ours = || -> f64 {
+        let all = etcd_requests(&etcd.url(1));
+        let methods = ["Range", "Txn", "Watch"].iter();
+        methods.filter_map(|m| all.get(*m)).sum()
+    };
     let spans = (0..4).map(|_| {
-        let before = etcd_requests(&etcd.url(1));
-        let begin = Instant::now();
-        std::thread::sleep(span);
-        let after = etcd_requests(&etcd.url(1));
-        // What keeps etcd's own client library alive is not ours.
-        let ours = |all: &BTreeMap<String, f64>| -> f64 {
-            ["Range", "Txn", "Watch"]
-                .iter()
-                .filter_map(|m| all.get(*m))
-                .sum()
-        };
-        (ours(&after) - ours(&before)) / begin.elapsed().as_secs_f64()
+        let (before, begin) = (ours(), Instant::now());
+        std::thread::sleep(Duration::from_secs(7));
+        (ours() - before) / begin.elapsed().as_secs_f64()
     });
-    spans.fold(f64::INFINITY, f64::min)
+    let mut seen: Vec<f64> = Vec::new();
+    for rate in spans {
+        seen.push(rate);
+        if rate < QUIET {
+            break;
+        }
+    }
+    seen.into_iter().fold(f64::INFINITY, f64::min)
 }
 
 #[test]
@@ -103,50 +108,53 @@ fn most_syncs(cluster: &Cluster, nodes: &[usize]) -> BTreeMap<usize, (f64, f64)>
         .collect()
 }
 
+/// No node had more syncs at once than it should, and this one had some.
+fn syncs_were_bounded(cluster: &Cluster, nodes: &[usize], to: usize) {
+    let most = most_syncs(cluster, nodes);
+    let bound = SYNCS_MAX as f64;
+    for (from, to) in most.values() {
+        assert!(*from <= bound && *to <= bound, "{most:?}");
+    }
+    assert!(
+        most[&to].1 > 0.0,
+        "{most:?}: n{to} was not brought anything"
+    );
+}
+
 #[test]
 fn copies_of_a_lost_node_are_made_elsewhere_a_few_at_a_time_and_spread_over_all_others() {
-    // Given volumes with copies everywhere, some of them attached,
+    // Given volumes with copies everywhere, a good part of them attached,
     let (mut cluster, view) = cluster("");
     create(&cluster, &NODES, (0, MANY), SIZE, 2, "soft");
-    for i in 0..8 {
+    for i in 0..MANY / 2 {
         attach(&cluster, i, 1 + i % 4);
     }
     all(&view, MANY, "well", is_tidy);
     let before = view.copies_by_node();
     assert!(before.values().all(|n| (30..=42).contains(n)), "{before:?}");
-    // when a node is lost for longer than lost copies are waited for,
+    // when a node is gone for a moment, then all attached volumes miss a copy at once, and it gets a few at a time.
+    cluster.kill(5);
+    let lost = |r: &Record| r.attachment.is_none() || r.in_sync().all(|c| c.node.0 != "n5");
+    all(&view, MANY, "without n5 if they are attached", lost);
+    cluster.start_node(5);
+    all(&view, MANY, "tidy", is_tidy);
+    syncs_were_bounded(&cluster, &NODES, 5);
+    // When it is lost for longer than lost copies are waited for,
     cluster.ok(1, "cluster update --replace-after 1s");
     cluster.kill(5);
     // then every volume, attached or not, has all its copies again,
     all(&view, MANY, "whole without n5", |r| is_whole(r, Some("n5")));
-    // on all nodes that are left,
+    syncs_were_bounded(&cluster, &[1, 2, 3, 4], 1);
+    // on all nodes that are left.
     let after = view.copies_by_node();
     let more: Vec<usize> = (1..=4)
         .map(|n| format!("n{n}"))
         .map(|n| after[&n] - before[&n])
         .collect();
     assert!(more.iter().all(|n| *n >= before["n5"] / 8), "{more:?} more");
-    // and no node had more to do at once than it should.
-    let most = most_syncs(&cluster, &[1, 2, 3, 4]);
-    let bound = SYNCS_MAX as f64;
-    assert!(
-        most.values()
-            .all(|(from, to)| *from <= bound && *to <= bound),
-        "{most:?}"
-    );
-    assert!(
-        most.values().all(|(_, to)| *to > 0.0),
-        "{most:?}: there were none"
-    );
-    // When it comes back, what it has is dropped or brought up to date, by as few at a time.
+    // When it comes back, what it has is not wanted any more.
     cluster.start_node(5);
     all(&view, MANY, "tidy", is_tidy);
-    let most = most_syncs(&cluster, &NODES);
-    assert!(
-        most.values()
-            .all(|(from, to)| *from <= bound && *to <= bound),
-        "{most:?}"
-    );
 }
 
 #[test]
