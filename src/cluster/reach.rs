@@ -388,7 +388,8 @@ mod tests {
         // Each step: the result, whether that is worth an event, what is known then.
         let late = || Err(lost("late"));
         let reset = || Err(lost("reset"));
-        let steps: [(Result<(), Lost>, bool, Option<(bool, &str)>); 9] = [
+        type Step = (Result<(), Lost>, bool, Option<(bool, &'static str)>);
+        let steps: [Step; 9] = [
             (late(), false, None),
             (Ok(()), false, Some((true, ""))),
             (late(), false, Some((true, ""))),
