@@ -272,8 +272,9 @@ mod tests {
     fn the_newest_scrub_is_shown_wherever_it_was_and_one_whose_process_is_gone_broke_off() {
         // (what nodes say: node, id, state; the wish: id, node, whether by the process that runs there; shown)
         type Said<'a> = &'a [(&'a str, u64, ScrubState)];
+        type Wish<'a> = Option<(u64, &'a str, bool)>;
         type Shown = Option<(&'static str, u64, ScrubState)>;
-        let table: &[(Said<'_>, Option<(u64, &str, bool)>, Shown)] = &[
+        let table: &[(Said<'_>, Wish<'_>, Shown)] = &[
             (&[], None, None),
             (&[], Some((5, "n1", true)), Some(("n1", 5, Waiting))),
             // Its process was started anew; its node does not answer.
