@@ -112,10 +112,10 @@ impl Control {
         if !any && self.scrubs.volumes.is_empty() {
             return Ok(());
         }
-        let attached = self.plane.host.attachments();
+        let attached = self.attached();
         let now = Instant::now();
         for (id, spec, _) in whole_volumes(snapshot) {
-            let here = attached.iter().find(|a| a.volume == id);
+            let here = attached.get(&id);
             let wish = self.scrub_asked(&spec.0).cloned();
             if let Some(memory) = self.scrubs.volumes.get(&id)
                 && wish.as_ref().is_none_or(|w| w.id != memory.id)
