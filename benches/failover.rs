@@ -129,6 +129,7 @@ fn measure(case: Case, args: &Args) -> Vec<Duration> {
         .map(|_| {
             let gap = one(case, &mut cluster, &load);
             if args.events {
+                println!("    {} ms:", gap.as_millis());
                 print_events(&cluster, server);
             }
             gap
