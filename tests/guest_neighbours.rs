@@ -573,7 +573,9 @@ fn memory_is_cut_short(mut street: Street) {
         street.is_quiet(what);
     }
     // The ring itself, which lies on the first page: the machine is gone by any measure.
-    let vm = street.machine();
+    let mut vm = street.machine();
+    // Mapped by now, and not refused for being short.
+    vm.settle();
     let kick = vm.driver.kick.try_clone().unwrap();
     cut(&vm, 0, 0);
     kick.write(1).unwrap();
