@@ -63,10 +63,12 @@ enum Case {
     MasterSilent,
     Promoted,
     AttachmentKilled,
+    AttachmentStopped,
+    Upgraded,
 }
 
 impl Case {
-    const ALL: [(Case, &str); 7] = [
+    const ALL: [(Case, &str); 9] = [
         (Case::Nothing, "nothing"),
         (Case::ReplicaKilled, "replica killed"),
         (Case::MasterKilled, "remote master killed"),
@@ -74,6 +76,8 @@ impl Case {
         (Case::MasterSilent, "remote master silent"),
         (Case::Promoted, "promote"),
         (Case::AttachmentKilled, "attachment killed, restarted"),
+        (Case::AttachmentStopped, "SIGTERM and started again"),
+        (Case::Upgraded, "upgraded under the guest"),
     ];
 
     /// The node that serves the volume; n1 to n3 have copies, n1 the master.
@@ -181,6 +185,16 @@ fn one(case: Case, cluster: &mut Cluster, load: &Load) -> Duration {
             load.connect_again();
             cluster.spawn_node(1);
         }
+        Case::AttachmentStopped => {
+            cluster.ask_to_stop(1);
+            while cluster.ended(1).is_none() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            load.connect_again();
+            cluster.spawn_node(1);
+        }
+        // By a program that happens to be the same; the load keeps its connection.
+        Case::Upgraded => drop(cluster.ok(1, "node upgrade")),
     }
     load.goes_on();
     std::thread::sleep(AFTERWARDS);
@@ -190,7 +204,11 @@ fn one(case: Case, cluster: &mut Cluster, load: &Load) -> Duration {
         Case::MasterKilled => cluster.start_node(master),
         Case::ReplicaSilent => cluster.thaw(3),
         Case::MasterSilent => cluster.thaw(master),
-        Case::Nothing | Case::Promoted | Case::AttachmentKilled => {}
+        Case::Nothing
+        | Case::Promoted
+        | Case::AttachmentKilled
+        | Case::AttachmentStopped
+        | Case::Upgraded => {}
     }
     gap
 }

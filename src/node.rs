@@ -1,7 +1,7 @@
 //! One node process: builds the rooms and joins them. The registry and the control loop say what should be served and
 //! stored here; the engine does it; the guest room gives each attached volume its socket.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
@@ -9,10 +9,15 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use rustix::process::{Resource, getrlimit, setrlimit};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::iterator::Signals;
 
+mod handover;
 mod status;
+mod upgrade;
+
+pub use upgrade::can_take_over;
 
 use crate::cluster;
 use crate::cluster::config::NodeConfig;
@@ -20,24 +25,24 @@ use crate::cluster::events::{EventLog, What};
 use crate::cluster::fault::Fault;
 use crate::cluster::host::{
     AttachRequest, AttachmentStatus, Birth, Capacity, Front, Host, HostError, LocalCopy,
+    UpgradeView,
 };
 use crate::cluster::join::Membership;
 use crate::cluster::metrics::Metrics;
 use crate::cluster::store::Registrar;
 use crate::copy::{LogImage, NodeDir, NodeDirError, Store, StoreError};
 use crate::engine::{
-    AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, WriteCache,
+    AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, WriteCache, exec,
 };
-use crate::guest::{BlockSize, Bound, DeviceConfig, Server};
+use crate::guest::{BlockSize, Bound, DeviceConfig, Handed, Server};
 use crate::registry::{CasError, Revision};
 use crate::replication::attachment::{self, CasOutcome};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
 use crate::replication::dirty_map::DirtyMap;
-use crate::replication::ids::{
-    CHUNK, CopyId, Epoch, NodeName, REGION, REGIONS_MAX, Region, Tag, VolumeId,
-};
+use crate::replication::ids::{CHUNK, CopyId, Epoch, NodeName, Tag, VolumeId};
 use crate::replication::message::Proof;
 use crate::replication::record::{self, Record};
+use handover::Inherited;
 
 /// Data segments of one guest request: with indirect descriptors Linux uses what it is offered.
 const SEG_MAX: u32 = 254;
@@ -53,34 +58,66 @@ const LAST_REQUESTS_LOOK: Duration = Duration::from_millis(10);
 /// The same once the node has started.
 const LATE_LOOK: Duration = Duration::from_millis(500);
 
-/// Runs a node until SIGTERM or SIGINT.
+/// Runs a node until SIGTERM or SIGINT. At SIGUSR2 the program that is at our path takes our place.
 ///
 /// # Errors
 ///
 /// Why it cannot start, for the person who started it.
 pub fn run(config: NodeConfig) -> Result<(), Fault> {
+    // Before anything is opened: what the program before left is told from our own by that.
+    let mut inherited = Inherited::take();
     // Before any thread starts and anything can be lost.
-    let mut signals = Signals::new([SIGTERM, SIGINT])
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR2])
         .map_err(|e| Fault::internal(format!("signals cannot be handled: {e}")))?;
+    // They are for this thread alone: one that another thread took at the moment when the program is replaced would be lost. So
+    // threads begin with signals held back.
+    exec::hold_signals(true);
+    raise_descriptors();
     let registry = cluster::join::open_registry(&config)?;
-    let asked_to_end = || signals.pending().next().is_some();
+    let asked_to_end = || {
+        exec::hold_signals(false);
+        let asked = signals.pending().any(|signal| signal != SIGUSR2);
+        exec::hold_signals(true);
+        asked
+    };
     if !cluster::join::await_registry(&*registry, asked_to_end)? {
         return Ok(());
     }
     let mut dir = NodeDir::open(&config.data_dir, &config.name, None).map_err(dir_fault)?;
-    let membership = cluster::join::join(config, registry)?;
+    let doors = inherited.as_mut().map(|inherited| {
+        let names = handover::Names::of(&config);
+        inherited.take_doors(&names)
+    });
+    let membership = cluster::join::join(config, registry, doors.unwrap_or_default())?;
     dir.join(membership.cluster).map_err(dir_fault)?;
-    let host = Arc::new(NodeHost::start(dir, &membership)?);
+    let host = Arc::new(NodeHost::start(dir, &membership, inherited)?);
     NodeHost::open_late(&host)?;
     let running = cluster::start(membership, Arc::clone(&host) as Arc<dyn Host>)?;
     tell_service_manager(&[sd_notify::NotifyState::Ready]);
+    exec::hold_signals(false);
+    let mut told = Vec::new();
     let end = loop {
-        if let Some(signal) = signals.pending().next() {
+        told.extend(signals.pending());
+        if let Some(signal) = told.iter().find(|signal| **signal != SIGUSR2) {
             log::info!("signal {signal}: finishing what is under way");
             break Ok(());
         }
+        if !told.is_empty() {
+            told.clear();
+            if let Err(fault) = host.accept_upgrade() {
+                let hint = fault.hint.as_deref().unwrap_or_default();
+                log::error!("the program is not replaced: {fault}; {hint}");
+            }
+        }
         if let Some(why) = running.fatal() {
             break Err(Fault::state(why));
+        }
+        host.upgrade.look_after();
+        if host.upgrade.is_due() {
+            host.replace(|| {
+                told.extend(signals.pending().filter(|signal| *signal != SIGUSR2));
+                !told.is_empty()
+            });
         }
         thread::sleep(SIGNAL_LOOK);
     };
@@ -88,6 +125,16 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
     running.stop();
     host.shut_down();
     end
+}
+
+/// Four descriptors a copy and three an attachment: the 1,024 that a process is given for the sake of old programs are few,
+/// and what it may have is its own to take.
+fn raise_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(e) = setrlimit(Resource::Nofile, limit) {
+        log::warn!("the limit of open files stays as it is: {e}");
+    }
 }
 
 fn tell_service_manager(state: &[sd_notify::NotifyState<'_>]) {
@@ -148,6 +195,7 @@ pub struct NodeHost {
     served: Mutex<HashMap<VolumeId, Served>>,
     /// Copies that could not be opened.
     broken: Mutex<HashMap<VolumeId, Broken>>,
+    upgrade: upgrade::Upgrade,
 }
 
 /// Why a copy could not be opened.
@@ -180,7 +228,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl NodeHost {
-    fn start(dir: NodeDir, membership: &Membership) -> Result<Self, Fault> {
+    fn start(
+        dir: NodeDir,
+        membership: &Membership,
+        inherited: Option<Inherited>,
+    ) -> Result<Self, Fault> {
         let me = Identity {
             cluster: membership.cluster,
             node: membership.node.clone(),
@@ -204,6 +256,7 @@ impl NodeHost {
             dir,
             served: Mutex::default(),
             broken: Mutex::default(),
+            upgrade: upgrade::Upgrade::new(membership, inherited)?,
         };
         let begun = Instant::now();
         for volume in host.dir.volumes().map_err(dir_fault)? {
@@ -268,26 +321,19 @@ impl NodeHost {
             log::warn!("volume {volume}: {warning}");
         }
         let mut metadata = loaded.metadata;
-        let mut state = loaded.state;
+        let state = loaded.state;
         let regions = match loaded.log {
-            LogImage::Regions(regions) => regions,
-            LogImage::Unreadable => {
-                let (regions, lost) = without_log(&mut state);
-                let mut writes = Vec::new();
-                if lost {
-                    log::error!(
-                        "volume {volume}: the activity log is damaged; the copy needs a full sync"
-                    );
-                    // Before the log: read back after a crash, that one would be believed (S11).
-                    writes.extend([metadata.superblock(&state), metadata.superblock(&state)]);
-                }
-                writes.extend(metadata.reset_log(&regions));
-                for write in writes {
+            LogImage::Regions(regions) => Some(regions),
+            // Nothing was active when it was left cleanly.
+            LogImage::Unreadable if state.clean => {
+                for write in metadata.reset_log(&[]) {
                     write_meta(&store, &write)
                         .map_err(|e| format!("its log cannot be written anew: {e}"))?;
                 }
-                regions
+                Some(Vec::new())
             }
+            // It stays as it is until nothing can differ any more.
+            LogImage::Unreadable => None,
         };
         let mut maps: [Option<DirtyMap>; BITMAPS_MAX] = [const { None }; BITMAPS_MAX];
         for (slot, map) in maps.iter_mut().enumerate() {
@@ -350,21 +396,6 @@ fn workers() -> usize {
     (processors / 2).clamp(1, 8)
 }
 
-/// The regions of a copy whose log cannot be read; and whether they are more than a log can say. Then only a full sync makes
-/// the copy usable again: no record knows its tag any more, or it would get a delta of the regions that the log can name.
-fn without_log(state: &mut CopyState) -> (Vec<Region>, bool) {
-    let all = state.size.div_ceil(REGION) as usize;
-    let lost = all > REGIONS_MAX && !state.clean;
-    if lost {
-        state.tag = Tag(0);
-    }
-    if lost && state.standing == Standing::InSync {
-        state.standing = Standing::Inconsistent;
-    }
-    let regions = (0..all.min(REGIONS_MAX) as u32).map(Region).collect();
-    (regions, lost)
-}
-
 fn write_meta(store: &Store, write: &crate::copy::MetaWrite) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::write_all_at(&store.meta, &write.bytes, write.offset)?;
     store.meta.sync_data()
@@ -404,8 +435,13 @@ fn store_error(error: StoreError) -> HostError {
     }
 }
 
-/// Listens for the virtual machine.
-fn bind(name: &str, record: &Record, front: &Front) -> Result<Bound, HostError> {
+/// Listens for the virtual machine, or goes on to.
+fn bind(
+    name: &str,
+    record: &Record,
+    front: &Front,
+    handed: Option<Handed>,
+) -> Result<Bound, HostError> {
     let config = DeviceConfig {
         volume: name.into(),
         size: record.size,
@@ -415,7 +451,11 @@ fn bind(name: &str, record: &Record, front: &Front) -> Result<Bound, HostError> 
         read_only: front.read_only,
         writeback: WriteCache::of(&front.socket).is_on(),
     };
-    Bound::new(config, &front.socket).map_err(|e| HostError::Refused(e.to_string()))
+    let bound = match handed {
+        None => Bound::new(config, &front.socket),
+        Some(handed) => Bound::adopt(config, &front.socket, handed),
+    };
+    bound.map_err(|e| HostError::Refused(e.to_string()))
 }
 
 fn capacity(path: &Path) -> Capacity {
@@ -440,17 +480,12 @@ impl Host for NodeHost {
         birth: Birth,
     ) -> Result<(), HostError> {
         let engine = &self.engine;
-        if let Some(have) = engine
-            .status()
-            .1
-            .into_iter()
-            .find(|c| c.state.volume_id == volume)
-        {
-            return match have.state.copy_id == copy {
+        if let Some(have) = engine.copy_of(volume) {
+            return match have == copy {
                 true => Ok(()),
                 false => Err(HostError::Refused(format!(
-                    "node {} has another copy of this volume ({}) already",
-                    self.me.node, have.state.copy_id
+                    "node {} has another copy of this volume ({have}) already",
+                    self.me.node
                 ))),
             };
         }
@@ -476,7 +511,7 @@ impl Host for NodeHost {
             store,
             metadata: loaded.metadata,
             state,
-            regions: Vec::new(),
+            regions: Some(Vec::new()),
             maps,
         });
         Ok(())
@@ -507,8 +542,7 @@ impl Host for NodeHost {
     }
 
     fn local_copies(&self) -> Vec<LocalCopy> {
-        let engine = &self.engine;
-        let open = engine.status().1.into_iter().map(
+        let open = self.engine.copies().into_iter().map(
             |CopyStatus {
                  volume,
                  state,
@@ -551,6 +585,14 @@ impl Host for NodeHost {
         open.chain(broken).collect()
     }
 
+    fn copies_here(&self) -> BTreeMap<VolumeId, CopyId> {
+        let mut all: BTreeMap<VolumeId, CopyId> = self.engine.copy_ids().into_iter().collect();
+        for volume in lock(&self.broken).keys() {
+            all.entry(*volume).or_insert(CopyId([0; 16]));
+        }
+        all
+    }
+
     fn attach(&self, request: AttachRequest) -> Result<(), HostError> {
         let mut served = lock(&self.served);
         if served.contains_key(&request.volume) {
@@ -568,7 +610,8 @@ impl Host for NodeHost {
                     // is made durable (PROTOCOL 3).
                     WriteCache::of(&front.socket).set(false);
                 }
-                Some(bind(&request.name, record, front)?)
+                let handed = self.upgrade.claim(request.volume, &front.socket);
+                Some(bind(&request.name, record, front, handed)?)
             }
             None => None,
         };
@@ -639,6 +682,15 @@ impl Host for NodeHost {
         }
     }
 
+    fn scrub(&self, volume: VolumeId, id: u64, repair: bool) -> Result<(), HostError> {
+        let begun = self.engine.scrub(volume, id, repair);
+        begun.map_err(HostError::Busy)
+    }
+
+    fn stop_scrub(&self, volume: VolumeId, id: u64) {
+        self.engine.stop_scrub(volume, id);
+    }
+
     fn record_changed(&self, volume: VolumeId, record: &Record, revision: Revision) {
         self.engine
             .record(volume, Some((record.clone(), revision.0)));
@@ -649,7 +701,7 @@ impl Host for NodeHost {
     }
 
     fn attachments(&self) -> Vec<AttachmentStatus> {
-        let all = self.engine.status().0;
+        let all = self.engine.attached();
         let served = lock(&self.served);
         all.into_iter()
             .filter_map(|status| Some(status::describe(&status, served.get(&status.volume)?)))
@@ -661,43 +713,14 @@ impl Host for NodeHost {
     }
 
     fn metrics(&self) -> Metrics {
-        status::metrics(self.engine.metrics())
+        status::metrics(self.engine.metrics(), self.engine.syncs())
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    fn upgrade(&self) -> Result<UpgradeView, Fault> {
+        self.accept_upgrade()
+    }
 
-    #[test]
-    fn a_copy_without_its_log_gets_a_full_sync_when_a_log_cannot_name_all_its_regions() {
-        use Standing::{Failed, InSync, Inconsistent};
-        let most = REGIONS_MAX as u64 * REGION;
-        // (size, left cleanly, standing, standing that follows, whether it is known by its tag still)
-        for (size, clean, standing, follows, known) in [
-            (most, false, InSync, InSync, true),
-            (most + REGION, true, InSync, InSync, true),
-            (most + REGION, false, InSync, Inconsistent, false),
-            (most + REGION, false, Inconsistent, Inconsistent, false),
-            (most + REGION, false, Failed, Failed, false),
-        ] {
-            let mut state = CopyState {
-                volume_id: VolumeId([1; 16]),
-                copy_id: CopyId([1; 16]),
-                size,
-                epoch: Epoch(5),
-                tag: Tag(50),
-                promised: Epoch(5),
-                standing,
-                clean,
-                bitmaps: [None; BITMAPS_MAX],
-            };
-            let (regions, lost) = without_log(&mut state);
-            assert_eq!(regions.len(), REGIONS_MAX);
-            assert_eq!(
-                (state.standing, state.tag == Tag(50), lost),
-                (follows, known, !known)
-            );
-        }
+    fn upgrade_state(&self) -> Result<UpgradeView, Fault> {
+        Ok(self.upgrade.view())
     }
 }

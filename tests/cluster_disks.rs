@@ -212,7 +212,14 @@ fn a_damaged_activity_log_costs_a_comparison_of_everything() {
         heals(&cluster, &["n1", "n2", "n3"], &load);
         assert!(cluster.log(3).contains("activity log unreadable"));
         assert_eq!(compared(&cluster), SIZE / (64 << 10));
+        assert_eq!(
+            last_sync(&cluster, 3),
+            "all of it: its activity log cannot be read"
+        );
         // and its log is a log again.
+        eventually("the log is written anew", || {
+            (!disks::is_scribbled(&meta, offset)).then_some(())
+        });
         lose(&mut cluster, 3, &load);
         fs::remove_file(cluster.log_path(3)).unwrap();
         cluster.start_node(3);
@@ -220,6 +227,50 @@ fn a_damaged_activity_log_costs_a_comparison_of_everything() {
         assert!(!cluster.log(3).contains("unreadable"));
     }
     all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+}
+
+/// With more regions than a log can name, and with nobody else who has what the copy has.
+#[test]
+fn a_damaged_activity_log_of_the_only_copy_of_a_large_volume_costs_nothing() {
+    let mut cluster = Cluster::start(1);
+    let create = "--size 20GiB --replicas 0 --master n1";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let places = [0, 17 << 30, (20 << 30) - MIB];
+    let mut disk = Disk::open(&socket, 1, 1);
+    for (place, byte) in places.iter().zip(1..) {
+        disk.buffer(0, MIB as usize).fill(byte);
+        disk.write(0, *place, MIB as usize);
+        assert_eq!(disk.finish(), 0);
+    }
+    cluster.kill(1);
+    drop(disk);
+    let volumes = cluster.data_dir(1).join("volumes");
+    let mut copies = fs::read_dir(volumes).unwrap();
+    let meta = copies.next().unwrap().unwrap().path().join("meta");
+    let (offset, len) = disks::log();
+    scribble(&meta, offset, len);
+    // When its node comes back, and once more, so that what the first start noted is read by the second one,
+    let serves = |cluster: &mut Cluster| {
+        cluster.start_node(1);
+        cluster.wait_for(1, "vm1", "serves", |v| {
+            v["attachment"]["phase"] == "serving"
+        });
+        assert!(cluster.log(1).contains("activity log unreadable"));
+    };
+    serves(&mut cluster);
+    cluster.kill(1);
+    serves(&mut cluster);
+    // then everything is there,
+    let mut disk = Disk::open(&socket, 1, 1);
+    for (place, byte) in places.iter().zip(1..) {
+        disk.read(0, *place, MIB as usize);
+        assert_eq!(disk.finish(), 0);
+        assert!(disk.buffer(0, MIB as usize).iter().all(|b| *b == byte));
+    }
+    drop(disk);
+    // and its log is a log again when the volume is left.
+    cluster.detach(1, "vm1");
+    assert!(!disks::is_scribbled(&meta, offset));
 }
 
 /// How many chunks the last sync had to compare.

@@ -5,9 +5,6 @@ mod cluster_support;
 mod guest_driver;
 
 use std::fs::File;
-use std::io::Write;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Stdio};
@@ -17,11 +14,10 @@ use std::time::Duration;
 use cluster_support::oracle::Random;
 use cluster_support::qemu::{Qemu, programs};
 use cluster_support::{Cluster, eventually, lockstep};
-use guest_driver::vm::{LINUX, Vm, regions};
+use guest_driver::tracked::*;
+use guest_driver::vm::Vm;
 use guest_driver::*;
 use vhost::VhostBackend;
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserInflight};
-use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 
 /// Times that the guest's node is killed, with each QEMU.
 const KILLS: [usize; 2] = [50, 20];
@@ -78,17 +74,6 @@ fn resubmitted(cluster: &Cluster) -> Vec<usize> {
     cluster.log(1).lines().filter_map(number).collect()
 }
 
-/// Lets the writers end. Their verdict must be good.
-fn finish(mut guest: Qemu) {
-    let mut control = UnixStream::connect(&guest.control).unwrap();
-    control.write_all(b"stop\n").unwrap();
-    eventually("the guest's verdict", || {
-        guest.goes_on();
-        guest.console().contains("GUEST-OK").then_some(())
-    });
-    eventually("the guest switches off", || guest.child.try_wait().unwrap());
-}
-
 #[test]
 fn a_guest_with_four_writers_does_not_notice_fifty_deaths_of_its_node() {
     for (qemu, kills) in programs().iter().zip(KILLS) {
@@ -142,7 +127,7 @@ fn survives(program: &Path, all_kills: usize) {
     guest.works(4);
     let resubmitted = resubmitted(&cluster);
     println!("{kills} kills; submitted again at each start of the ring: {resubmitted:?}");
-    finish(guest);
+    guest.finish();
     assert_eq!(kills, all_kills);
     // requests were in flight at some of the kills, or this has shown nothing;
     let with_requests = resubmitted.iter().filter(|n| **n > 0).count();
@@ -155,101 +140,6 @@ fn survives(program: &Path, all_kills: usize) {
     });
     cluster.detach(1, "vm1");
     cluster.copies_are_identical(1, "vm1");
-}
-
-/// The region and its descriptor, as a front-end keeps them.
-struct Region {
-    info: VhostUserInflight,
-    file: File,
-}
-
-impl Region {
-    fn in_flight(&self) -> usize {
-        let flag = |head: &u16| {
-            let mut byte = [0];
-            let at = 16 + 16 * u64::from(*head);
-            self.file.read_exact_at(&mut byte, at).unwrap();
-            byte[0] != 0
-        };
-        (0..128).filter(flag).count()
-    }
-}
-
-/// One request on a chain of its own: (head, type, sector, 4 KiB filled with this byte).
-type Wish = (u16, u32, u64, u8);
-
-fn buffers(head: u16) -> u64 {
-    MIB + 0x2000 * u64::from(head)
-}
-
-fn submit(vm: &mut Vm, (head, kind, sector, fill): Wish) {
-    let at = buffers(head);
-    vm.driver.write(at, &header(kind, sector));
-    vm.driver.write(at + 0x1000, &[fill; 4096]);
-    vm.driver.write(at + 0x800, &[0xff]);
-    let direction = if kind == T_IN { WRITE } else { 0 };
-    let mut chain = vec![desc(at, 16, 0, 0)];
-    if kind != T_FLUSH {
-        chain.push(desc(at + 0x1000, 4096, direction, 0));
-    }
-    chain.push(desc(at + 0x800, 1, WRITE, 0));
-    vm.driver.offer_chain(head, &chain);
-    vm.driver.kick.write(1).unwrap();
-}
-
-/// Waits for the answers to these requests, which must be good and one each.
-fn answered(vm: &mut Vm, wishes: &[Wish]) {
-    let mut got = Vec::new();
-    eventually("all are answered", || {
-        got.extend(vm.driver.completions().iter().map(|(head, _)| *head as u16));
-        (got.len() >= wishes.len()).then_some(())
-    });
-    got.sort_unstable();
-    let mut heads: Vec<u16> = wishes.iter().map(|wish| wish.0).collect();
-    heads.sort_unstable();
-    assert_eq!(got, heads);
-    for head in heads {
-        assert_eq!(vm.driver.read(buffers(head) + 0x800, 1), [0]);
-    }
-}
-
-fn reads(vm: &mut Vm, sector: u64) -> u8 {
-    let wish = (60, T_IN, sector, 0xee);
-    submit(vm, wish);
-    answered(vm, &[wish]);
-    let data = vm.driver.read(buffers(60) + 0x1000, 4096);
-    assert!(data.iter().all(|byte| *byte == data[0]));
-    data[0]
-}
-
-/// A front-end sends everything again to a process that has just begun.
-fn start(vm: &mut Vm, region: &mut Option<Region>, base: u16, cloud_hypervisor: bool) {
-    vm.negotiate_with(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
-    vm.frontend.set_features(LINUX).unwrap();
-    let give_region = |vm: &mut Vm, region: &mut Option<Region>| {
-        let region = region.get_or_insert_with(|| {
-            let asked = VhostUserInflight::new(0, 0, 2, 128);
-            let (info, file) = vm.frontend.get_inflight_fd(&asked).unwrap();
-            Region { info, file }
-        });
-        let fd = region.file.as_raw_fd();
-        vm.frontend.set_inflight_fd(&region.info, fd).unwrap();
-    };
-    if cloud_hypervisor {
-        vm.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        vm.frontend.set_mem_table(&regions(&vm.driver.mem)).unwrap();
-        vm.frontend.set_vring_num(0, 128).unwrap();
-        give_region(vm, region);
-        vm.frontend.set_vring_addr(0, &vm.vring()).unwrap();
-        vm.frontend.set_vring_base(0, base).unwrap();
-        vm.frontend.set_vring_call(0, &vm.driver.call).unwrap();
-        vm.frontend.set_vring_kick(0, &vm.driver.kick).unwrap();
-        vm.frontend.set_vring_enable(0, true).unwrap();
-    } else {
-        give_region(vm, region);
-        vm.start_like_qemu(LINUX, base);
-    }
-    vm.settle();
 }
 
 /// Requests that wait for a silent replica are in flight when the process dies. `base` is what the front-end then sends.

@@ -76,7 +76,11 @@ fn metrics_have_the_names_of_the_interface() {
     n1.create("vm1", 1);
     let (status, _) = n1.post("/api/v1/volumes/default/vm1/attach", json!({}));
     assert_eq!(status, 200);
-    let metrics = text(&n1, "/metrics");
+    // They come from what the control loop knows, which may be a moment old.
+    let epoch = "lockstep_volume_epoch{namespace=\"default\",volume=\"vm1\"} 2\n";
+    let metrics = mgmt_support::eventually("the control loop knows the attachment's epoch", || {
+        Some(text(&n1, "/metrics")).filter(|metrics| metrics.contains(epoch))
+    });
     for line in [
         "lockstep_volume_frontend_write_total{namespace=\"default\",volume=\"vm1\"} 7",
         "lockstep_volume_frontend_write_seconds_count{namespace=\"default\",volume=\"vm1\"} 1",
@@ -110,6 +114,13 @@ fn metrics_have_the_names_of_the_interface() {
     ] {
         assert!(metrics.lines().any(|l| l.starts_with(name)), "{name}");
     }
+    mgmt_support::eventually("n1 says that it reaches n2", || {
+        let line = "lockstep_node_reaches{node=\"n2\"} 1";
+        text(&n1, "/metrics")
+            .lines()
+            .any(|l| l == line)
+            .then_some(())
+    });
     // A volume's own gauges come from one node.
     let other = text(&n2, "/metrics");
     assert!(!other.contains("lockstep_volume_health{"), "{other}");

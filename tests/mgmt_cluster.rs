@@ -589,8 +589,18 @@ fn nodes_know_each_other_and_who_is_gone() {
         (n1.host.levers.lock().unwrap().peers.len() == 2).then_some(())
     });
     n2.create("vm1", 1);
+    eventually("n2 has noted how large its disk is", || {
+        let name = lockstep::replication::ids::NodeName("n2".into());
+        let (record, _) = n1.store.node(&name).unwrap()?;
+        (record.capacity.total > 0).then_some(())
+    });
     n2.stop();
     let nodes = n1.get("/api/v1/nodes");
+    assert_eq!(
+        nodes[1]["capacity"]["total"],
+        100_u64 << 30,
+        "as last known"
+    );
     assert_eq!(nodes[0]["health"], "online");
     assert_eq!(nodes[1]["health"], "offline");
     assert_eq!(nodes[0]["masters"], 1);
@@ -600,6 +610,31 @@ fn nodes_know_each_other_and_who_is_gone() {
     assert_eq!(cluster["nodes_online"], 1);
     assert_eq!(cluster["health"], json!({"degraded": 1}));
     assert_eq!(cluster["problems"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn a_node_that_comes_back_at_another_address_is_found_there() {
+    let lab = Lab::new();
+    let [n1, n2]: [Node; 2] = lab.nodes();
+    let address = || n1.get("/api/v1/nodes/n2")["address"].clone();
+    let reached = || {
+        let node = n1.get("/api/v1/nodes/n1");
+        (node["ways"][0]["reached"] == true).then_some(())
+    };
+    eventually("n1 reaches n2", reached);
+    let before = address();
+    n2.stop();
+    eventually("n1 notices that it reaches n2 no more", || {
+        reached().is_none().then_some(())
+    });
+    let mut config = lab.config("n2");
+    config.listen = "127.0.0.2:0".parse().unwrap();
+    let _n2 = lab.start(config).unwrap();
+    assert_ne!(address(), before);
+    eventually("n1 reaches it there", reached);
+    let peers = n1.host.levers.lock().unwrap().peers.clone();
+    let engine = peers.iter().find(|(name, _)| name.0 == "n2").unwrap();
+    assert_eq!(Some(engine.1.to_string().as_str()), address().as_str());
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use hyper::Method;
 use lockstep::replication::ids::{CopyId, NodeName};
 use lockstep::replication::record::{CopyStatus, Record};
+use lockstep::replication::throttle::SYNCS_MAX;
 use mgmt_support::{Lab, Node, eventually};
 use serde_json::{Value, json};
 
@@ -302,7 +303,10 @@ fn a_node_that_is_removed_while_it_lives_unseen_gives_up_its_name() {
 fn a_drain_moves_each_copy_a_few_at_a_time_and_is_waited_for() {
     let lab = Lab::new();
     let [n1, _n2, n3, _n4]: [Node; 4] = lab.nodes();
-    for name in ["a", "b", "c", "d"] {
+    // One more than may be on their way at once.
+    let moved = ["a", "b", "c", "g", "h"];
+    assert_eq!(moved.len(), SYNCS_MAX + 1);
+    for name in moved.into_iter().chain(["d"]) {
         ok(
             &n1,
             &format!("volume create {name} --size 1GiB --replicas 1 --master n1"),
@@ -331,12 +335,12 @@ fn a_drain_moves_each_copy_a_few_at_a_time_and_is_waited_for() {
     ok(&n1, "node cordon n2");
     attach_on_n3(&n1);
     let mut waiting = command(&n1, "node drain n3").spawn().unwrap();
-    eventually("two are on their way", || {
+    eventually("as many as may be are on their way", || {
         let moving = |name: &&&str| {
             let record = n1.record(name);
             entry(&record, "n3").is_some_and(|c| c.leaving) && entry(&record, "n4").is_some()
         };
-        (["a", "b", "c"].iter().filter(moving).count() == 2).then_some(())
+        (moved.iter().filter(moving).count() == SYNCS_MAX).then_some(())
     });
     let view = n1.get("/api/v1/nodes/n3");
     let state = |v: &Value| v["state"].as_str().unwrap().to_string();
@@ -346,12 +350,13 @@ fn a_drain_moves_each_copy_a_few_at_a_time_and_is_waited_for() {
         .iter()
         .map(state)
         .collect();
-    assert_eq!(states, ["moving", "moving", "waiting"], "{view}");
+    let expected = ["moving", "moving", "moving", "moving", "waiting"];
+    assert_eq!(states, expected, "{view}");
     assert_eq!(view["drain"]["done"], false);
     assert_eq!(view["drain"]["attached"], json!(["default/here"]));
     let text = ok(&n1, "node inspect n3");
     assert!(
-        text.contains("3 copies left") && text.contains("others go first"),
+        text.contains("5 copies left") && text.contains("others go first"),
         "{text}"
     );
     refused(
@@ -368,9 +373,9 @@ fn a_drain_moves_each_copy_a_few_at_a_time_and_is_waited_for() {
         &["node n3 is drained", "node undrain n3"],
     );
     assert!(waiting.try_wait().unwrap().is_none(), "it does not wait");
-    for _ in 0..3 {
+    for _ in moved {
         let name = eventually("one is on its way", || {
-            ["a", "b", "c"].into_iter().find(|name| {
+            moved.into_iter().find(|name| {
                 let record = n1.record(name);
                 entry(&record, "n3").is_some() && entry(&record, "n4").is_some()
             })
@@ -381,11 +386,11 @@ fn a_drain_moves_each_copy_a_few_at_a_time_and_is_waited_for() {
     let (code, out, err) = ended(waiting);
     assert_eq!((code, out.as_str()), (0, "n3\n"), "{err}");
     assert!(
-        err.contains("3 copies left")
+        err.contains("5 copies left")
             && err.contains("note: node n3 still serves default/here: stop or migrate"),
         "{err}"
     );
-    for name in ["a", "b", "c"] {
+    for name in moved {
         let record = n1.record(name);
         let nodes: Vec<&str> = record.present().map(|c| c.node.0.as_str()).collect();
         assert_eq!(nodes, ["n1", "n4"], "{name}");

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use etcd_support::Etcd;
 use lockstep::registry::{
-    CasError, Change, Event, Guard, Location, Registry, RegistryError, Revision, Sqlite, VALUE_MAX,
-    Watch, WatchError,
+    CasError, Change, Event, Guard, Location, PRESENCE, Registry, RegistryError, Revision, Sqlite,
+    VALUE_MAX, Watch, WatchError,
 };
 
 /// Generous: only a broken registry takes this long.
@@ -251,6 +251,53 @@ mod suite {
         assert!(r.cas("k", None, Some(&big[1..])).is_ok());
     }
 
+    pub fn a_name_is_announced_until_it_is_withdrawn_and_is_no_record(open: Open) {
+        let (a, b) = (open(), open());
+        let names = |r: &dyn Registry| r.present().unwrap().names;
+        let until = |what: &str, expected: &[&str]| {
+            let begin = Instant::now();
+            let expected = expected.iter().map(ToString::to_string).collect();
+            while names(&*b) != expected {
+                assert!(begin.elapsed() < PATIENCE, "{what}: {:?}", names(&*b));
+                thread::sleep(Duration::from_millis(20));
+            }
+        };
+        a.cas("k", None, Some(b"")).unwrap();
+        let listing = b.list("").unwrap();
+        let watch = b.watch("", listing.revision).unwrap();
+        assert!(names(&*b).is_empty());
+        // Given one name announced, and another one twice, by two handles,
+        let n1 = a.announce("n1", PRESENCE).unwrap();
+        let n2 = a.announce("n2.a", PRESENCE).unwrap();
+        let again = b.announce("n2.a", PRESENCE).unwrap();
+        until("both are announced", &["n1", "n2.a"]);
+        // when they are withdrawn, each is there until the last who announced it has done so.
+        drop(n1);
+        until("one is withdrawn", &["n2.a"]);
+        drop(n2);
+        until("it is announced by the other", &["n2.a"]);
+        drop(again);
+        until("nobody is announced", &[]);
+        let _back = b.announce("n1", PRESENCE).unwrap();
+        until("it comes again", &["n1"]);
+        // All this is no change of a record: none is listed, and a watch tells of the next true one at once.
+        assert_eq!(b.list("").unwrap().entries, listing.entries);
+        let at = a.cas("l", None, Some(b"")).unwrap();
+        let events = collect(&watch, 1);
+        assert_eq!((events[0].key.as_str(), events[0].revision), ("l", at));
+        assert_eq!(events.len(), 1);
+    }
+
+    pub fn what_is_no_name_is_not_announced(open: Open) {
+        let r = open();
+        for bad in ["", "a/b", "../x", ".n1", &"n".repeat(500)] {
+            assert!(r.announce(bad, PRESENCE).is_err(), "{bad}");
+        }
+        // Nor can a record look like an announcement.
+        assert!(r.cas("alive/n1/1", None, Some(b"")).is_err());
+        assert!(r.present().unwrap().names.is_empty());
+    }
+
     pub fn add_one(registry: &dyn Registry, key: &str) {
         loop {
             let now = registry.get(key).unwrap();
@@ -303,6 +350,8 @@ promises!(
     racing_writers_lose_no_update_and_watches_agree,
     a_mirror_kept_by_a_watch_becomes_equal,
     what_no_registry_could_hold_is_refused,
+    a_name_is_announced_until_it_is_withdrawn_and_is_no_record,
+    what_is_no_name_is_not_announced,
 );
 
 /// The other half of `processes_lose_no_update`: this test binary, run again with a file to write to.
@@ -349,6 +398,63 @@ fn processes_lose_no_update_and_a_killed_one_does_no_harm() {
         "{sum}"
     );
     suite::add_one(&registry, "sum");
+}
+
+/// The other half of `a_process_that_is_killed_is_announced_no_more`: likewise.
+const ANNOUNCER: &str = "LOCKSTEP_TEST_REGISTRY_ANNOUNCER";
+
+#[test]
+fn child_is_announced() {
+    let Ok(path) = std::env::var(ANNOUNCER) else {
+        return;
+    };
+    let registry = Sqlite::open(Path::new(&path)).unwrap();
+    let _presence = registry.announce("n1", PRESENCE).unwrap();
+    loop {
+        thread::park();
+    }
+}
+
+#[test]
+fn a_process_that_is_killed_is_announced_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("registry.db");
+    let registry = Sqlite::open(&path).unwrap();
+    let until = |announced: bool| {
+        let begin = Instant::now();
+        while registry.present().unwrap().names.contains("n1") != announced {
+            assert!(begin.elapsed() < PATIENCE, "announced: {}", !announced);
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let spawn = || {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child_is_announced"])
+            .env(ANNOUNCER, &path)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    let mut child = spawn();
+    until(true);
+    assert!(registry.present().unwrap().certain);
+    // A process that stands still is one that may go on.
+    let signal = |signal| {
+        // SAFETY: a signal to a child that was not waited for yet: the number is its own.
+        assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
+    };
+    signal(libc::SIGSTOP);
+    until(true);
+    signal(libc::SIGKILL);
+    child.wait().unwrap();
+    assert!(registry.present().unwrap().names.is_empty());
+    // What the dead one left is swept by the next of its name.
+    let mut child = spawn();
+    until(true);
+    let left = fs::read_dir(dir.path().join("registry.db-alive")).unwrap();
+    assert_eq!(left.count(), 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 #[test]

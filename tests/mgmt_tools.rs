@@ -8,7 +8,8 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use lockstep::cluster::host::SyncProgress;
+use lockstep::cluster::host::{Difference, SyncProgress};
+use lockstep::replication::ids::NodeName;
 use lockstep::replication::record::CopyStatus;
 use mgmt_support::{Lab, Node, eventually};
 use serde_json::Value;
@@ -136,6 +137,15 @@ fn json_is_as_the_documentation_says() {
             bytes_per_second: 1,
         },
     );
+    n1.host.levers.lock().unwrap().differences = vec![Difference {
+        offset: 65536,
+        length: 4096,
+        kind: "differs".into(),
+        agree: vec![vec![NodeName("n1".into())], vec![NodeName("n2".into())]],
+        unreadable: Vec::new(),
+        repaired: false,
+    }];
+    see("volume scrub", "volume scrub v --repair");
     see("volume ls", "volume ls -A");
     see("volume inspect", "volume inspect v");
     see("volume update", "volume update v --suspend-deadline 20s");

@@ -349,6 +349,118 @@ fn a_watch_resumes_on_another_member_without_a_gap_or_a_repetition() {
 }
 
 /// A file with `USER:PASSWORD` for us alone.
+/// Waits until the names announced are these.
+fn announced(registry: &dyn Registry, what: &str, expected: &[&str]) {
+    eventually(what, || {
+        let names = registry.present().ok()?.names;
+        (names
+            .iter()
+            .map(String::as_str)
+            .eq(expected.iter().copied()))
+        .then_some(())
+    });
+}
+
+/// The shortest that etcd has time for; the tests wait for its end.
+const TTL: Duration = Duration::from_secs(3);
+
+/// The other half of `a_lease_ends_with_its_process`: this test binary, run again with an etcd to be announced in.
+const ANNOUNCER: &str = "LOCKSTEP_TEST_ETCD_ANNOUNCER";
+
+#[test]
+fn child_is_announced() {
+    let Ok(location) = std::env::var(ANNOUNCER) else {
+        return;
+    };
+    let location: Location = location.parse().unwrap();
+    let registry = location.open(&Access::default()).unwrap();
+    let _presence = registry.announce("n1", TTL).unwrap();
+    loop {
+        thread::park();
+    }
+}
+
+#[test]
+fn a_lease_ends_with_its_process_whatever_ended_it() {
+    let etcd = Etcd::start(1);
+    let registry = etcd.open();
+    let spawn = || {
+        std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child_is_announced"])
+            .env(ANNOUNCER, etcd.location(&[1]))
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    let mut child = spawn();
+    announced(&*registry, "the child is announced", &["n1"]);
+    assert!(!registry.present().unwrap().certain);
+    // It is renewed: three lives of the lease later the key is the same, put once.
+    let keys = || {
+        etcd.ok(
+            1,
+            &[
+                "get",
+                "--prefix",
+                "/lockstep/default/alive/",
+                "-w",
+                "fields",
+            ],
+        )
+    };
+    let before: Vec<String> = versions(&keys());
+    thread::sleep(3 * TTL);
+    assert_eq!(versions(&keys()), before);
+    assert!(
+        before.iter().any(|line| line.contains("\"Version\" : 1")),
+        "{before:?}"
+    );
+    child.kill().unwrap();
+    child.wait().unwrap();
+    announced(&*registry, "its lease has ended", &[]);
+    // Who ends in order is not waited for.
+    let presence = registry.announce("n2", 1000 * TTL).unwrap();
+    announced(&*registry, "n2 is announced", &["n2"]);
+    drop(presence);
+    announced(&*registry, "n2 is withdrawn", &[]);
+}
+
+/// What tells whether a key was written again.
+fn versions(fields: &str) -> Vec<String> {
+    let lines = fields.lines().filter(|line| {
+        ["\"Key\"", "\"ModRevision\"", "\"Version\"", "\"Lease\""]
+            .iter()
+            .any(|field| line.starts_with(field))
+    });
+    lines.map(String::from).collect()
+}
+
+#[test]
+fn an_announcement_survives_a_member_and_comes_back_after_etcd_was_away_for_long() {
+    let mut etcd = Etcd::start(3);
+    let announcer = etcd.open();
+    let _presence = announcer.announce("n1", TTL).unwrap();
+    let registry = etcd.open_at(&[3, 2, 1]);
+    announced(&*registry, "n1 is announced", &["n1"]);
+    // The member that the announcer talks to dies, and with luck the leader: the lease is renewed by another one.
+    etcd.kill(1);
+    thread::sleep(3 * TTL);
+    announced(&*registry, "n1 is still announced", &["n1"]);
+    etcd.start_member(1);
+    etcd.await_member(1);
+    // All are away for longer than the lease lives. etcd starts it anew when it comes back, so it is ended by hand, as it
+    // ends while its holder alone is cut off.
+    let lease = etcd.ok(2, &["lease", "list"]);
+    let lease = lease.split_whitespace().last().unwrap().to_string();
+    etcd.ok(2, &["lease", "revoke", &lease]);
+    etcd.kill_all();
+    thread::sleep(2 * TTL);
+    etcd.restart_all();
+    announced(&*registry, "n1 is announced again", &["n1"]);
+    let leases = etcd.ok(1, &["lease", "list"]);
+    assert!(!leases.contains(&lease), "{leases}");
+}
+
 fn credentials(dir: &Path, text: &str) -> Access {
     let path = dir.join("etcd-user");
     fs::write(&path, text).unwrap();
@@ -392,6 +504,9 @@ fn a_user_and_password_are_shown_where_etcd_asks_for_them() {
     let two = ours.cas("k", Some(one), Some(b"2")).unwrap();
     let watch = ours.watch("", one).unwrap();
     assert_eq!(collect(&watch, 1)[0].revision, two);
+    // A right to our keys is enough to be announced.
+    let _presence = ours.announce("n1", TTL).unwrap();
+    announced(&*ours, "a user is announced", &["n1"]);
     // Whoever shows nothing, a wrong password, or has no right to our keys, is told what to do.
     let refused = |registry: &dyn Registry, part: &str| {
         match registry.get("k") {
@@ -423,6 +538,8 @@ fn a_user_and_password_are_shown_where_etcd_asks_for_them() {
         ours.cas("k", Some(two), Some(b"3")).ok()
     });
     assert_eq!(collect(&watch, 1)[0].revision, three);
+    thread::sleep(2 * TTL);
+    announced(&*ours, "the user is still announced", &["n1"]);
 }
 
 /// Certificates for a TLS etcd on loopback addresses, and directories for its clients.

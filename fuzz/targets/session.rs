@@ -16,8 +16,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lockstep::guest::{
-    BlockSize, DataPlane, DeviceConfig, GuestMem, Kind, Limits, Parsed, Ring, RingLog, RingStart,
-    Serial, Server, Status,
+    BlockSize, DataPlane, DeviceConfig, GuestMem, Kind, Limits, ParkedRing, Parsed, Ring, RingLog,
+    RingStart, Serial, Server, Status,
 };
 use rustix::fs::{MemfdFlags, SealFlags};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -120,6 +120,15 @@ impl DataPlane for Inline {
 
     fn set_features(&mut self, _acked: u64, writeback: bool) {
         self.writeback = writeback;
+    }
+
+    fn park(&mut self, _: Duration) -> Result<Vec<ParkedRing>, String> {
+        let park = |(ring, _): &(Ring, bool)| ring.park().map_err(|e| e.to_string());
+        self.rings.values().map(park).collect()
+    }
+
+    fn unpark(&mut self) {
+        self.serve();
     }
 
     fn disconnected(&mut self) {

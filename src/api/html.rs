@@ -5,7 +5,7 @@ use crate::cluster::view::{NodeView, VolumeView};
 
 const STYLE: &str = "body{font:15px sans-serif;margin:2em}table{border-collapse:collapse;margin:1em 0}\
     td,th{text-align:left;padding:.3em 1em .3em 0;border-bottom:1px solid #ddd}\
-    .healthy,.online{color:#080}.syncing,.degraded{color:#a60}.suspended,.offline{color:#c00}";
+    .healthy,.online{color:#080}.syncing,.degraded,.unreachable{color:#a60}.suspended,.offline{color:#c00}";
 
 /// The page.
 pub(super) fn page(volumes: &[VolumeView], nodes: &[NodeView]) -> String {

@@ -6,8 +6,8 @@
 use std::fs;
 
 use super::prometheus::{Exposition, Kind, Pairs};
-use super::read::look;
 use crate::cluster::health::Health;
+use crate::cluster::live::gather;
 use crate::cluster::metrics::{Layer, Metrics, VolumeMetrics};
 use crate::cluster::plane::Plane;
 use crate::cluster::view::{self, VolumeView};
@@ -41,6 +41,15 @@ pub(super) fn render(plane: &Plane) -> String {
     ] {
         out.sample(name, Kind::Gauge, help, &[("node", node)], bytes as f64);
     }
+    for way in plane.reach.ways() {
+        out.sample(
+            "lockstep_node_reaches",
+            Kind::Gauge,
+            "1 when this node reaches the other one on the replication port, 0 when it does not.",
+            &[("node", &way.node.0)],
+            if way.reached { 1.0 } else { 0.0 },
+        );
+    }
     let seconds = plane.store.seconds();
     for (op, histogram) in [("read", &seconds.read), ("write", &seconds.write)] {
         out.histogram(
@@ -50,8 +59,9 @@ pub(super) fn render(plane: &Plane) -> String {
             histogram,
         );
     }
-    // Without the registry the engine's figures above are still worth having.
-    if let Ok((snapshot, live)) = look(plane) {
+    // What the control loop knows: a figure may be a moment old, and whoever scrapes asks the registry nothing.
+    if let Some(snapshot) = plane.known() {
+        let live = gather(plane, snapshot.nodes.values().map(|(n, _)| n));
         for volume in view::volumes(&snapshot, &live) {
             volume_gauges(&mut out, plane, &volume);
         }
@@ -106,6 +116,23 @@ fn engine(out: &mut Exposition, metrics: &Metrics) {
             count as f64,
         );
     }
+    for syncs in &metrics.syncs {
+        for (name, help, count) in [
+            (
+                "lockstep_syncs_running",
+                "Copies that are brought up to date from this node, and on it.",
+                syncs.now,
+            ),
+            (
+                "lockstep_syncs_running_max",
+                "The most of them at once since the process began.",
+                syncs.most,
+            ),
+        ] {
+            let labels: Pairs<'_> = &[("end", syncs.end)];
+            out.sample(name, Kind::Gauge, help, labels, count as f64);
+        }
+    }
     out.histogram(
         "lockstep_failover_seconds",
         "Time from the loss of a master or attachment until the volume served again.",
@@ -135,6 +162,30 @@ fn layers(out: &mut Exposition, labels: Pairs<'_>, volume: &VolumeMetrics) {
         ),
     ] {
         out.sample(name, Kind::Gauge, help, labels, value as f64);
+    }
+    for (name, help, value) in [
+        (
+            "lockstep_scrub_chunks_total",
+            "Chunks of 64 KiB that scrubs compared on all in-sync copies.",
+            volume.scrub.chunks,
+        ),
+        (
+            "lockstep_scrub_differences_total",
+            "Blocks of 4 KiB in which a scrub found copies to differ.",
+            volume.scrub.differences,
+        ),
+        (
+            "lockstep_scrub_unreadable_total",
+            "Blocks of 4 KiB that a copy's disk could not read for a scrub.",
+            volume.scrub.unreadable,
+        ),
+        (
+            "lockstep_scrub_repaired_total",
+            "Blocks of both kinds that a scrub made the same on every copy.",
+            volume.scrub.repaired,
+        ),
+    ] {
+        out.sample(name, Kind::Counter, help, labels, value as f64);
     }
 }
 

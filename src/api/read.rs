@@ -14,14 +14,16 @@ use super::{events, html, metrics};
 use crate::cluster::drain;
 use crate::cluster::events::Event;
 use crate::cluster::fault::{Code, Fault};
+use crate::cluster::host::UpgradeView;
 use crate::cluster::labels::Of;
-use crate::cluster::live::{Identity, Live, LocalStatus, gather};
+use crate::cluster::live::{Identity, Live, LocalStatus, gather, gather_brief, sight};
 use crate::cluster::model::check_name;
 use crate::cluster::plane::Plane;
+use crate::cluster::scrub::{self, ScrubView};
 use crate::cluster::selector::Selector;
 use crate::cluster::snapshot::Snapshot;
 use crate::cluster::view::{self, ClusterView, NodeView, VolumeView};
-use crate::replication::ids::NodeName;
+use crate::replication::ids::{NodeName, VolumeId};
 
 /// The media type of Prometheus' text format.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -38,8 +40,10 @@ pub(super) fn router() -> Router<Arc<Plane>> {
         .route("/api/v1/nodes/{name}", get(node))
         .route("/api/v1/volumes", get(volumes))
         .route("/api/v1/volumes/{namespace}/{name}", get(volume))
+        .route("/api/v1/volumes/{namespace}/{name}/scrub", get(scrub))
         .route("/api/v1/events", get(events::all))
         .route("/api/v1/local/status", get(status))
+        .route("/api/v1/local/upgrade", get(upgrade))
         .route("/api/v1/local/events", get(events::local))
         .fallback(nothing_here)
         .method_not_allowed_fallback(not_that_way)
@@ -77,6 +81,10 @@ struct Healthz {
     why: Option<String>,
 }
 
+async fn upgrade(State(plane): State<Arc<Plane>>) -> Reply<UpgradeView> {
+    json(plane, |plane| plane.host.upgrade_state()).await
+}
+
 async fn healthz(State(plane): State<Arc<Plane>>) -> Response {
     let why = plane.fatal();
     let answer = Healthz {
@@ -106,7 +114,7 @@ async fn page(State(plane): State<Arc<Plane>>) -> Result<Html<String>, Failure> 
         let (snapshot, live) = look(plane)?;
         Ok(html::page(
             &view::volumes(&snapshot, &live),
-            &view::nodes(&snapshot, &live),
+            &view::nodes(&snapshot, &live, &sight(plane, &live)),
         ))
     });
     html.await.map(Html)
@@ -116,7 +124,14 @@ async fn cluster(State(plane): State<Arc<Plane>>) -> Reply<ClusterView> {
     json(plane, |plane| {
         let (snapshot, live) = look(plane)?;
         let registry = plane.store.registry_name();
-        Ok(view::cluster(&snapshot, &live, plane.cluster, registry))
+        let sight = sight(plane, &live);
+        Ok(view::cluster(
+            &snapshot,
+            &live,
+            &sight,
+            plane.cluster,
+            registry,
+        ))
     })
     .await
 }
@@ -124,7 +139,7 @@ async fn cluster(State(plane): State<Arc<Plane>>) -> Reply<ClusterView> {
 async fn nodes(State(plane): State<Arc<Plane>>) -> Reply<Vec<NodeView>> {
     json(plane, |plane| {
         let (snapshot, live) = look(plane)?;
-        Ok(view::nodes(&snapshot, &live))
+        Ok(view::nodes(&snapshot, &live, &sight(plane, &live)))
     })
     .await
 }
@@ -137,15 +152,21 @@ async fn node(State(plane): State<Arc<Plane>>, Path(name): Path<String>) -> Repl
         let (record, _) = snapshot.nodes.get(&name).ok_or_else(|| {
             Fault::not_found(format!("there is no node {name}")).hint("see: lockstep node ls")
         })?;
-        // Where its copies go depends on all.
+        // Where its copies go depends on all that the others have; how it is, on whom they reach.
+        let all = snapshot.nodes.values().map(|(n, _)| n);
         let live = match record.draining {
-            Some(_) => gather(plane, snapshot.nodes.values().map(|(n, _)| n)),
-            None => gather(plane, [record].into_iter()),
+            Some(_) => gather(plane, all),
+            None => {
+                let mut live = gather_brief(plane, all);
+                live.0.extend(gather(plane, [record].into_iter()).0);
+                live
+            }
         };
-        let mut node = view::node(record, &snapshot, &live);
+        let mut node = view::node(record, &snapshot, &live, &sight(plane, &live));
         node.drain = drain::progress(record, &snapshot, &live);
         if let Some(status) = live.node(&name) {
             node.copies = view::node_copies(&status.copies, &snapshot);
+            node.ways = status.ways.clone();
         }
         Ok(node)
     })
@@ -196,8 +217,33 @@ async fn volume(
     .await
 }
 
-async fn status(State(plane): State<Arc<Plane>>) -> Reply<LocalStatus> {
-    json(plane, |plane| Ok(LocalStatus::of(plane))).await
+async fn scrub(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+) -> Reply<ScrubView> {
+    let name = name(&path)?;
+    json(plane, move |plane| scrub::inspect(plane, &name)).await
+}
+
+/// How much of it.
+#[derive(Deserialize)]
+struct Much {
+    /// Without copies and attachments.
+    #[serde(default)]
+    brief: bool,
+    /// Without copies, and with what concerns this volume only.
+    volume: Option<VolumeId>,
+}
+
+async fn status(State(plane): State<Arc<Plane>>, Query(much): Query<Much>) -> Reply<LocalStatus> {
+    json(plane, move |plane| {
+        Ok(match much.volume {
+            Some(volume) => LocalStatus::of_volume(plane, volume),
+            None if much.brief => LocalStatus::brief(plane),
+            None => LocalStatus::of(plane),
+        })
+    })
+    .await
 }
 
 /// A node's own events, and where to go on from.

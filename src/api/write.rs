@@ -13,12 +13,14 @@ use crate::cluster::attach::{AttachOptions, Attached, attach, detach};
 use crate::cluster::create::{CreateRequest, Created, create};
 use crate::cluster::drain::drain;
 use crate::cluster::fault::Fault;
+use crate::cluster::host::UpgradeView;
 use crate::cluster::migrate::{self, MigrateRequest};
 use crate::cluster::model::check_name;
 use crate::cluster::nodes::{self, NodeDone, NodeUpdate};
 use crate::cluster::plane::Plane;
 use crate::cluster::policy::{ClusterUpdate, update_cluster};
 use crate::cluster::replicas::{MoveRequest, PromoteRequest, move_copy, promote};
+use crate::cluster::scrub::{self, ScrubAsked, ScrubRequest};
 use crate::cluster::update::{UpdateRequest, Updated, remove, update};
 use crate::replication::ids::NodeName;
 
@@ -31,6 +33,7 @@ pub(super) fn router() -> Router<Arc<Plane>> {
         )
         .route("/api/v1/nodes/{name}/drain", post(drain_node))
         .route("/api/v1/nodes/{name}/undrain", post(undrain_node))
+        .route("/api/v1/local/upgrade", post(upgrade))
         .route("/api/v1/volumes", post(create_volume))
         .route(
             "/api/v1/volumes/{namespace}/{name}",
@@ -52,6 +55,10 @@ pub(super) fn router() -> Router<Arc<Plane>> {
         .route(
             "/api/v1/volumes/{namespace}/{name}/promote",
             post(promote_volume),
+        )
+        .route(
+            "/api/v1/volumes/{namespace}/{name}/scrub",
+            post(scrub_volume).delete(stop_scrub),
         )
 }
 
@@ -118,6 +125,10 @@ async fn undrain_node(
 ) -> Reply<NodeDone> {
     let name = node_name(name)?;
     json(plane, move |plane| drain(plane, &name, false)).await
+}
+
+async fn upgrade(State(plane): State<Arc<Plane>>) -> Reply<UpgradeView> {
+    json(plane, |plane| plane.host.upgrade()).await
 }
 
 async fn create_volume(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<Created> {
@@ -225,6 +236,29 @@ async fn promote_volume(
     let (name, request): (_, PromoteRequest) = (name(&path)?, body(&bytes)?);
     json(plane, move |plane| {
         promote(plane, &name, &request)?;
+        Ok(Done {
+            volume: name.to_string(),
+        })
+    })
+    .await
+}
+
+async fn scrub_volume(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+    bytes: Bytes,
+) -> Reply<ScrubAsked> {
+    let (name, request): (_, ScrubRequest) = (name(&path)?, body(&bytes)?);
+    json(plane, move |plane| scrub::ask(plane, &name, request)).await
+}
+
+async fn stop_scrub(
+    State(plane): State<Arc<Plane>>,
+    Path(path): Path<(String, String)>,
+) -> Reply<Done> {
+    let name = name(&path)?;
+    json(plane, move |plane| {
+        scrub::stop(plane, &name)?;
         Ok(Done {
             volume: name.to_string(),
         })

@@ -1,5 +1,6 @@
 //! `lockstep node`: run one, or look at them.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -8,13 +9,14 @@ use serde_json::json;
 
 use super::node_flags::Flags;
 use super::output::{Table, fields, or_dash, print, show_labels};
-use super::{Failure, Global, RunNode, drain, note};
+use super::{Failure, Global, RunNode, drain, note, upgrade};
 use crate::cluster::fault::Fault;
 use crate::cluster::labels::{Of, own_key, parse_all};
 use crate::cluster::model::check_name;
 use crate::cluster::nodes::{NodeDone, NodeUpdate};
-use crate::cluster::units::show_size;
+use crate::cluster::units::{show_ms, show_size};
 use crate::cluster::view::NodeView;
+use crate::node::can_take_over;
 
 const EXAMPLE: &str = "Examples:\n  \
     lockstep node --name n1\n  \
@@ -34,6 +36,10 @@ const UNDRAIN_EXAMPLE: &str = "Example:\n  lockstep node undrain n1\n\n\
     Copies that are on their way arrive; the others stay.";
 const LABEL_EXAMPLE: &str = "Examples:\n  lockstep node label n1 zone=a rack=7\n  \
     lockstep node label n1 lockstep.io/computeonly=true\n  lockstep node label n1 rack-";
+const UPGRADE_EXAMPLE: &str = "Example:\n  \
+    install -m 755 lockstep-new /usr/local/bin/lockstep.new && mv /usr/local/bin/lockstep.new /usr/local/bin/lockstep\n  \
+    lockstep node upgrade\n\n\
+    Nothing is stopped before the new program has said that it can take over. The process stays the same.";
 const RM_EXAMPLE: &str = "Example:\n  lockstep node rm n3";
 
 #[derive(Args)]
@@ -46,6 +52,9 @@ pub(super) struct Command {
     /// A TOML file with any of these flags as keys; flags win
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
+    /// Run nothing: say whether this program could replace one that runs with these flags and hands over in this format
+    #[arg(long, value_name = "FORMAT", hide = true)]
+    can_take_over: Option<u32>,
 }
 
 #[derive(Subcommand)]
@@ -95,6 +104,9 @@ enum Verb {
         #[arg(value_name = "K=V|K-", required = true)]
         labels: Vec<String>,
     },
+    /// Run the program that is now in the file of the one that runs (on the node of --host), under its running machines
+    #[command(after_help = UPGRADE_EXAMPLE)]
+    Upgrade,
     /// Forget a node that is gone for good; refused while it lives or holds copies
     #[command(after_help = RM_EXAMPLE)]
     Rm {
@@ -133,6 +145,7 @@ pub(super) fn run(command: Command, global: &Global, run_node: RunNode) -> Resul
                 &global.remote().send(Method::POST, &path, &json!({}))?,
             )
         }
+        Some(Verb::Upgrade) => upgrade::run(global),
         Some(Verb::Label { name, labels }) => label(global, &name, &labels),
         Some(Verb::Rm { name }) => {
             let path = path(&name)?;
@@ -147,6 +160,9 @@ pub(super) fn run(command: Command, global: &Global, run_node: RunNode) -> Resul
                 None => command.flags,
             };
             let config = flags.config()?;
+            if let Some(format) = command.can_take_over {
+                return Ok(can_take_over(&config, format)?);
+            }
             let filter = env_logger::Env::default().default_filter_or("info");
             // A logger that is set already was set by whoever runs us in-process.
             let _ = env_logger::Builder::from_env(filter).try_init();
@@ -238,7 +254,32 @@ fn list(nodes: &[NodeView]) -> String {
             n.version.clone(),
         ]);
     }
-    table.text()
+    let mut out = table.text();
+    // Each cut is said by the nodes at both its ends.
+    let said = nodes.iter().flat_map(|n| {
+        let why = (!n.why.is_empty()).then(|| format!("{} is {}: {}", n.name, n.health, n.why));
+        why.into_iter().chain(n.cuts.iter().cloned())
+    });
+    let said: BTreeSet<String> = said.collect();
+    if !said.is_empty() {
+        out += "\n";
+    }
+    for line in said {
+        out += &format!("{line}\n");
+    }
+    out
+}
+
+/// `n2, n3; not n4 (no answer within 2s, for 12s)`.
+fn reaches(node: &NodeView) -> String {
+    let (reached, lost): (Vec<_>, Vec<_>) = node.ways.iter().partition(|way| way.reached);
+    let reached: Vec<&str> = reached.iter().map(|way| way.node.0.as_str()).collect();
+    let lost = lost.iter().map(|way| {
+        let span = show_ms(way.for_ms / 1000 * 1000);
+        format!("not {} ({}, for {span})", way.node, way.why)
+    });
+    let parts = [reached.join(", ")].into_iter().filter(|r| !r.is_empty());
+    parts.chain(lost).collect::<Vec<_>>().join("; ")
 }
 
 fn inspect(node: &NodeView) -> String {
@@ -246,6 +287,8 @@ fn inspect(node: &NodeView) -> String {
         ("Name", node.name.to_string()),
         ("Health", node.health.clone()),
         ("Why", or_dash(&node.why)),
+        ("Reaches", or_dash(&reaches(node))),
+        ("Cut", or_dash(&node.cuts.join("; "))),
         ("Address", node.address.clone()),
         ("HTTP", node.http.clone()),
         ("Version", node.version.clone()),

@@ -47,6 +47,21 @@ impl<'a> Remote<'a> {
         self.request(method, path, Some(body))
     }
 
+    /// The same of a node that may be gone before its answer is read: `None` if the conversation broke off.
+    pub(super) fn send_off<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+    ) -> Result<Option<T>, Fault> {
+        let runtime = runtime().map_err(no_runtime)?;
+        let asked = ask(self.target, method, path, None, Some(PATIENCE));
+        match runtime.block_on(with_progress(asked)) {
+            Ok(answer) => self.understood(answer).map(Some),
+            Err(ClientError::Broken(_)) => Ok(None),
+            Err(e) => Err(self.unreachable(&e)),
+        }
+    }
+
     fn request<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -63,6 +78,10 @@ impl<'a> Remote<'a> {
                 Some(PATIENCE),
             )))
             .map_err(|e| self.unreachable(&e))?;
+        self.understood(answer)
+    }
+
+    fn understood<T: DeserializeOwned>(&self, answer: Answer) -> Result<T, Fault> {
         let body = self.success(answer)?;
         serde_json::from_slice(&body).map_err(|e| {
             Fault::internal(format!(

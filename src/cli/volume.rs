@@ -11,7 +11,7 @@ use super::output::{Format, print, write};
 use super::progress::{follow, grown, moved, resized};
 use super::remote::encode;
 use super::volume_text::{inspect, list};
-use super::{Failure, Global, note};
+use super::{Failure, Global, note, scrub};
 use crate::cluster::attach::{AttachOptions, Attached};
 use crate::cluster::create::{CreateRequest, Created};
 use crate::cluster::fault::Fault;
@@ -20,6 +20,7 @@ use crate::cluster::labels::{Of, parse_all};
 use crate::cluster::migrate::MigrateRequest;
 use crate::cluster::model::{VolumeName, check_name};
 use crate::cluster::replicas::{MoveRequest, PromoteRequest};
+use crate::cluster::scrub::{ScrubAsked, ScrubRequest};
 use crate::cluster::selector::Selector;
 use crate::cluster::settings::Wishes;
 use crate::cluster::units::{parse_size, parse_span};
@@ -42,6 +43,9 @@ const DETACH_EXAMPLE: &str =
 const MOVE_EXAMPLE: &str =
     "Example:\n  lockstep volume move vm1 n2 n4\n  lockstep volume move vm1 n2 n4 --async";
 const PROMOTE_EXAMPLE: &str = "Example:\n  lockstep volume promote vm1 --node n2";
+const SCRUB_EXAMPLE: &str = "Exit codes:\n  \
+    0 all copies are the same, or are now (--repair); 11 copies differ, or cannot be read; 12 it broke off: try again\n\n\
+    Example:\n  lockstep volume scrub vm1\n  lockstep volume scrub vm1 --repair\n  lockstep volume scrub vm1 --stop";
 const RM_EXAMPLE: &str = "Example:\n  lockstep volume rm vm1";
 
 #[derive(Subcommand)]
@@ -103,6 +107,25 @@ pub(super) enum Command {
         /// Return at once
         #[arg(long)]
         r#async: bool,
+    },
+    /// Compare all copies of a volume while it is in use, and report where they differ
+    ///
+    /// Copies that are not in sync are not compared; the report names them. What a disk cannot read, and the other copies
+    /// agree on, is written anew. Ctrl-C ends the waiting only.
+    #[command(after_help = SCRUB_EXAMPLE)]
+    Scrub {
+        /// NAME or NS/NAME
+        name: String,
+        /// Make what differs what the master holds: it is what the virtual machine has read. Look at a report first; if the
+        /// others are right, make one of them the master: lockstep volume promote
+        #[arg(long)]
+        repair: bool,
+        /// Return at once; see how far it is with: lockstep volume inspect
+        #[arg(long)]
+        r#async: bool,
+        /// End the one that is under way
+        #[arg(long, conflicts_with_all = ["repair", "async"])]
+        stop: bool,
     },
     /// Remove a volume and its data on every node; refused while it is attached
     #[command(after_help = RM_EXAMPLE)]
@@ -308,6 +331,31 @@ pub(super) fn run(command: Command, global: &Global) -> Result<(), Failure> {
                 &request,
             )?;
             print(global.output, &done, |_| format!("{name}\n"))
+        }
+        Command::Scrub {
+            name,
+            repair,
+            r#async,
+            stop,
+        } => {
+            let name = global.volume(&name)?;
+            let path = format!("{}/scrub", path(&name));
+            if stop {
+                let done: Value = global.remote().send(Method::DELETE, &path, &json!({}))?;
+                return print(global.output, &done, |_| format!("{name}\n"));
+            }
+            let request = ScrubRequest { repair };
+            let asked: ScrubAsked = global.remote().send(Method::POST, &path, &request)?;
+            if asked.followed {
+                note(&format!(
+                    "a scrub of {name} is under way on {} already; this one follows it",
+                    asked.node
+                ));
+            }
+            match r#async {
+                true => print(global.output, &asked, |_| format!("{name}\n")),
+                false => scrub::follow(global, &name, &path, asked.id),
+            }
         }
         Command::Rm { name, force } => {
             let name = global.volume(&name)?;

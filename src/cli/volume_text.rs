@@ -1,6 +1,7 @@
 //! Volumes as people read them.
 
 use super::output::{Table, fields, or_dash, show_labels};
+use super::scrub;
 use crate::cluster::host::{Phase, SyncProgress};
 use crate::cluster::units::{show_age, show_size, wall_ms};
 use crate::cluster::view::{AttachmentView, CopyView, MasterView, VolumeView};
@@ -115,6 +116,9 @@ pub(super) fn inspect(v: &VolumeView) -> String {
                 lines.push(("May move to", at));
             }
         }
+    }
+    if let Some(scrub) = &v.scrub {
+        lines.push(("Scrub", scrub::line(scrub)));
     }
     if !v.remarks.is_empty() {
         lines.push(("Remarks", v.remarks.join("; ")));

@@ -1,8 +1,11 @@
 //! The control loop: makes this node do what the records say.
 //!
 //! Level-triggered: it compares what is wished for with what the host does and acts on the difference, whatever
-//! brought it about, so a lost notice or a restart costs time and nothing else. A watch wakes it, and a tick lists
-//! everything anew. It runs one action after the other on one thread. Each failure is logged once, until it changes.
+//! brought it about, so a lost notice or a restart costs time and nothing else. A watch brings every change of the
+//! registry, without a gap, and is told when it has missed some; so everything is listed only at the start, then, and once
+//! in minutes in case of a mistake of ours. Between two comparisons it rests for some times as long as one took: with many
+//! volumes and many changes it does more at once, not more. It runs one action after the other on one thread. Each failure
+//! is logged once, until it changes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -14,6 +17,8 @@ use super::control_copies::Copies;
 use super::control_creation::Creations;
 use super::control_drain::Drains;
 use super::control_replace::Replacements;
+use super::control_scrub::Scrubs;
+use super::control_seen::Seen;
 use super::control_tend::Tending;
 use super::host::Capacity;
 use super::model::NodeRecord;
@@ -25,6 +30,13 @@ use crate::replication::ids::{NodeName, VolumeId};
 
 /// Everything is compared anew this often, notice or not.
 const TICK: Duration = Duration::from_secs(5);
+/// Everything is listed anew this often, more or less: a listing is megabytes with a thousand volumes, and the watch has told
+/// all that is in it. Nodes that were started together do not do it together.
+const LISTING: Duration = Duration::from_secs(300);
+/// A comparison is followed by a rest of so many times what it took: a fifth of a processor is what the loop gets at most.
+const REST: u32 = 4;
+/// The longest rest: people wait for what they asked for.
+const REST_MAX: Duration = Duration::from_millis(500);
 /// How long one wait for the watch is, and so how late a stop or a due retry is seen.
 const NAP: Duration = Duration::from_millis(200);
 /// Pause before a registry that failed is asked again.
@@ -46,11 +58,13 @@ pub(super) struct Control {
     pub(super) copies: Copies,
     pub(super) replacements: Replacements,
     pub(super) tending: Tending,
+    pub(super) scrubs: Scrubs,
     /// Volumes whose machines may leave, as the host was told.
     pub(super) by_turns: BTreeSet<VolumeId>,
     pub(super) drains: Drains,
     /// The last event of this node that has been looked at.
     heard: u64,
+    pub(super) seen: Seen,
     capacity_written: Option<Instant>,
 }
 
@@ -67,9 +81,11 @@ impl Control {
             copies: Copies::default(),
             replacements: Replacements::default(),
             tending: Tending::default(),
+            scrubs: Scrubs::default(),
             by_turns: BTreeSet::new(),
             drains: Drains::default(),
             heard: 0,
+            seen: Seen::default(),
             capacity_written: None,
         }
     }
@@ -111,36 +127,44 @@ impl Control {
     /// Acts on the snapshot and on every change after it, until the registry fails.
     fn follow(
         &mut self,
-        mut snapshot: Snapshot,
+        snapshot: Snapshot,
         watch: &Watch,
     ) -> Result<(), crate::registry::WatchError> {
-        self.reconcile(&snapshot)?;
-        let mut tick = Instant::now() + TICK;
+        let mut snapshot = Arc::new(snapshot);
+        let (mut changed, mut rested) = (true, Instant::now());
+        let mut tick = rested + TICK;
+        let mut listing = rested + spread(LISTING, &self.plane.node);
         while !self.stopped() {
-            let mut changed = false;
-            let mut patience = NAP;
+            let rest = rested.saturating_duration_since(Instant::now());
+            let mut patience = if changed { rest } else { NAP };
             // All that is there already is taken in before acting: intermediate states are not worth an action.
             while let Some(batch) = watch.next(patience)? {
-                snapshot.apply(batch);
+                Arc::make_mut(&mut snapshot).apply(batch);
                 changed = true;
                 patience = Duration::ZERO;
             }
             let now = Instant::now();
-            if now >= tick {
-                snapshot = self.plane.store.snapshot()?;
-                tick = now + TICK;
+            if now >= listing {
+                snapshot = Arc::new(self.plane.store.snapshot()?);
+                listing = now + spread(LISTING, &self.plane.node);
                 changed = true;
             }
-            let due = self.retry.values().any(|(_, at)| *at <= now)
+            let due = now >= tick
+                || self.retry.values().any(|(_, at)| *at <= now)
                 || self.creations.due(now)
                 || self.copies.due(now)
                 || self.replacements.due(now)
                 || self.tending.due(now)
+                || self.scrubs.due(now)
                 || self.drains.due(now);
             // Something happened here, an attachment was fenced for instance: no change of a record may ever tell.
             let stirred = self.plane.events.last() > self.heard;
-            if changed || due || stirred {
+            if (changed || due || stirred) && now >= rested {
+                self.plane.know(&snapshot);
                 self.reconcile(&snapshot)?;
+                changed = false;
+                rested = Instant::now() + REST_MAX.min(now.elapsed() * REST);
+                tick = now + TICK;
             }
         }
         Ok(())
@@ -150,6 +174,7 @@ impl Control {
     /// next time.
     fn reconcile(&mut self, snapshot: &Snapshot) -> Result<(), RegistryError> {
         self.heard = self.plane.events.last();
+        self.look_again();
         for (key, why) in &snapshot.unreadable {
             self.say(key, &format!("registry key {key} is left alone: {why}"));
         }
@@ -166,17 +191,21 @@ impl Control {
         if !self.still_ours(snapshot) {
             return Ok(());
         }
-        self.write_capacity(snapshot)?;
         let peers = self.peers(snapshot);
         if peers != self.told_peers {
             self.plane.host.peers_changed(&peers);
+            let me = &self.plane.node;
+            self.plane.reach.peers_changed(me, &peers);
             self.told_peers = peers;
         }
         self.create_copies(snapshot)?;
         self.clean_creations(snapshot)?;
         self.tend_copies(snapshot)?;
         self.attachments(snapshot)?;
+        // Machines may be waiting for the above: a node that has just begun serves first.
+        self.write_capacity(snapshot)?;
         self.tend(snapshot)?;
+        self.scrub_volumes(snapshot)?;
         self.replace_copies(snapshot)?;
         self.drain_copies(snapshot)?;
         self.remove_copies(snapshot)?;
@@ -275,6 +304,16 @@ pub(super) fn raced<T>(result: Result<T, CasError>) -> Result<bool, RegistryErro
             Ok(false)
         }
     }
+}
+
+/// Between three and five quarters of `span`, for each node another part.
+fn spread(span: Duration, node: &NodeName) -> Duration {
+    span * 3 / 4 + span / 2 * u32::from(part_of(node.0.as_bytes())) / 256
+}
+
+/// A number that is another one for most texts, and the same one for the same text everywhere.
+pub(super) fn part_of(bytes: &[u8]) -> u8 {
+    (xxhash_rust::xxh3::xxh3_64(bytes) & 0xff) as u8
 }
 
 fn differs(a: Capacity, b: Capacity) -> bool {

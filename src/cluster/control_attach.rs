@@ -21,8 +21,8 @@ const ATTACH_PAUSE: Duration = Duration::from_millis(500);
 impl Control {
     /// Serves what this node should serve, and nothing else.
     pub(super) fn attachments(&mut self, snapshot: &Snapshot) -> Result<(), RegistryError> {
-        let attached = self.plane.host.attachments();
-        let (tended, serving): (Vec<_>, Vec<_>) = attached.into_iter().partition(|a| a.tends());
+        let attached = self.attached();
+        let (tended, serving): (Vec<_>, Vec<_>) = attached.values().partition(|a| a.tends());
         let tended: BTreeSet<VolumeId> = tended.into_iter().map(|a| a.volume).collect();
         let serving: BTreeMap<VolumeId, Phase> =
             serving.into_iter().map(|a| (a.volume, a.phase)).collect();
@@ -133,6 +133,7 @@ impl Control {
                 peers: self.told_peers.clone(),
             })
         });
+        self.look_again();
         match started {
             Ok(()) => {
                 self.retry.remove(&id);
@@ -176,6 +177,7 @@ impl Control {
         }
         let name = spec.0.full_name();
         let force = desired.release.is_some_and(|r| r.force);
+        self.look_again();
         let attachment = match self.plane.host.detach(id, force) {
             Ok(()) => None,
             // It refuses: the volume stays attached, and whoever asked reads why.
@@ -212,6 +214,7 @@ impl Control {
     /// forced detach, a withdrawn attach or a fence lead here, so a connected virtual machine is no reason to go on.
     pub(super) fn let_go(&mut self, id: VolumeId, name: impl ToString, from: &str, rule: &str) {
         let name = name.to_string();
+        self.look_again();
         match self.plane.host.detach(id, true) {
             Ok(()) => {
                 self.plane.clear_report(id);

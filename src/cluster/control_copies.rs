@@ -1,13 +1,13 @@
 //! The files on this node's disk are what the records say: made, replaced when the disk was wiped, deleted when the copy
 //! was removed. Data is deleted only when a record or a tombstone names it; everything else is kept and named.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, raced};
 use super::events::What;
 use super::fault::Fault;
-use super::host::{Birth, HostError, LocalCopy};
+use super::host::{Birth, HostError};
 use super::join::random;
 use super::membership::is_blank;
 use super::model::{Ready, Tombstone, VolumeName};
@@ -117,7 +117,7 @@ fn step(record: &Record, node: &NodeName, here: Here, drawn: Option<CopyId>) -> 
 impl Control {
     /// Has the disk hold what the records of existing volumes say.
     pub(super) fn tend_copies(&mut self, snapshot: &Snapshot) -> Result<(), RegistryError> {
-        let local = self.plane.host.local_copies();
+        let local = self.copies_here();
         self.copies
             .drawn
             .retain(|id, _| snapshot.volumes.contains_key(id));
@@ -126,7 +126,7 @@ impl Control {
             .retain(|id, _| snapshot.volumes.contains_key(id));
         for (id, (spec, _), record) in whole_volumes(snapshot) {
             let concerns_us = record.0.copies.iter().any(|c| c.node == self.plane.node)
-                || local.iter().any(|c| c.volume == id);
+                || local.contains_key(&id);
             let later = |at: &Instant| *at > Instant::now();
             if !concerns_us || self.copies.retry.get(&id).is_some_and(later) {
                 continue;
@@ -140,9 +140,9 @@ impl Control {
         Ok(())
     }
 
-    fn here(&self, id: VolumeId, local: &[LocalCopy]) -> Here {
-        match local.iter().find(|c| c.volume == id) {
-            Some(copy) if copy.copy != CopyId([0; 16]) => Here::Copy(copy.copy),
+    fn here(&self, id: VolumeId, local: &BTreeMap<VolumeId, CopyId>) -> Here {
+        match local.get(&id) {
+            Some(copy) if *copy != CopyId([0; 16]) => Here::Copy(*copy),
             Some(_) => Here::Unusable,
             // Also files that a worker in trouble did not report must not be taken for a wiped disk.
             None if self.plane.host.has_files(id) => Here::Unusable,
@@ -200,6 +200,7 @@ impl Control {
                 ("copy", "set aside", "6 unknown copy", text, done)
             }
         };
+        self.look_again();
         match done {
             Ok(()) => {
                 self.said.remove(&key);
@@ -307,6 +308,7 @@ impl Control {
                     tag: record.epoch_tag,
                 },
             );
+            self.look_again();
             let error = made.err().map(|e| e.to_string());
             match &error {
                 None => log::info!("volume {id}: made copy {}", copy.copy_id),
@@ -328,7 +330,7 @@ impl Control {
     /// Destroys the copies of removed volumes. A tombstone is the only reason to: a record that is merely not there
     /// may be in a registry that is damaged, restored or another one.
     pub(super) fn remove_copies(&mut self, snapshot: &Snapshot) -> Result<(), RegistryError> {
-        let copies = self.plane.host.local_copies();
+        let copies = self.copies_here();
         for (id, (tombstone, _)) in &snapshot.removed {
             // More than one when an earlier copy of this node was removed before the volume was.
             let mut ours = tombstone
@@ -340,11 +342,11 @@ impl Control {
             if ours.peek().is_none() {
                 continue;
             }
-            let local = copies.iter().find(|c| c.volume == *id);
-            if let Some(other) = local.filter(|c| !ours.any(|copy| copy == c.copy)) {
+            let local = copies.get(id);
+            if let Some(other) = local.filter(|c| !ours.any(|copy| copy == **c)) {
                 let text = format!(
-                    "copy {} of removed volume {} stays: the registry removed another one",
-                    other.copy, tombstone.name
+                    "copy {other} of removed volume {} stays: the registry removed another one",
+                    tombstone.name
                 );
                 self.say(&id.to_string(), &text);
             } else if self.remove_copy(*id, tombstone) {
@@ -356,18 +358,14 @@ impl Control {
                 }
             }
         }
-        let known: BTreeSet<VolumeId> = snapshot
-            .volumes
-            .keys()
-            .chain(snapshot.removed.keys())
-            .copied()
-            .collect();
-        for copy in copies.iter().filter(|c| !known.contains(&c.volume)) {
+        for (volume, copy) in copies.iter() {
+            if snapshot.volumes.contains_key(volume) || snapshot.removed.contains_key(volume) {
+                continue;
+            }
             self.say(
-                &copy.volume.to_string(),
+                &volume.to_string(),
                 &format!(
-                    "copy {} belongs to volume {}, which is not in the registry; it is kept",
-                    copy.copy, copy.volume
+                    "copy {copy} belongs to volume {volume}, which is not in the registry; it is kept"
                 ),
             );
         }
@@ -375,6 +373,7 @@ impl Control {
     }
 
     fn remove_copy(&mut self, id: VolumeId, tombstone: &Tombstone) -> bool {
+        self.look_again();
         match self.plane.host.remove_copy(id) {
             Ok(()) => {
                 self.plane

@@ -13,11 +13,10 @@ use super::control_replace::UNDER_WAY_MAX;
 use super::control_tend::turn;
 use super::drain::to_move;
 use super::events::What;
-use super::live::{Live, gather};
 use super::membership::{self, is_blank, staying};
 use super::model::VolumeName;
 use super::plane::{Found, whole_volumes};
-use super::replicas::{add_all, place_more};
+use super::replicas::{Room, add_all, place_more};
 use super::snapshot::Snapshot;
 use super::store::Registrar;
 use crate::registry::RegistryError;
@@ -54,7 +53,7 @@ impl Control {
         }
         let (mine, unsure) = self.looked_after(snapshot);
         let mut under_way: usize = mine.values().map(|f| on_their_way(&f.record.0)).sum();
-        let mut live = None;
+        let mut room: Option<Room<'_>> = None;
         for found in mine.values().chain(unsure.values()) {
             let Some(from) = to_move(found, snapshot).next() else {
                 continue;
@@ -64,15 +63,14 @@ impl Control {
                 self.drains.next = Some(Instant::now() + PAUSE);
                 continue;
             }
-            let live: &Live = live.get_or_insert_with(|| {
-                gather(&self.plane, snapshot.nodes.values().map(|(n, _)| n))
-            });
+            let live = self.live(snapshot);
             let detached = found.spec.0.attachment.is_none();
-            if detached && turn(&found.record.0, live) != Some(&self.plane.node) {
+            if detached && turn(&found.record.0, &live) != Some(&self.plane.node) {
                 self.drains.next = Some(Instant::now() + PAUSE);
                 continue;
             }
-            if self.move_away(found, from, snapshot, live)? {
+            let room = room.get_or_insert_with(|| Room::of(snapshot, &live));
+            if self.move_away(found, from, room)? {
                 under_way += 1;
             }
         }
@@ -81,20 +79,17 @@ impl Control {
 
     /// The volumes that this node serves; and the detached ones of which it has a copy, so that its turn may come.
     fn looked_after(
-        &self,
+        &mut self,
         snapshot: &Snapshot,
     ) -> (BTreeMap<VolumeName, Found>, BTreeMap<VolumeName, Found>) {
-        let attached = self.plane.host.attachments();
+        let attached = self.attached();
         let (mut mine, mut unsure) = (BTreeMap::new(), BTreeMap::new());
         for (id, spec, record) in whole_volumes(snapshot) {
             if record.0.state == State::Creating {
                 continue;
             }
             let into = match &spec.0.attachment {
-                Some(desired)
-                    if desired.node == self.plane.node
-                        && attached.iter().any(|a| a.volume == id) =>
-                {
+                Some(desired) if desired.node == self.plane.node && attached.contains_key(&id) => {
                     &mut mine
                 }
                 None if record.0.copy_on(&self.plane.node).is_some() => &mut unsure,
@@ -116,15 +111,14 @@ impl Control {
         &mut self,
         found: &Found,
         from: &NodeName,
-        snapshot: &Snapshot,
-        live: &Live,
+        room: &mut Room<'_>,
     ) -> Result<bool, RegistryError> {
         let key = format!("drain of {}", found.id);
         let mut next = found.record.0.clone();
         let Some(old) = next.copy_on(from).map(|c| c.copy_id) else {
             return Ok(false);
         };
-        let placed = place_more(found, snapshot, live, 1, &BTreeSet::new())
+        let placed = place_more(found, room, 1, &BTreeSet::new())
             .map_err(|e| e.to_string())
             .and_then(|placement| {
                 let added = add_all(&found.name, &mut next, &placement.nodes);
@@ -145,6 +139,7 @@ impl Control {
                 return Ok(false);
             }
         };
+        room.take(&placement.nodes, found.id);
         membership::leave(&mut next, &[old]);
         if !raced(self.plane.store.cas_record(found.id, found.record.1, &next))? {
             // The watch brings what changed, and it is looked at again.

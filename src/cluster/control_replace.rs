@@ -7,24 +7,28 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use super::control::{Control, raced};
+use super::control::{Control, part_of, raced};
 use super::events::What;
-use super::live::gather;
 use super::membership::{self, is_blank, lacking, staying};
 use super::model::VolumeSpec;
 use super::placement::Placement;
 use super::plane::{Found, whole_volumes};
-use super::replicas::{add_all, place_more};
+use super::replicas::{Room, add_all, place_more};
 use super::snapshot::Snapshot;
 use super::store::{Registrar, Versioned};
 use super::units::show_ms;
 use crate::registry::RegistryError;
 use crate::replication::ids::{CopyId, NodeName, VolumeId};
 use crate::replication::record::{CopyStatus, Record, State};
+use crate::replication::throttle::SYNCS_MAX;
 
-/// New copies on their way at once, over all volumes that one node looks after. Each is a full sync, and a node that is
-/// lost may have had a copy of every volume.
-pub(super) const UNDER_WAY_MAX: usize = 2;
+/// New copies on their way at once, over all volumes that one node looks after: as many as it brings up to date at once.
+/// A node that is lost may have had a copy of every volume.
+pub(super) const UNDER_WAY_MAX: usize = SYNCS_MAX;
+/// Volumes that wait for the same copy decide within this part of the wait after it, each at another moment…
+const STAGGER_PART: u32 = 4;
+/// …but within this.
+const STAGGER_MAX: Duration = Duration::from_secs(30);
 /// Pause before a place is looked for again where there was none.
 const PAUSE: Duration = Duration::from_secs(5);
 
@@ -33,6 +37,13 @@ const PAUSE: Duration = Duration::from_secs(5);
 pub(super) struct Replacements {
     missing: BTreeMap<VolumeId, BTreeMap<CopyId, Instant>>,
     next: Option<Instant>,
+}
+
+/// How much longer than `wait` this volume waits, so that the volumes of a lost node do not all decide at one moment by
+/// the same view of who has room. Its own number, the same on every node.
+pub(super) fn stagger(volume: VolumeId, wait: Duration) -> Duration {
+    let most = STAGGER_MAX.min(wait / STAGGER_PART);
+    most * u32::from(part_of(&volume.0)) / 256
 }
 
 impl Replacements {
@@ -49,22 +60,25 @@ impl Replacements {
         syncing: &BTreeSet<CopyId>,
         now: Instant,
         wait: Option<Duration>,
+        silent: impl Fn(&NodeName) -> Option<Instant>,
     ) -> BTreeSet<CopyId> {
         let seen = self.missing.entry(volume).or_default();
-        let waited_for: BTreeSet<CopyId> = staying(record)
+        let waited_for: BTreeMap<CopyId, &NodeName> = staying(record)
             .filter(|c| c.status == CopyStatus::Missing && !syncing.contains(&c.copy_id))
-            .map(|c| c.copy_id)
+            .map(|c| (c.copy_id, &c.node))
             .collect();
-        seen.retain(|copy, _| waited_for.contains(copy));
-        for copy in waited_for {
-            seen.entry(copy).or_insert(now);
+        seen.retain(|copy, _| waited_for.contains_key(copy));
+        for (copy, node) in waited_for {
+            // A detached volume's copy is put out when its node was silent for the whole wait already.
+            seen.entry(copy)
+                .or_insert_with(|| silent(node).map_or(now, |since| since.min(now)));
         }
         let Some(wait) = wait else {
             return BTreeSet::new();
         };
         let mut lost = BTreeSet::new();
         for (copy, since) in seen {
-            let end = *since + wait;
+            let end = *since + wait + stagger(volume, wait);
             if end <= now {
                 lost.insert(*copy);
             } else {
@@ -104,29 +118,29 @@ impl Control {
             self.replacements.missing.clear();
             return Ok(());
         }
-        let wait = snapshot.cluster.and_then(|c| c.replace_after());
+        let wait = self.replaces_after(snapshot);
         let tended = self.tended(snapshot, now, wait);
         let mut under_way: usize = tended.iter().map(on_their_way).sum();
-        let mut live = None;
+        let mut room: Option<Room<'_>> = None;
         for volume in &tended {
             let lacks = lacking(&volume.record.0, &volume.lost);
             if lacks == 0 || under_way >= UNDER_WAY_MAX {
                 continue;
             }
-            let live = live.get_or_insert_with(|| {
-                gather(&self.plane, snapshot.nodes.values().map(|(n, _)| n))
-            });
+            let live = self.live(snapshot);
+            let room = room.get_or_insert_with(|| Room::of(snapshot, &live));
             let count = lacks.min(UNDER_WAY_MAX - under_way);
             let (found, lost) = (&volume.found(), &volume.lost);
             // Better one of two than none.
-            let mut placed = place_more(found, snapshot, live, count, lost);
+            let mut placed = place_more(found, room, count, lost);
             for fewer in (1..count).rev() {
-                placed = placed.or_else(|_| place_more(found, snapshot, live, fewer, lost));
+                placed = placed.or_else(|_| place_more(found, room, fewer, lost));
             }
             match placed {
                 Ok(placement) => {
                     under_way += placement.nodes.len();
                     let Placement { nodes, remarks } = placement;
+                    room.take(&nodes, volume.id);
                     self.replace(found, lost, (&nodes, &remarks), wait)?;
                 }
                 Err(why) => self.no_place(found, &why.to_string(), now),
@@ -135,23 +149,29 @@ impl Control {
         Ok(())
     }
 
+    /// How long a missing copy is waited for; `None`: for ever.
+    pub(super) fn replaces_after(&self, snapshot: &Snapshot) -> Option<Duration> {
+        let cluster = snapshot.cluster.filter(|c| c.maintenance.is_none())?;
+        cluster.replace_after()
+    }
+
     fn tended<'a>(
         &mut self,
         snapshot: &'a Snapshot,
         now: Instant,
         wait: Option<Duration>,
     ) -> Vec<Tended<'a>> {
-        let serving = self.plane.host.attachments();
+        let serving = self.attached();
         let mut tended = Vec::new();
         for (id, spec, record) in whole_volumes(snapshot) {
             if record.0.state == State::Creating {
                 continue;
             }
-            let status = serving.iter().find(|s| s.volume == id);
+            let status = serving.get(&id);
             let master = record.0.copy(record.0.master).map(|c| &c.node);
             let ours = match &spec.0.attachment {
                 Some(desired) => desired.node == self.plane.node && status.is_some(),
-                None => master == Some(&self.plane.node),
+                None => status.is_some() || master == Some(&self.plane.node),
             };
             if !ours {
                 self.replacements.missing.remove(&id);
@@ -161,11 +181,15 @@ impl Control {
                 let copies = s.copies.iter().filter(|c| c.sync.is_some());
                 copies.map(|c| c.copy).collect()
             });
+            let silent = |node: &NodeName| self.plane.silence.since(node);
+            let lost = self
+                .replacements
+                .lost(id, &record.0, &syncing, now, wait, silent);
             tended.push(Tended {
                 id,
                 spec,
                 record,
-                lost: self.replacements.lost(id, &record.0, &syncing, now, wait),
+                lost,
             });
         }
         self.replacements
@@ -196,6 +220,7 @@ impl Control {
             return Ok(());
         }
         self.said.remove(&format!("replacement of {}", found.id));
+        self.tending.hurry(found.id, Instant::now());
         let list = |names: Vec<&str>| names.join(" and ");
         let gone = found.record.0.copies.iter();
         let gone = gone.filter(|c| lost.contains(&c.copy_id));
@@ -251,9 +276,20 @@ mod tests {
 
     const WAIT: Duration = Duration::from_secs(60);
 
+    fn nobody(_: &NodeName) -> Option<Instant> {
+        None
+    }
+
+    /// One that does not wait longer than it must.
+    fn volume() -> VolumeId {
+        let all = (0..=u8::MAX).map(|n| VolumeId([n; 16]));
+        let mut prompt = all.filter(|v| stagger(*v, WAIT).is_zero());
+        prompt.next().expect("one in 256 is")
+    }
+
     #[test]
     fn a_copy_is_lost_when_it_was_missing_for_the_whole_wait() {
-        let volume = VolumeId([1; 16]);
+        let volume = volume();
         let mut seen = Replacements::default();
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
@@ -274,7 +310,8 @@ mod tests {
         ] {
             let syncing = syncing.iter().map(|n| copy(*n)).collect();
             let expected: BTreeSet<CopyId> = expected.iter().map(|n| copy(*n)).collect();
-            let lost = seen.lost(volume, &record(copies), &syncing, at(seconds), Some(WAIT));
+            let record = record(copies);
+            let lost = seen.lost(volume, &record, &syncing, at(seconds), Some(WAIT), nobody);
             assert_eq!(lost, expected, "{copies} after {seconds}s");
         }
         let never = seen.lost(
@@ -283,6 +320,7 @@ mod tests {
             &BTreeSet::new(),
             at(1000),
             None,
+            nobody,
         );
         assert_eq!(never, BTreeSet::new());
     }
@@ -292,14 +330,38 @@ mod tests {
         let mut seen = Replacements::default();
         let now = Instant::now();
         let none = BTreeSet::new();
-        seen.lost(
-            VolumeId([1; 16]),
-            &record("n1:i n2:m"),
-            &none,
-            now,
-            Some(WAIT),
-        );
+        let record = record("n1:i n2:m");
+        seen.lost(volume(), &record, &none, now, Some(WAIT), nobody);
         assert!(!seen.due(now + WAIT - Duration::from_millis(1)));
         assert!(seen.due(now + WAIT));
+    }
+
+    #[test]
+    fn a_wait_begins_with_the_silence_of_the_node() {
+        let (mut seen, none) = (Replacements::default(), BTreeSet::new());
+        let begin = Instant::now();
+        let now = begin + WAIT;
+        let silent = |node: &NodeName| (node.0 == "n2").then_some(begin);
+        let record = record("n1:i n2:m n3:m");
+        let lost = seen.lost(volume(), &record, &none, now, Some(WAIT), silent);
+        assert_eq!(lost, [copy(2)].into());
+    }
+
+    #[test]
+    fn volumes_that_lost_the_same_node_decide_one_after_the_other() {
+        let ids = (0..600u32).map(|n| {
+            let mut id = [7; 16];
+            id[..4].copy_from_slice(&n.to_le_bytes());
+            VolumeId(id)
+        });
+        let mut by_second = BTreeMap::new();
+        for id in ids {
+            let more = stagger(id, WAIT);
+            assert!(more < WAIT / STAGGER_PART);
+            *by_second.entry(more.as_secs()).or_insert(0) += 1;
+        }
+        assert_eq!(by_second.len(), 15);
+        assert!(by_second.values().all(|n| *n < 80), "{by_second:?}");
+        assert!(stagger(volume(), Duration::from_secs(86_400)) <= STAGGER_MAX);
     }
 }

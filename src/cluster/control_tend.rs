@@ -5,17 +5,24 @@
 //! no longer has the copy that the record counts on does it itself, since nobody else knows. Should two views of who
 //! answers differ and two nodes begin, the protocol lets one through (PROTOCOL 5.1). Whoever attaches the volume goes
 //! first: a tended one is released as soon as its spec says so.
+//!
+//! The record of a detached volume says nothing of a node that has died since. So a volume one of whose copies in sync is
+//! on a node that was silent for as long as lost copies are waited for is looked after as well, if another node could take
+//! its place: that puts the copy out by the protocol, and `control_replace` does the rest.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::control::Control;
+use super::control_replace::stagger;
 use super::events::What;
 use super::fault::Fault;
-use super::host::{AttachRequest, AttachmentStatus, Phase};
-use super::live::{Live, gather};
-use super::membership::staying;
-use super::plane::whole_volumes;
+use super::host::{AttachRequest, AttachmentStatus, Phase, ScrubState, ScrubStatus};
+use super::live::Live;
+use super::membership::{lacking, staying};
+use super::model::VolumeSpec;
+use super::plane::{Found, whole_volumes};
+use super::replicas::{Room, place_more};
 use super::snapshot::Snapshot;
 use super::store::Versioned;
 use crate::registry::RegistryError;
@@ -49,6 +56,8 @@ struct Memory {
     vain: u32,
     /// Tended, and nothing under way since.
     idle: Option<Instant>,
+    /// A scrub was asked for.
+    asked: bool,
 }
 
 impl Tending {
@@ -66,7 +75,16 @@ impl Tending {
             begin: now + START,
             vain: 0,
             idle: None,
+            asked: false,
         })
+    }
+
+    /// Something was done for it elsewhere that it waited for.
+    pub(super) fn hurry(&mut self, volume: VolumeId, now: Instant) {
+        if let Some(memory) = self.volumes.get_mut(&volume) {
+            (memory.begin, memory.vain) = (now, 0);
+            self.look_at(now);
+        }
     }
 
     /// It was of no use: not again soon.
@@ -87,12 +105,26 @@ enum Wanting {
     LostHere,
     /// A copy is to be brought up to date, to be removed or to become the master, or all of them are to grow.
     Copies,
+    /// This process was asked to compare its copies.
+    Scrub,
+    /// All is as the record asks, but for a copy whose node was silent for too long.
+    Silent,
 }
 
-/// What a detached volume lacks; `None` when it is as its record asks.
-fn wanting(record: &Record, node: &NodeName, has_copy: bool) -> Option<Wanting> {
+/// What a detached volume lacks; `None` when it is as its record asks. `silent` says of a node that it was for too long.
+fn wanting(
+    record: &Record,
+    node: &NodeName,
+    has_copy: bool,
+    scrub: bool,
+    silent: impl Fn(&NodeName) -> bool,
+) -> Option<Wanting> {
     if record.state == State::Creating {
         return None;
+    }
+    // First: whatever else is wanting is seen to by the same attachment.
+    if scrub {
+        return Some(Wanting::Scrub);
     }
     if record.attachment.is_some() || record.state != State::Clean {
         return Some(Wanting::Unreleased);
@@ -109,7 +141,11 @@ fn wanting(record: &Record, node: &NodeName, has_copy: bool) -> Option<Wanting> 
             || record.preferred.is_some()
             || growth::wanted(record).is_some()
     };
-    unfinished(record).then_some(Wanting::Copies)
+    if unfinished(record) {
+        return Some(Wanting::Copies);
+    }
+    let gone = staying(record).any(|c| silent(&c.node));
+    gone.then_some(Wanting::Silent)
 }
 
 /// Whether tending can help at all now: somebody answers who could not before.
@@ -122,7 +158,9 @@ fn can_help(record: &Record, wanting: Wanting, live: &Live) -> bool {
         return false;
     }
     match wanting {
-        Wanting::Unreleased | Wanting::LostHere => true,
+        Wanting::Unreleased | Wanting::LostHere | Wanting::Scrub => true,
+        // It answers again: nothing is lost.
+        Wanting::Silent => !silent.is_empty(),
         Wanting::Copies => {
             record.present().any(|c| c.leaving)
                 || staying(record).any(|c| c.status != CopyStatus::InSync && answers(&c.node))
@@ -150,12 +188,13 @@ impl Control {
     pub(super) fn tend(&mut self, snapshot: &Snapshot) -> Result<(), RegistryError> {
         let now = Instant::now();
         self.tending.next = None;
-        let attached = self.plane.host.attachments();
-        let mut tended = attached.iter().filter(|a| a.tends()).count();
-        let local = self.plane.host.local_copies();
-        let mut live = None;
+        let attached = self.attached();
+        let mut tended = attached.values().filter(|a| a.tends()).count();
+        let local = self.copies_here();
+        let wait = self.replaces_after(snapshot);
+        let mut room: Option<Room<'_>> = None;
         for (id, spec, record) in whole_volumes(snapshot) {
-            let here = attached.iter().find(|a| a.volume == id);
+            let here = attached.get(&id);
             if spec.0.attachment.is_some() || here.is_some_and(|a| !a.tends()) {
                 self.tending.volumes.remove(&id);
                 continue;
@@ -163,9 +202,10 @@ impl Control {
             let has_copy = record
                 .0
                 .copy_on(&self.plane.node)
-                .is_some_and(|mine| local.iter().any(|c| c.copy == mine.copy_id));
+                .is_some_and(|mine| local.get(&id) == Some(&mine.copy_id));
             if let Some(status) = here {
-                let done = finished(&record.0, &self.plane.node, has_copy);
+                let scrub = self.scrub_asked(&spec.0).is_some();
+                let done = finished(&record.0, &self.plane.node, has_copy, scrub);
                 self.go_on(
                     id,
                     &spec.0.full_name().to_string(),
@@ -175,11 +215,29 @@ impl Control {
                 );
                 continue;
             }
-            let Some(wanting) = wanting(&record.0, &self.plane.node, has_copy) else {
+            let silence = &self.plane.silence;
+            let silent = |node: &NodeName| {
+                let since = silence.since(node);
+                since
+                    .zip(wait)
+                    .is_some_and(|(at, wait)| at + wait + stagger(id, wait) <= now)
+            };
+            let scrub = self.scrub_asked(&spec.0).is_some();
+            let Some(wanting) = wanting(&record.0, &self.plane.node, has_copy, scrub, silent)
+            else {
                 self.tending.volumes.remove(&id);
                 continue;
             };
-            let begin = self.tending.memory(id, now).begin;
+            if wanting == Wanting::Silent && record.0.copy_on(&self.plane.node).is_none() {
+                // Whoever has a copy of it sees the same.
+                continue;
+            }
+            let memory = self.tending.memory(id, now);
+            // Somebody waits for a scrub.
+            if scrub && !std::mem::replace(&mut memory.asked, true) {
+                memory.begin = now;
+            }
+            let begin = memory.begin;
             if begin > now {
                 self.tending.look_at(begin);
                 continue;
@@ -188,13 +246,18 @@ impl Control {
                 // One of those that are tended ends with a change of its record, which wakes us.
                 continue;
             }
-            let live = live.get_or_insert_with(|| {
-                gather(&self.plane, snapshot.nodes.values().map(|(n, _)| n))
-            });
-            let ours =
-                wanting == Wanting::LostHere || turn(&record.0, live) == Some(&self.plane.node);
+            let live = self.live(snapshot);
+            let ours = matches!(wanting, Wanting::LostHere | Wanting::Scrub)
+                || turn(&record.0, &live) == Some(&self.plane.node);
             let by_another = live.tended(id).is_some();
-            if !ours || by_another || !can_help(&record.0, wanting, live) {
+            let mut helps = || {
+                if !can_help(&record.0, wanting, &live) {
+                    return false;
+                }
+                let room = room.get_or_insert_with(|| Room::of(snapshot, &live));
+                wanting != Wanting::Silent || has_a_place(id, spec, record, &live, room)
+            };
+            if !ours || by_another || !helps() {
                 // Nothing was tried: soon again, since who answers can change without a word from the registry.
                 self.tending.memory(id, now).begin = now + PAUSE;
                 self.tending.look_at(now + PAUSE);
@@ -223,6 +286,7 @@ impl Control {
             by_turns: false,
             peers: self.told_peers.clone(),
         };
+        self.look_again();
         match self.plane.host.attach(request) {
             Ok(()) => {
                 self.told_record.insert(id, record.1);
@@ -263,8 +327,10 @@ impl Control {
             return self.let_go(id, name, "tended", "fenced");
         }
         self.tell(id, record);
-        let busy =
-            status.phase == Phase::Recovering || status.copies.iter().any(|c| c.sync.is_some());
+        let scrubs = |s: &ScrubStatus| s.state == ScrubState::Running;
+        let busy = status.phase == Phase::Recovering
+            || status.copies.iter().any(|c| c.sync.is_some())
+            || status.scrub.as_ref().is_some_and(scrubs);
         if done && status.phase == Phase::Serving {
             self.tending.volumes.remove(&id);
             self.said.remove(&format!("tending of {id}"));
@@ -289,14 +355,34 @@ impl Control {
     }
 }
 
+/// Whether another node could take the place of the copies whose nodes do not answer. Without one the copy is left in the
+/// record: should its node return, nothing is lost.
+fn has_a_place(
+    id: VolumeId,
+    spec: &Versioned<VolumeSpec>,
+    record: &Versioned<Record>,
+    live: &Live,
+    room: &Room<'_>,
+) -> bool {
+    let found = Found {
+        id,
+        name: spec.0.full_name(),
+        spec: spec.clone(),
+        record: record.clone(),
+    };
+    let silent = staying(&record.0).filter(|c| live.node(&c.node).is_none());
+    let lost = silent.map(|c| c.copy_id).collect();
+    lacking(&record.0, &lost) > 0 && place_more(&found, room, 1, &lost).is_ok()
+}
+
 /// Nothing is left to do but to release the volume.
-fn finished(record: &Record, node: &NodeName, has_copy: bool) -> bool {
+fn finished(record: &Record, node: &NodeName, has_copy: bool, scrub: bool) -> bool {
     let released = Record {
         attachment: None,
         state: State::Clean,
         ..record.clone()
     };
-    record.state == State::Active && wanting(&released, node, has_copy).is_none()
+    record.state == State::Active && wanting(&released, node, has_copy, scrub, |_| false).is_none()
 }
 
 #[cfg(test)]
@@ -314,7 +400,7 @@ mod tests {
 
     #[test]
     fn a_detached_volume_is_tended_by_the_node_whose_turn_it_is_when_that_can_help() {
-        use Wanting::{Copies, LostHere, Unreleased};
+        use Wanting::{Copies, LostHere, Silent, Unreleased};
         // (copies, released, has its copy, nodes that answer: what n1 finds wanting, whether it helps, whose turn)
         for (copies, released, has, answering, expected) in [
             ("n1:i n2:i", true, true, "n1 n2", None),
@@ -352,6 +438,29 @@ mod tests {
             // Removing a copy needs nobody but those that stay.
             ("n1:i n2:ml", true, true, "n1", Some((Copies, true, "n1"))),
             ("n1:i n2:r", true, true, "n1 n2", None),
+            // Nobody said so yet, and it is away for too long. The one whose turn it is has the master, or comes next.
+            (
+                "n1:i n2:i n3:i",
+                true,
+                true,
+                "n1 n2",
+                Some((Silent, true, "n1")),
+            ),
+            (
+                "n2:i n1:i n3:i",
+                true,
+                true,
+                "n1 n3",
+                Some((Silent, true, "n1")),
+            ),
+            // Alone it is too few to take over.
+            (
+                "n1:i n2:i n3:i",
+                true,
+                true,
+                "n1",
+                Some((Silent, false, "n1")),
+            ),
             // The master's node does not answer.
             (
                 "n1:i n2:i n3:i n4:m",
@@ -382,7 +491,11 @@ mod tests {
                 });
             }
             let live = live(&answering.split(' ').collect::<Vec<_>>());
-            let found = wanting(&record, &node("n1"), has).map(|wanting| {
+            let silent = |n: &NodeName| !answering.split(' ').any(|a| a == n.0);
+            // A scrub that this process was asked for goes before all of it.
+            let asked = wanting(&record, &node("n1"), has, true, silent);
+            assert_eq!(asked, Some(Wanting::Scrub), "{copies}");
+            let found = wanting(&record, &node("n1"), has, false, silent).map(|wanting| {
                 let turn = turn(&record, &live).map(|n| n.0.clone());
                 (wanting, can_help(&record, wanting, &live), turn)
             });
@@ -398,7 +511,7 @@ mod tests {
             preferred: Some(copy(2)),
             ..record("n1:i n2:i")
         };
-        let found = wanting(&record, &node("n1"), true);
+        let found = wanting(&record, &node("n1"), true, false, |_| false);
         assert_eq!(found, Some(Wanting::Copies));
         assert!(can_help(&record, Wanting::Copies, &live(&["n1", "n2"])));
         assert!(!can_help(&record, Wanting::Copies, &live(&["n1"])));
@@ -412,13 +525,14 @@ mod tests {
         };
         let (to, refused) = (record.size * 2, None);
         record.grow = Some(Growth { to, refused });
-        assert_eq!(wanting(&record, &node("n1"), true), Some(Wanting::Copies));
+        let found = wanting(&record, &node("n1"), true, false, |_| false);
+        assert_eq!(found, Some(Wanting::Copies));
         assert!(can_help(&record, Wanting::Copies, &live(&["n1", "n2"])));
         assert!(!can_help(&record, Wanting::Copies, &live(&["n1"])));
         // It has no room: not again before somebody asks.
         let refused = Some("full".into());
         record.grow = Some(Growth { to, refused });
-        assert_eq!(wanting(&record, &node("n1"), true), None);
+        assert_eq!(wanting(&record, &node("n1"), true, false, |_| false), None);
     }
 
     #[test]

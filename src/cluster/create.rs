@@ -14,7 +14,7 @@ use super::events::What;
 use super::fault::{Code, Fault};
 use super::join::random;
 use super::labels::{self, Of, PREFIX};
-use super::live::{Live, gather};
+use super::live::{Live, gather_brief};
 use super::model::{
     Creator, DEFAULT_NAMESPACE, Labels, NamespaceRecord, Ready, RuleLabels, VolumeName, VolumeSpec,
     values,
@@ -35,7 +35,7 @@ use crate::replication::record::{Base, CopyEntry, CopyStatus, Record, State};
 /// How long the chosen nodes have to make their copies. Making one writes some megabytes; a disk that takes longer
 /// is not fit for a copy.
 pub const PATIENCE: Duration = Duration::from_secs(30);
-/// How often the outcome is looked for when no watch tells.
+/// How often it is looked whether the node stops or the time is up.
 const LOOK: Duration = Duration::from_millis(500);
 /// The first epoch of every volume.
 const FIRST_EPOCH: Epoch = Epoch(1);
@@ -85,7 +85,7 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
     let labels = labels::check(request.labels, Of::Volume)?;
     let by_label = Wishes::of_labels(&labels)?;
     let size = check_size(request.size)?;
-    let snapshot = plane.store.snapshot()?;
+    let snapshot = plane.store.surroundings(&name.namespace)?;
     let from_rules = rules::evaluate(&rules::of_namespace(&snapshot, &name.namespace), &labels)?;
     let by_rule = Wishes::of_labels(&values(&from_rules))?;
     let master_is_hint = request.wishes.master.is_none();
@@ -95,14 +95,14 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
     let wishes = asked_for.or(by_rule.clone());
     let replicas = wishes.replicas()?.unwrap_or(0);
     let new_namespace = (name.namespace != DEFAULT_NAMESPACE
-        && namespaces::inspect(&snapshot, &name.namespace).is_err())
+        && !snapshot.namespaces.contains_key(&name.namespace))
     .then(|| {
         format!(
             "namespace {} is new: it has no rules yet; see: lockstep namespace ls",
             name.namespace
         )
     });
-    if snapshot.names.contains_key(&name.to_string()) {
+    if plane.store.volume_id(&name)?.is_some() {
         return Err(exists(&name));
     }
     let wanted = Wanted {
@@ -112,7 +112,7 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
         topology_key: topology_key(&labels).or_else(|| topology_key(&values(&from_rules))),
         beside: Vec::new(),
     };
-    let live = gather(plane, snapshot.nodes.values().map(|(n, _)| n));
+    let live = gather_brief(plane, snapshot.nodes.values().map(|(n, _)| n));
     let placement = place(&wanted, &candidates(&snapshot, &live)).map_err(|e| {
         let mut hint = String::new();
         let replicas = from_rules.get(&format!("{PREFIX}replicas"));
@@ -170,6 +170,7 @@ pub fn create(plane: &Arc<Plane>, request: CreateRequest) -> Result<Created, Fau
         from_rules,
         flags,
         attachment: None,
+        scrub: None,
         creator: Creator {
             node: plane.node.clone(),
             instance: plane.instance,
@@ -211,7 +212,8 @@ pub(super) fn topology_key(labels: &Labels) -> Option<String> {
     labels.get(&format!("{PREFIX}topology-key")).cloned()
 }
 
-/// The nodes as placement sees them.
+/// The nodes as placement sees them. Copies are counted where the node says how many it has; a listing of all volumes knows
+/// better (`replicas::Room`).
 pub(super) fn candidates(snapshot: &Snapshot, live: &Live) -> Vec<Candidate> {
     snapshot
         .nodes
@@ -225,6 +227,7 @@ pub(super) fn candidates(snapshot: &Snapshot, live: &Live) -> Vec<Candidate> {
                     live.why_not(&node.name)
                 )),
             },
+            copies: live.node(&node.name).map_or(0, |status| status.copies_held),
             labels: node.labels.clone(),
             cordoned: node.cordoned,
             draining: node.draining.is_some(),
@@ -328,13 +331,15 @@ fn await_copies(
     revision: Revision,
 ) -> Result<BTreeMap<CopyId, Ready>, Fault> {
     let deadline = Instant::now() + PATIENCE;
-    let mut watch = plane.store.watch_volume(record.volume_id, revision)?;
+    let volume = record.volume_id;
+    // The watch tells every change since, without a gap: nothing needs to be read.
+    let mut seen = Snapshot::just_made(record, revision);
+    let mut watch = plane.store.watch_volume(volume, revision)?;
     loop {
         plane.still_running()?;
-        let snapshot = plane.store.snapshot()?;
-        let answers: BTreeMap<CopyId, Ready> = snapshot
+        let answers: BTreeMap<CopyId, Ready> = seen
             .volumes
-            .get(&record.volume_id)
+            .get(&volume)
             .filter(|v| v.record.is_some())
             .ok_or_else(|| Fault::try_again("another node gave the creation up"))?
             .ready
@@ -349,11 +354,13 @@ fn await_copies(
         if answers.len() == record.copies.len() {
             return Ok(answers);
         }
-        // The watch only shortens the wait: what counts is read anew.
-        if watch.next(LOOK).is_err() {
-            watch = plane
-                .store
-                .watch_volume(record.volume_id, snapshot.revision)?;
+        match watch.next(LOOK) {
+            Ok(Some(batch)) => seen.apply(batch),
+            Ok(None) => {}
+            Err(_) => {
+                seen = plane.store.of_volume(volume)?;
+                watch = plane.store.watch_volume(volume, seen.revision)?;
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use super::membership::staying;
 use super::model::{Draining, NodeRecord};
 use super::nodes::{NodeDone, change};
 use super::plane::{Found, Plane, whole_volumes};
-use super::replicas::place_more;
+use super::replicas::{Room, place_more};
 use super::snapshot::Snapshot;
 use super::units::{show_time, wall_ms};
 use super::view;
@@ -81,6 +81,7 @@ pub fn drain(plane: &Plane, name: &NodeName, wanted: bool) -> Result<NodeDone, F
 /// How far the node's drain is; `None` when it is not drained. `live` knows all nodes.
 pub fn progress(node: &NodeRecord, snapshot: &Snapshot, live: &Live) -> Option<DrainView> {
     let draining = node.draining?;
+    let room = Room::of(snapshot, live);
     let mut copies: Vec<DrainCopy> = whole_volumes(snapshot)
         .filter(|(_, _, (record, _))| record.copy_on(&node.name).is_some())
         .map(|(id, spec, record)| {
@@ -90,7 +91,7 @@ pub fn progress(node: &NodeRecord, snapshot: &Snapshot, live: &Live) -> Option<D
                 spec: spec.clone(),
                 record: record.clone(),
             };
-            copy(&node.name, &found, snapshot, live)
+            copy(&node.name, &found, &room, live)
         })
         .collect();
     copies.sort_by(|a, b| a.volume.cmp(&b.volume));
@@ -102,7 +103,7 @@ pub fn progress(node: &NodeRecord, snapshot: &Snapshot, live: &Live) -> Option<D
     })
 }
 
-fn copy(node: &NodeName, found: &Found, snapshot: &Snapshot, live: &Live) -> DrainCopy {
+fn copy(node: &NodeName, found: &Found, room: &Room<'_>, live: &Live) -> DrainCopy {
     let record = &found.record.0;
     let volume = view::volume(&found.spec.0, record, live);
     let leaving = record.copy_on(node).is_some_and(|c| c.leaving);
@@ -134,7 +135,7 @@ fn copy(node: &NodeName, found: &Found, snapshot: &Snapshot, live: &Live) -> Dra
         copy.why = volume.why;
         return copy;
     }
-    match place_more(found, snapshot, live, 1, &Default::default()) {
+    match place_more(found, room, 1, &Default::default()) {
         Ok(_) => {
             copy.state = DrainState::Waiting;
             copy.why = "others go first".into();

@@ -78,6 +78,7 @@ pub fn spec() -> VolumeSpec {
         from_rules: BTreeMap::new(),
         flags: Wishes::default(),
         attachment: None,
+        scrub: None,
         creator: Creator {
             node: node("n1"),
             instance: Instance([1; 16]),
@@ -99,8 +100,11 @@ pub fn status(name: &str) -> LocalStatus {
         now: 0,
         run_dir: "/run".into(),
         capacity: Capacity::default(),
+        copies_held: 0,
         copies: Vec::new(),
         attachments: Vec::new(),
         reports: Vec::new(),
+        scrubs: Vec::new(),
+        ways: Vec::new(),
     }
 }

@@ -326,6 +326,7 @@ mod tests {
             copies: vec![state_of(1, "in_sync"), state_of(2, second)],
             inflight: 0,
             writeback: true,
+            scrub: None,
         };
         for (status, expected) in [
             (Ok(Some(status(Phase::Serving, "in_sync"))), Health::Healthy),
@@ -391,6 +392,7 @@ mod tests {
             ],
             inflight: 0,
             writeback: true,
+            scrub: None,
         };
         for phase in [Phase::Acquiring, Phase::Suspended] {
             status.phase = phase;

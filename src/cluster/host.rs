@@ -1,14 +1,16 @@
 //! What a node's engine offers the control loop and the API. `node` implements it; everything blocks for a bounded
 //! time and may be called from any thread.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::fault::Fault;
 use super::metrics::Metrics;
 use crate::registry::Revision;
-use crate::replication::ids::{CopyId, Epoch, NodeName, Tag, VolumeId};
+use crate::replication::ids::{CopyId, Epoch, Instance, NodeName, Tag, VolumeId};
 use crate::replication::record::Record;
 
 /// Why the host did not do it. Each text is one sentence that names the thing and says what to do.
@@ -133,6 +135,9 @@ pub struct AttachmentStatus {
     /// Whether a completed write may be in caches: what the guest negotiated.
     #[serde(default)]
     pub writeback: bool,
+    /// The comparison of all copies under way, or the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scrub: Option<ScrubStatus>,
 }
 
 impl AttachmentStatus {
@@ -170,6 +175,113 @@ pub struct SyncProgress {
     pub bytes_per_second: u64,
 }
 
+/// How far a scrub is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScrubState {
+    /// Asked for, and not begun.
+    Waiting,
+    /// It goes on.
+    Running,
+    /// It has seen the whole volume.
+    Done,
+    /// It ended before that.
+    BrokenOff,
+}
+
+/// A comparison of all in-sync copies of a volume (PROTOCOL 11.6).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubStatus {
+    /// Which: the later, the greater.
+    pub id: u64,
+    /// What differs is made equal to what the master holds.
+    pub repair: bool,
+    /// How far it is.
+    pub state: ScrubState,
+    /// Why it broke off, or has not begun; otherwise empty.
+    pub why: String,
+    /// Bytes of the volume that it is done with, from the beginning, holes counted.
+    pub done_bytes: u64,
+    /// Bytes of the volume.
+    pub total_bytes: u64,
+    /// Bytes of the volume in a second, recently.
+    pub bytes_per_second: u64,
+    /// Bytes that were read on every copy and compared: what is a hole on all of them is not.
+    pub compared_bytes: u64,
+    /// Bytes, in blocks of 4 KiB, in which copies differed.
+    pub differing_bytes: u64,
+    /// Bytes that a disk could not read, and the other copies agreed on.
+    pub unreadable_bytes: u64,
+    /// Bytes that no disk could read.
+    pub lost_bytes: u64,
+    /// Bytes of all these that are the same on every copy now.
+    pub repaired_bytes: u64,
+    /// Chunks that seemed to differ and, looked at again, did not.
+    pub misread_chunks: u64,
+    /// Where, in order; the first ones if there are very many.
+    pub differences: Vec<Difference>,
+    /// The nodes of copies that were not in sync all the time, and so were not, or not wholly, compared.
+    pub left_out: Vec<NodeName>,
+}
+
+impl ScrubStatus {
+    /// Of which nothing is known yet.
+    pub fn waiting(id: u64, repair: bool, total_bytes: u64) -> Self {
+        Self {
+            id,
+            repair,
+            state: ScrubState::Waiting,
+            why: String::new(),
+            done_bytes: 0,
+            total_bytes,
+            bytes_per_second: 0,
+            compared_bytes: 0,
+            differing_bytes: 0,
+            unreadable_bytes: 0,
+            lost_bytes: 0,
+            repaired_bytes: 0,
+            misread_chunks: 0,
+            differences: Vec::new(),
+            left_out: Vec::new(),
+        }
+    }
+
+    /// The same, over before its end.
+    pub fn broken_off(mut self, why: impl Into<String>) -> Self {
+        self.state = ScrubState::BrokenOff;
+        self.why = why.into();
+        self
+    }
+
+    /// Whether it goes on, or will begin.
+    pub fn is_open(&self) -> bool {
+        matches!(self.state, ScrubState::Waiting | ScrubState::Running)
+    }
+
+    /// Bytes that are not the same on every copy, or cannot be read everywhere, as far as it knows.
+    pub fn left_bytes(&self) -> u64 {
+        (self.differing_bytes + self.unreadable_bytes + self.lost_bytes)
+            .saturating_sub(self.repaired_bytes)
+    }
+}
+
+/// A place in which not all copies are well.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Difference {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// `differs`, `unreadable` (on some disks, and the others agree), `lost` (on all).
+    pub kind: String,
+    /// The nodes whose copies hold the same, the master's first.
+    pub agree: Vec<Vec<NodeName>>,
+    /// The nodes whose disks could not read it.
+    pub unreadable: Vec<NodeName>,
+    /// It is the same on every copy now.
+    pub repaired: bool,
+}
+
 /// The data directory's file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capacity {
@@ -177,6 +289,49 @@ pub struct Capacity {
     pub total: u64,
     /// Bytes free for us.
     pub free: u64,
+}
+
+/// How far the replacement of this node's program is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpgradeState {
+    /// None was asked for since this program began, and none brought it about.
+    None,
+    /// It begins in a moment.
+    Accepted,
+    /// This program could not be replaced and serves on.
+    Failed,
+    /// This program has begun, and takes the machines over.
+    TakingOver,
+    /// This program has taken over.
+    Done,
+}
+
+/// The program of a node, and its replacement by another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeView {
+    /// The node.
+    pub node: NodeName,
+    /// The run of its program.
+    pub instance: Instance,
+    /// The process, which stays.
+    pub pid: u32,
+    /// The version of the program that runs.
+    pub version: String,
+    /// The version that ran before, if it was replaced.
+    pub from: Option<String>,
+    /// The file that an upgrade runs.
+    pub program: PathBuf,
+    /// How far it is.
+    pub state: UpgradeState,
+    /// Why it failed; empty otherwise.
+    pub why: String,
+    /// Front-ends whose connections were taken over.
+    pub taken_over: usize,
+    /// Front-ends that had to connect again.
+    pub lost: usize,
+    /// From when their rings stood still until the last of them ran again, in milliseconds.
+    pub standstill_ms: Option<u64>,
 }
 
 /// One node's engine.
@@ -204,6 +359,13 @@ pub trait Host: Send + Sync {
     /// Every copy on the disk, readable or not.
     fn local_copies(&self) -> Vec<LocalCopy>;
 
+    /// The identities of these copies, zero for one that cannot be read. Takes no look at their files, and so may be asked
+    /// often.
+    fn copies_here(&self) -> BTreeMap<VolumeId, CopyId> {
+        let all = self.local_copies().into_iter();
+        all.map(|c| (c.volume, c.copy)).collect()
+    }
+
     /// Starts to serve. On return the listening socket, if there is to be one, exists; the rest shows in
     /// [`Host::attachments`].
     fn attach(&self, request: AttachRequest) -> Result<(), HostError>;
@@ -219,6 +381,13 @@ pub trait Host: Send + Sync {
     /// What the machine negotiated about its write cache on the node that it came from.
     fn set_write_cache(&self, volume: VolumeId, writeback: bool);
 
+    /// Compares all in-sync copies of a volume that is attached here, and with `repair` makes what differs what the master
+    /// holds; how far it is shows in [`Host::attachments`]. Asking again under the same id is `Ok`.
+    fn scrub(&self, volume: VolumeId, id: u64, repair: bool) -> Result<(), HostError>;
+
+    /// Ends the scrub of this id, if it goes on.
+    fn stop_scrub(&self, volume: VolumeId, id: u64);
+
     /// The record of an attached volume is now this.
     fn record_changed(&self, volume: VolumeId, record: &Record, revision: Revision);
 
@@ -233,4 +402,17 @@ pub trait Host: Send + Sync {
 
     /// What `/metrics` shows of the engine.
     fn metrics(&self) -> Metrics;
+
+    /// Has the process run the program that is at its path now, in a moment: everything is checked that can be, and nothing
+    /// has been stopped on return.
+    fn upgrade(&self) -> Result<UpgradeView, Fault> {
+        self.upgrade_state()
+    }
+
+    /// How far that is.
+    fn upgrade_state(&self) -> Result<UpgradeView, Fault> {
+        Err(Fault::state(
+            "this node is not a process of its own, whose program could be replaced",
+        ))
+    }
 }

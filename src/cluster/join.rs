@@ -55,6 +55,33 @@ pub struct Membership {
     pub(super) api: UnixListener,
 }
 
+/// Listening sockets that the program before left open, so that whoever connects while the program changes waits instead of
+/// being refused. Those that are not there are made.
+#[derive(Debug, Default)]
+pub struct Doors {
+    /// For `--listen`.
+    pub replication: Option<TcpListener>,
+    /// For `--http`.
+    pub http: Option<TcpListener>,
+    /// For the API.
+    pub api: Option<UnixListener>,
+}
+
+impl Membership {
+    /// One more descriptor for each of the sockets.
+    ///
+    /// # Errors
+    ///
+    /// The process has none left.
+    pub fn doors(&self) -> io::Result<Doors> {
+        Ok(Doors {
+            replication: Some(self.replication.try_clone()?),
+            http: Some(self.http.try_clone()?),
+            api: Some(self.api.try_clone()?),
+        })
+    }
+}
+
 /// Random bytes from the kernel.
 pub(super) fn random<const N: usize>() -> Result<[u8; N], Fault> {
     let mut bytes = [0; N];
@@ -98,7 +125,11 @@ pub fn await_registry(
 }
 
 /// Takes ports and name. Refuses when another process has them.
-pub fn join(config: NodeConfig, registry: Arc<dyn Registry>) -> Result<Membership, Fault> {
+pub fn join(
+    config: NodeConfig,
+    registry: Arc<dyn Registry>,
+    doors: Doors,
+) -> Result<Membership, Fault> {
     let mut config = config.check()?;
     // Sockets are handed to other processes, whose working directory is another.
     config.run_dir = absolute(&config.run_dir)?;
@@ -111,9 +142,9 @@ pub fn join(config: NodeConfig, registry: Arc<dyn Registry>) -> Result<Membershi
             config.data_dir.display()
         ))
     })?;
-    let replication = bind("--listen", config.listen)?;
-    let http = bind("--http", config.http)?;
-    let api = bind_api(&config)?;
+    let replication = (doors.replication).map_or_else(|| bind("--listen", config.listen), Ok)?;
+    let http = doors.http.map_or_else(|| bind("--http", config.http), Ok)?;
+    let api = doors.api.map_or_else(|| bind_api(&config), Ok)?;
     let store = Arc::new(Store::new(registry));
     let cluster = cluster_id(&store)?;
     let boot_id = boot_id()?;

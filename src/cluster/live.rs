@@ -11,15 +11,24 @@ use tokio::task::JoinSet;
 
 use super::host::{AttachmentStatus, Capacity, LocalCopy, Phase};
 use super::model::NodeRecord;
-use super::plane::{Plane, Report};
+use super::plane::{EndedScrub, Plane, Report};
+use super::reach::Way;
+use super::sight::{self, Facts, Sight};
 use super::units::wall_ms;
 use crate::api::client::{Target, ask, runtime};
+use crate::registry::Present;
 use crate::replication::ids::{BootId, ClusterId, Instance, NodeName, VolumeId};
 
 /// How long a node has to answer. On a LAN it takes milliseconds; `volume ls` must not hang for one that is gone.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Where a node answers for itself.
 pub const STATUS_PATH: &str = "/api/v1/local/status";
+/// The same without its copies and attachments: short, however many there are.
+const BRIEF_PATH: &str = "/api/v1/local/status?brief=true";
+/// The same with what it says of one volume's attachment.
+fn volume_path(volume: VolumeId) -> String {
+    format!("{STATUS_PATH}?volume={volume}")
+}
 
 /// Who answers on an address: the answer of `/healthz`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,17 +60,50 @@ pub struct LocalStatus {
     pub run_dir: PathBuf,
     /// Its disk.
     pub capacity: Capacity,
+    /// How many copies are on it.
+    #[serde(default)]
+    pub copies_held: usize,
     /// The copies on it.
     pub copies: Vec<LocalCopy>,
     /// What it serves.
     pub attachments: Vec<AttachmentStatus>,
     /// What it could not do.
     pub reports: Vec<Report>,
+    /// The last scrub that ended on it, of each volume.
+    #[serde(default)]
+    pub scrubs: Vec<EndedScrub>,
+    /// Its ways to other nodes, as far as it knows them.
+    #[serde(default)]
+    pub ways: Vec<Way>,
 }
 
 impl LocalStatus {
     /// This node's.
     pub fn of(plane: &Plane) -> Self {
+        let copies = plane.host.local_copies();
+        Self {
+            copies_held: copies.len(),
+            copies,
+            attachments: plane.host.attachments(),
+            reports: plane.reports(),
+            ..Self::brief(plane)
+        }
+    }
+
+    /// The same without its copies, and with what concerns this volume only.
+    pub fn of_volume(plane: &Plane, volume: VolumeId) -> Self {
+        let mut status = Self {
+            attachments: plane.host.attachments(),
+            reports: plane.reports(),
+            ..Self::brief(plane)
+        };
+        status.attachments.retain(|a| a.volume == volume);
+        status.reports.retain(|r| r.volume == volume);
+        status
+    }
+
+    /// The same without its copies, attachments and reports.
+    pub fn brief(plane: &Plane) -> Self {
         Self {
             identity: Identity {
                 cluster: plane.cluster,
@@ -74,9 +116,12 @@ impl LocalStatus {
             now: wall_ms(),
             run_dir: plane.run_dir.clone(),
             capacity: plane.host.capacity(),
-            copies: plane.host.local_copies(),
-            attachments: plane.host.attachments(),
-            reports: plane.reports(),
+            copies_held: plane.host.copies_here().len(),
+            copies: Vec::new(),
+            attachments: Vec::new(),
+            reports: Vec::new(),
+            scrubs: plane.scrubs(),
+            ways: plane.reach.ways(),
         }
     }
 
@@ -116,11 +161,36 @@ impl Live {
 
 /// Asks `nodes` at once, this one without a detour.
 pub fn gather<'a>(plane: &Plane, nodes: impl Iterator<Item = &'a NodeRecord>) -> Live {
+    gather_as(plane, nodes, STATUS_PATH, LocalStatus::of)
+}
+
+/// The same without copies and attachments.
+pub fn gather_brief<'a>(plane: &Plane, nodes: impl Iterator<Item = &'a NodeRecord>) -> Live {
+    gather_as(plane, nodes, BRIEF_PATH, LocalStatus::brief)
+}
+
+/// What one node says of one volume's attachment, and nothing else.
+pub fn gather_volume<'a>(
+    plane: &Plane,
+    node: impl Iterator<Item = &'a NodeRecord>,
+    volume: VolumeId,
+) -> Live {
+    gather_as(plane, node, &volume_path(volume), |plane| {
+        LocalStatus::of_volume(plane, volume)
+    })
+}
+
+fn gather_as<'a>(
+    plane: &Plane,
+    nodes: impl Iterator<Item = &'a NodeRecord>,
+    path: &str,
+    own: impl Fn(&Plane) -> LocalStatus,
+) -> Live {
     let (mine, others): (Vec<_>, Vec<_>) = nodes.partition(|n| n.name == plane.node);
     let questions = others.iter().map(|n| Question {
         node: n.name.clone(),
         address: n.http.clone(),
-        path: STATUS_PATH.into(),
+        path: path.into(),
     });
     let mut live: BTreeMap<_, _> = fan_out::<LocalStatus>(questions.collect())
         .into_iter()
@@ -130,9 +200,39 @@ pub fn gather<'a>(plane: &Plane, nodes: impl Iterator<Item = &'a NodeRecord>) ->
         })
         .collect();
     for node in mine {
-        live.insert(node.name.clone(), Ok(LocalStatus::of(plane)));
+        live.insert(node.name.clone(), Ok(own(plane)));
     }
     Live(live)
+}
+
+/// How the nodes that were asked are, for showing. The registry is asked who is announced if one of them does not answer.
+pub fn sight(plane: &Plane, live: &Live) -> Sight {
+    let silent = live.0.values().any(Result::is_err);
+    let present = silent.then(|| plane.store.present());
+    let present = present.and_then(|asked| match asked {
+        Ok(present) => Some(present),
+        Err(e) => {
+            log::debug!("who is announced is not known: {e}");
+            None
+        }
+    });
+    sight_with(plane, live, present.as_ref())
+}
+
+/// The same with what the registry said.
+pub(super) fn sight_with(plane: &Plane, live: &Live, present: Option<&Present>) -> Sight {
+    sight::assess(&Facts {
+        here: &plane.node,
+        nodes: live
+            .0
+            .iter()
+            .map(|(name, status)| match status {
+                Ok(status) => (name, Ok(status.ways.as_slice())),
+                Err(why) => (name, Err(why.clone())),
+            })
+            .collect(),
+        present,
+    })
 }
 
 fn check(plane: &Plane, name: &NodeName, status: LocalStatus) -> Result<LocalStatus, String> {

@@ -2,6 +2,7 @@
 //! interface. Counters start at zero with the process and only grow.
 
 use crate::replication::ids::VolumeId;
+use crate::replication::scrub::Counters;
 
 /// Upper bounds of the latency buckets, in seconds: 50 µs, where a local NVMe write is, to 10 s, beyond which every
 /// deadline has passed.
@@ -76,6 +77,19 @@ pub struct VolumeMetrics {
     pub inflight: u64,
     /// Bytes still to bring up to date, over all syncing copies.
     pub sync_remaining: u64,
+    /// What scrubs have compared and found.
+    pub scrub: Counters,
+}
+
+/// Copies that are brought up to date at one end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SyncsHere {
+    /// `from` this node, or `to` it.
+    pub end: &'static str,
+    /// Now.
+    pub now: u64,
+    /// At once at most, since the process began.
+    pub most: u64,
 }
 
 /// The engine's counters at one instant.
@@ -95,6 +109,8 @@ pub struct Metrics {
     pub syncs_started: u64,
     /// Copies that are in sync again.
     pub syncs_completed: u64,
+    /// Syncs from this node and to it: now, and at once at most.
+    pub syncs: [SyncsHere; 2],
     /// From the loss of a master or attachment until the volume served again.
     pub failover: Histogram,
 }

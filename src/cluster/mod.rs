@@ -18,6 +18,8 @@ mod control_creation;
 mod control_drain;
 mod control_migrate;
 mod control_replace;
+mod control_scrub;
+mod control_seen;
 mod control_tend;
 pub mod create;
 mod declared;
@@ -40,11 +42,15 @@ pub mod nodes;
 pub mod placement;
 pub mod plane;
 pub mod policy;
+pub mod reach;
 pub mod registry_move;
 pub mod replicas;
 pub mod rules;
+pub mod scrub;
 pub mod selector;
 pub mod settings;
+pub mod sight;
+mod silence;
 pub mod snapshot;
 pub mod store;
 pub mod units;
@@ -63,21 +69,31 @@ use host::Host;
 use join::Membership;
 use plane::Plane;
 
+use crate::registry::Presence;
+
 /// A node's running management plane.
 pub struct Cluster {
     plane: Arc<Plane>,
     stop: Arc<AtomicBool>,
     servers: Servers,
     threads: Vec<JoinHandle<()>>,
+    /// Ends last: until then this process is one that runs.
+    _presence: Option<Presence>,
 }
 
 /// Begins to act: the API answers, and the control loop makes `host` do what the records say.
 pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> {
     let plane = Arc::new(Plane::new(&joined, host));
     let Membership {
-        http, api, config, ..
+        http,
+        api,
+        config,
+        replication,
+        ..
     } = joined;
     let stop = plane.stop_flag();
+    let port = replication.local_addr().map_or(0, |at| at.port());
+    drop(replication);
     let servers = Servers::start(&plane, http, api)?;
     plane
         .events
@@ -90,6 +106,18 @@ pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> 
     };
     let control = Control::new(plane.clone(), stop.clone());
     let mut threads = vec![spawn("control", Box::new(move || control.run()))?];
+    let watched = plane.clone();
+    threads.push(spawn(
+        "silence",
+        Box::new(move || silence::watch(&watched)),
+    )?);
+    {
+        let (plane, stop) = (plane.clone(), stop.clone());
+        threads.push(spawn(
+            "reach",
+            Box::new(move || reach::run(&plane, port, &stop)),
+        )?);
+    }
     if !config.serve.is_empty() {
         let (plane, stop) = (plane.clone(), stop.clone());
         threads.push(spawn(
@@ -97,11 +125,16 @@ pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> 
             Box::new(move || declared::run(&plane, config.serve, &stop)),
         )?);
     }
+    let presence = plane.store.announce(&plane.node).map_err(|e| {
+        // A hint less for people; volumes do not depend on it.
+        log::warn!("{e}; when this node does not answer, others cannot tell whether it runs");
+    });
     Ok(Cluster {
         plane,
         stop,
         servers,
         threads,
+        _presence: presence.ok(),
     })
 }
 

@@ -158,6 +158,9 @@ pub struct VolumeSpec {
     pub flags: Wishes,
     /// Where it should be served.
     pub attachment: Option<Desired>,
+    /// The comparison of its copies that was asked for and has not ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scrub: Option<ScrubWish>,
     /// Who creates it: a record that stays in `Creating` is cleaned up when this process is gone.
     pub creator: Creator,
 }
@@ -264,6 +267,19 @@ pub struct Creator {
     /// Its node.
     pub node: NodeName,
     /// The run of its process.
+    pub instance: Instance,
+}
+
+/// A comparison of a volume's copies that somebody asked for. It is one process' task: when that ends, so does the scrub.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubWish {
+    /// Names it: when it was asked for, and chance.
+    pub id: u64,
+    /// What differs is to become what the master holds.
+    pub repair: bool,
+    /// On this node.
+    pub node: NodeName,
+    /// By this run of its process.
     pub instance: Instance,
 }
 

@@ -8,8 +8,10 @@ use super::events::What;
 use super::fault::Fault;
 use super::join::alive;
 use super::labels::{self, Of};
+use super::live;
 use super::model::{Labels, NodeRecord};
 use super::plane::{Plane, whole_volumes};
+use super::sight::Health;
 use super::snapshot::Snapshot;
 use super::store::Race;
 use crate::replication::ids::NodeName;
@@ -222,6 +224,16 @@ pub fn remove(plane: &Plane, name: &NodeName) -> Result<(), Fault> {
             )),
         );
     }
+    let live = live::gather_brief(plane, snapshot.nodes.values().map(|(n, _)| n));
+    let present = plane.store.present()?;
+    let sight = live::sight_with(plane, &live, Some(&present));
+    if let Some((Health::Unreachable, why)) = sight.nodes.get(name) {
+        return Err(
+            Fault::try_again(format!("node {name} may be running: {why}")).hint(
+                "stop its process, or its machine; some seconds later (30 when it could not end in order) try again",
+            ),
+        );
+    }
     let instance = record.instance;
     let mut seen = false;
     plane
@@ -293,6 +305,7 @@ pub(super) fn shared(key: Option<&str>, nodes: &[&NodeName], snapshot: &Snapshot
             places.entry(value).or_default().push(&node.0);
         }
     }
+    places.values_mut().for_each(|nodes| nodes.sort_unstable());
     places
         .into_iter()
         .filter(|(_, nodes)| nodes.len() > 1)

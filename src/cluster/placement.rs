@@ -18,6 +18,8 @@ pub struct Candidate {
     pub name: NodeName,
     /// Free bytes, or why the node does not answer.
     pub free: Result<u64, String>,
+    /// Copies that it has or was promised.
+    pub copies: usize,
     /// Its labels.
     pub labels: Labels,
     /// People closed it to new copies.
@@ -98,9 +100,13 @@ impl fmt::Display for NoPlace {
     }
 }
 
-/// Chooses a node for each copy: never two on one, reachable, not cordoned or drained, not compute-only, not full; the most free space first,
-/// unused values of the topology label before that. Equal nodes are taken by name, so the same state gives the same
-/// choice.
+/// Nodes whose free space is short of the most by less than this part are equals: it changes by that much while one looks,
+/// and of machines that are alike the same one would be chosen again and again.
+const ALIKE_PART: u64 = 64;
+
+/// Chooses a node for each copy: never two on one, reachable, not cordoned or drained, not compute-only, not full; the most
+/// free space first, unused values of the topology label before that. Of equal nodes the one with the fewest copies is
+/// taken, of these the first by name, so the same state gives the same choice.
 pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoPlace> {
     let mut fit: Vec<(&Candidate, u64)> = Vec::new();
     let mut refused = Vec::new();
@@ -115,11 +121,11 @@ pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoP
             Err(why) => refused.push((candidate.name.clone(), why)),
         }
     }
-    fit.sort_by(|(a, x), (b, y)| y.cmp(x).then_with(|| a.name.cmp(&b.name)));
+    let fit = by_preference(fit);
     let no_place = |master: Option<NodeName>, refused| NoPlace {
         wanted: wanted.copies,
         more: !wanted.beside.is_empty(),
-        fit: fit.iter().map(|(c, _)| c.name.clone()).collect(),
+        fit: fit.iter().map(|c| c.name.clone()).collect(),
         refused,
         master,
     };
@@ -134,7 +140,7 @@ pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoP
             spread.count(candidate);
         }
     }
-    let mut rest: Vec<&Candidate> = fit.iter().map(|(c, _)| *c).collect();
+    let mut rest = fit.clone();
     if let Some(master) = &wanted.master {
         match rest.iter().position(|c| c.name == *master) {
             Some(i) => spread.take(rest.remove(i), &mut placement.nodes),
@@ -172,6 +178,20 @@ pub fn place(wanted: &Wanted, candidates: &[Candidate]) -> Result<Placement, NoP
         spread.take(chosen, &mut placement.nodes);
     }
     Ok(placement)
+}
+
+/// The most free space first; of those that are alike in that the fewest copies first, then by name.
+fn by_preference(mut fit: Vec<(&Candidate, u64)>) -> Vec<&Candidate> {
+    let mut sorted = Vec::new();
+    while let Some(most) = fit.iter().map(|(_, free)| *free).max() {
+        let alike = |free: u64| free >= most - most / ALIKE_PART;
+        let best = (0..fit.len())
+            .filter(|i| alike(fit[*i].1))
+            .min_by_key(|i| (fit[*i].0.copies, &fit[*i].0.name));
+        let Some(best) = best else { break };
+        sorted.push(fit.swap_remove(best).0);
+    }
+    sorted
 }
 
 /// Its free bytes, or why it takes no copy.
@@ -250,6 +270,7 @@ mod tests {
         Candidate {
             name: NodeName(name.into()),
             free: Ok(free),
+            copies: 0,
             labels: labels
                 .iter()
                 .map(|(k, v)| (k.to_string(), v.to_string()))
@@ -320,6 +341,34 @@ mod tests {
         ] {
             assert_eq!(names(place(&what, &nodes)), expected, "{what:?}");
         }
+    }
+
+    #[test]
+    fn of_nodes_that_are_alike_the_one_with_the_fewest_copies_is_taken() {
+        let with = |name, free, copies| Candidate {
+            copies,
+            ..node(name, free, &[])
+        };
+        let nodes = [
+            with("a", 64 * G, 9),
+            with("b", 63 * G, 7),
+            with("c", 63 * G + 1, 7),
+            // Less than the others by more than a little.
+            with("d", 62 * G, 0),
+        ];
+        assert_eq!(names(place(&wanted(4), &nodes)), "b,c,a,d");
+        // Copies that are placed one after the other by one look at the nodes spread over those that are alike.
+        let mut nodes = [
+            with("a", 64 * G, 0),
+            with("b", 64 * G, 2),
+            with("c", 64 * G, 0),
+        ];
+        for _ in 0..10 {
+            let chosen = names(place(&wanted(1), &nodes));
+            let node = nodes.iter_mut().find(|n| n.name.0 == chosen).unwrap();
+            node.copies += 1;
+        }
+        assert_eq!(nodes.map(|n| n.copies), [4, 4, 4]);
     }
 
     #[test]

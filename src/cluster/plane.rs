@@ -9,8 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::events::EventLog;
 use super::fault::Fault;
-use super::host::Host;
+use super::host::{Host, ScrubStatus};
 use super::model::VolumeName;
+use super::reach::Reach;
+use super::silence::Silence;
 use super::snapshot::{Snapshot, VolumeEntry};
 use super::store::{Store, Versioned};
 use crate::registry::Revision;
@@ -33,6 +35,15 @@ pub struct Report {
     pub fault: Fault,
 }
 
+/// How a scrub on this node ended. Nobody else knows, and the node only while its process runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndedScrub {
+    /// The volume.
+    pub volume: VolumeId,
+    /// What it found.
+    pub status: ScrubStatus,
+}
+
 /// One node's management plane.
 pub struct Plane {
     /// The cluster.
@@ -53,9 +64,15 @@ pub struct Plane {
     pub host: Arc<dyn Host>,
     /// The node's events.
     pub events: Arc<EventLog>,
+    /// Since when each node does not answer.
+    pub(super) silence: Silence,
+    /// Which other nodes this one reaches.
+    pub reach: Reach,
     stop: Arc<AtomicBool>,
+    known: Mutex<Option<Arc<Snapshot>>>,
     creating: Mutex<BTreeSet<VolumeId>>,
     reports: Mutex<BTreeMap<VolumeId, Report>>,
+    scrubs: Mutex<BTreeMap<VolumeId, ScrubStatus>>,
     fatal: Mutex<Option<String>>,
 }
 
@@ -84,9 +101,13 @@ impl Plane {
             store: joined.store.clone(),
             host,
             events: joined.events.clone(),
+            silence: Silence::default(),
+            reach: Reach::default(),
             stop: Arc::default(),
+            known: Mutex::default(),
             creating: Mutex::default(),
             reports: Mutex::default(),
+            scrubs: Mutex::default(),
             fatal: Mutex::default(),
         }
     }
@@ -106,6 +127,16 @@ impl Plane {
             spec,
             record,
         })
+    }
+
+    /// What the registry held when the control loop acted on it last; `None` before it has read it. Costs the registry
+    /// nothing, and may be a moment old: for what repeats itself, not for what people ask.
+    pub fn known(&self) -> Option<Arc<Snapshot>> {
+        lock(&self.known).clone()
+    }
+
+    pub(super) fn know(&self, snapshot: &Arc<Snapshot>) {
+        *lock(&self.known) = Some(Arc::clone(snapshot));
     }
 
     /// Where a volume's socket is unless people say otherwise.
@@ -140,6 +171,26 @@ impl Plane {
     /// The failures that stand.
     pub fn reports(&self) -> Vec<Report> {
         lock(&self.reports).values().cloned().collect()
+    }
+
+    /// Keeps what a scrub found when it ended.
+    pub(super) fn keep_scrub(&self, volume: VolumeId, status: ScrubStatus) {
+        lock(&self.scrubs).insert(volume, status);
+    }
+
+    /// Forgets the scrubs of volumes that are gone.
+    pub(super) fn forget_scrubs(&self, is_there: impl Fn(VolumeId) -> bool) {
+        lock(&self.scrubs).retain(|volume, _| is_there(*volume));
+    }
+
+    /// The last scrub of each volume that ended here.
+    pub fn scrubs(&self) -> Vec<EndedScrub> {
+        let all = lock(&self.scrubs);
+        let ended = |(volume, status): (&VolumeId, &ScrubStatus)| EndedScrub {
+            volume: *volume,
+            status: status.clone(),
+        };
+        all.iter().map(ended).collect()
     }
 
     /// Set when the node stops.

@@ -1,7 +1,7 @@
 //! More replicas, fewer, others: what people ask of a volume's copies, written into its record. The new copies' nodes
 //! make them, and the attachment brings them up to date, drops those that leave and switches the master.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,13 +15,13 @@ use super::join::random;
 use super::live::{Live, gather};
 use super::membership::{self, Known, choose_leaving};
 use super::model::VolumeName;
-use super::placement::{Beside, NoPlace, Placement, Wanted, fitness, place};
-use super::plane::{Found, Plane};
+use super::placement::{Beside, Candidate, NoPlace, Placement, Wanted, fitness, place};
+use super::plane::{Found, Plane, whole_volumes};
 use super::settings::show_failure_mode;
 use super::snapshot::Snapshot;
 use super::store::{Race, Registrar};
 use crate::replication::failure_mode::FailureMode;
-use crate::replication::ids::{COPIES_MAX, CopyId, NodeName};
+use crate::replication::ids::{COPIES_MAX, CopyId, NodeName, VolumeId};
 use crate::replication::record::{CopyEntry, CopyStatus, Record, State};
 
 /// How long a switch of the master is waited for: it takes two changes of the record.
@@ -81,14 +81,71 @@ impl Around {
     }
 }
 
+/// What the nodes have room for, with what they were promised already: many copies may be placed by one look at them.
+pub(super) struct Room<'a> {
+    snapshot: &'a Snapshot,
+    nodes: Vec<Candidate>,
+    /// Bytes that a new copy of a volume will take.
+    bytes: BTreeMap<VolumeId, u64>,
+}
+
+impl<'a> Room<'a> {
+    pub(super) fn of(snapshot: &'a Snapshot, live: &Live) -> Self {
+        let mut bytes: BTreeMap<VolumeId, u64> = BTreeMap::new();
+        let mut has: BTreeMap<CopyId, u64> = BTreeMap::new();
+        for status in live.0.values().flatten() {
+            for copy in &status.copies {
+                let most = bytes.entry(copy.volume).or_default();
+                *most = copy.allocated.max(*most);
+                has.insert(copy.copy, copy.allocated);
+            }
+        }
+        let mut room = Self {
+            snapshot,
+            nodes: candidates(snapshot, live),
+            bytes,
+        };
+        // The records know of those as well that are not made yet.
+        room.nodes.iter_mut().for_each(|n| n.copies = 0);
+        for (id, _, (record, _)) in whole_volumes(snapshot) {
+            for copy in record.present() {
+                let has = has.get(&copy.copy_id).copied().unwrap_or(0);
+                let more = match copy.status {
+                    CopyStatus::InSync => 0,
+                    _ => room.bytes_of(id).saturating_sub(has),
+                };
+                room.promise(&copy.node, more);
+            }
+        }
+        room
+    }
+
+    fn bytes_of(&self, volume: VolumeId) -> u64 {
+        self.bytes.get(&volume).copied().unwrap_or(0)
+    }
+
+    fn promise(&mut self, node: &NodeName, bytes: u64) {
+        if let Some(node) = self.nodes.iter_mut().find(|n| n.name == *node) {
+            node.copies += 1;
+            node.free = node.free.clone().map(|free| free.saturating_sub(bytes));
+        }
+    }
+
+    /// New copies of the volume go to these nodes.
+    pub(super) fn take(&mut self, nodes: &[NodeName], volume: VolumeId) {
+        let bytes = self.bytes_of(volume);
+        nodes.iter().for_each(|node| self.promise(node, bytes));
+    }
+}
+
 /// Where `count` more copies of the volume go. Those of `lost` are not counted on any more.
 pub(super) fn place_more(
     found: &Found,
-    snapshot: &Snapshot,
-    live: &Live,
+    room: &Room<'_>,
     count: usize,
     lost: &BTreeSet<CopyId>,
 ) -> Result<Placement, NoPlace> {
+    let snapshot = room.snapshot;
     let beside = |c: &CopyEntry| Beside {
         node: c.node.clone(),
         stays: !c.leaving && !lost.contains(&c.copy_id) && !snapshot.is_draining(&c.node),
@@ -99,7 +156,7 @@ pub(super) fn place_more(
         beside: found.record.0.present().map(beside).collect(),
         ..Wanted::default()
     };
-    place(&wanted, &candidates(snapshot, live))
+    place(&wanted, &room.nodes)
 }
 
 /// Writes blank copies on `nodes` into the record.
@@ -131,13 +188,8 @@ pub(super) fn resize(
     let name = &found.name;
     let before = std::mem::replace(&mut record.replicas_wanted, replicas);
     let count = membership::lacking(record, &BTreeSet::new());
-    let placed = place_more(
-        found,
-        &around.snapshot,
-        &around.live,
-        count,
-        &BTreeSet::new(),
-    );
+    let room = Room::of(&around.snapshot, &around.live);
+    let placed = place_more(found, &room, count, &BTreeSet::new());
     let placement = placed.map_err(|e| {
         Fault::state(format!("volume {name} keeps its {before} replicas: {e}")).hint(
             "ask for fewer --replicas, or start more nodes; a copy that leaves occupies its node until it is gone",

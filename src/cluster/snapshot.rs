@@ -60,11 +60,29 @@ impl Snapshot {
     /// Reads a listing of all keys.
     pub fn of(listing: &Listing) -> Self {
         let mut snapshot = Self::default();
-        for (key, entry) in &listing.entries {
-            snapshot.set(key, Some(entry));
-        }
-        snapshot.revision = listing.revision;
+        snapshot.add(listing);
         snapshot
+    }
+
+    /// Takes in the listing of some keys. Of several listings each is of its own instant, and the snapshot of the last.
+    pub(super) fn add(&mut self, listing: &Listing) {
+        for (key, entry) in &listing.entries {
+            self.set(key, Some(entry));
+        }
+        self.revision = listing.revision;
+    }
+
+    /// Nothing but the record of a volume that was made at `revision`.
+    pub(super) fn just_made(record: &Record, revision: Revision) -> Self {
+        let volume = VolumeEntry {
+            record: Some((record.clone(), revision)),
+            ..VolumeEntry::default()
+        };
+        Self {
+            volumes: BTreeMap::from([(record.volume_id, volume)]),
+            revision,
+            ..Self::default()
+        }
     }
 
     /// Takes in one batch of changes of a watch. Changes come in order; those that a newer listing holds already are

@@ -25,7 +25,10 @@ use super::model::{
     VolumeSpec,
 };
 use super::snapshot::Snapshot;
-use crate::registry::{CasError, Change, Entry, Guard, Registry, RegistryError, Revision, Watch};
+use crate::registry::{
+    CasError, Change, Entry, Guard, PRESENCE, Presence, Present, Registry, RegistryError, Revision,
+    Watch,
+};
 use crate::replication::ids::{CopyId, NodeName, VolumeId};
 use crate::replication::record::Record;
 
@@ -137,6 +140,16 @@ impl Store {
         self.registry.name()
     }
 
+    /// Says that the node's process lives, until the answer is dropped. A hint for people, never a fence.
+    pub fn announce(&self, node: &NodeName) -> Result<Presence, RegistryError> {
+        self.registry.announce(&node.0, PRESENCE)
+    }
+
+    /// Which nodes are announced.
+    pub fn present(&self) -> Result<Present, RegistryError> {
+        self.timed(0, || self.registry.present())
+    }
+
     /// How long the registry's calls took so far.
     pub fn seconds(&self) -> RegistrySeconds {
         let [read, write] = self
@@ -150,6 +163,24 @@ impl Store {
     /// Everything, at one instant.
     pub fn snapshot(&self) -> Result<Snapshot, RegistryError> {
         let listing = self.timed(0, || self.registry.list(""))?;
+        Ok(Snapshot::of(&listing))
+    }
+
+    /// What a new volume in `namespace` depends on: nodes, namespaces, and the rules of this one; no volumes, of which there
+    /// may be thousands. Each kind is of one instant.
+    pub fn surroundings(&self, namespace: &str) -> Result<Snapshot, RegistryError> {
+        let mut snapshot = Snapshot::default();
+        let rules = format!("{RULES}{namespace}/");
+        for prefix in [NODES, NAMESPACES, &rules] {
+            snapshot.add(&self.timed(0, || self.registry.list(prefix))?);
+        }
+        Ok(snapshot)
+    }
+
+    /// One volume's keys, at one instant.
+    pub fn of_volume(&self, volume: VolumeId) -> Result<Snapshot, RegistryError> {
+        let prefix = volume_key(volume, "");
+        let listing = self.timed(0, || self.registry.list(&prefix))?;
         Ok(Snapshot::of(&listing))
     }
 

@@ -17,7 +17,10 @@ use super::membership::staying;
 use super::model::{Labels, NodeRecord, RuleLabels, VolumeSpec};
 use super::nodes::{closed, shared};
 use super::plane::whole_volumes;
+use super::reach::Way;
+use super::scrub::{self, ScrubView};
 use super::settings::show_failure_mode;
+use super::sight::{self, Sight};
 use super::snapshot::Snapshot;
 use super::units::show_time;
 use crate::replication::failure_mode::FailureMode;
@@ -83,6 +86,9 @@ pub struct VolumeView {
     pub preferred: Option<NodeName>,
     /// Where it is served.
     pub attachment: Option<AttachmentView>,
+    /// The last comparison of its copies that a node remembers, or the one under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scrub: Option<ScrubView>,
     /// All copies.
     pub copies: Vec<CopyView>,
     /// What could not be had although it was wished for, one sentence each.
@@ -170,10 +176,16 @@ pub struct CopyView {
 pub struct NodeView {
     /// Its name.
     pub name: NodeName,
-    /// `online` or `offline`.
+    /// `online`; `unreachable`: it does not answer here, and something says that it runs; `offline`.
     pub health: String,
-    /// Why it is offline; empty when it is not.
+    /// Why it is not online; empty when it is.
     pub why: String,
+    /// Which ways between it and other nodes are cut although both answer, one sentence each.
+    #[serde(default)]
+    pub cuts: Vec<String>,
+    /// Its ways to other nodes, as it says; only in an inspection of a node that answers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ways: Vec<Way>,
     /// Where its replication is reached.
     pub address: String,
     /// Where its HTTP is reached.
@@ -250,7 +262,7 @@ pub struct ClusterView {
 pub struct NodeSummary {
     /// Its name.
     pub name: NodeName,
-    /// `online` or `offline`.
+    /// `online`, `unreachable` or `offline`.
     pub health: String,
     /// Its version.
     pub version: String,
@@ -387,6 +399,7 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
             connected: status.map(|s| s.connected),
             inflight: status.map(|s| s.inflight),
         }),
+        scrub: scrub::newest(spec, id, record.size, live),
         copies,
         remarks: Vec::new(),
         events: Vec::new(),
@@ -460,16 +473,16 @@ fn is_lost(copy: &CopyEntry, live: &Live) -> bool {
 }
 
 /// All nodes, in the order of their names.
-pub fn nodes(snapshot: &Snapshot, live: &Live) -> Vec<NodeView> {
+pub fn nodes(snapshot: &Snapshot, live: &Live, sight: &Sight) -> Vec<NodeView> {
     snapshot
         .nodes
         .values()
-        .map(|(record, _)| node(record, snapshot, live))
+        .map(|(record, _)| node(record, snapshot, live, sight))
         .collect()
 }
 
 /// One node.
-pub fn node(record: &NodeRecord, snapshot: &Snapshot, live: &Live) -> NodeView {
+pub fn node(record: &NodeRecord, snapshot: &Snapshot, live: &Live, sight: &Sight) -> NodeView {
     let status = live.node(&record.name);
     let (mut masters, mut replicas) = (0, 0);
     for (_, _, (volume, _)) in whole_volumes(snapshot) {
@@ -480,15 +493,19 @@ pub fn node(record: &NodeRecord, snapshot: &Snapshot, live: &Live) -> NodeView {
         }
     }
     let closed = closed(record);
+    // One that joined between the listing and the questions was not asked.
+    let unasked = || (sight::Health::Offline, live.why_not(&record.name));
+    let (health, why) = sight
+        .nodes
+        .get(&record.name)
+        .cloned()
+        .unwrap_or_else(unasked);
     NodeView {
         name: record.name.clone(),
-        health: if status.is_some() {
-            "online"
-        } else {
-            "offline"
-        }
-        .into(),
-        why: live.why_not(&record.name),
+        health: health.word().into(),
+        why,
+        cuts: sight.cuts_of(&record.name),
+        ways: Vec::new(),
         address: record.address.clone(),
         http: record.http.clone(),
         instance: record.instance,
@@ -544,15 +561,22 @@ pub fn node_copies(copies: &[LocalCopy], snapshot: &Snapshot) -> Vec<NodeCopy> {
 }
 
 /// The cluster at a glance.
-pub fn cluster(snapshot: &Snapshot, live: &Live, id: ClusterId, registry: String) -> ClusterView {
-    let nodes = nodes(snapshot, live);
+pub fn cluster(
+    snapshot: &Snapshot,
+    live: &Live,
+    sight: &Sight,
+    id: ClusterId,
+    registry: String,
+) -> ClusterView {
+    let nodes = nodes(snapshot, live, sight);
     let volumes = volumes(snapshot, live);
     let mut health: BTreeMap<Health, usize> = BTreeMap::new();
     let mut problems: Vec<String> = nodes
         .iter()
         .filter(|n| n.health != "online")
-        .map(|n| format!("node {} is offline: {}", n.name, n.why))
+        .map(|n| format!("node {} is {}: {}", n.name, n.health, n.why))
         .collect();
+    problems.extend(sight.cuts.iter().map(|cut| cut.text.clone()));
     for volume in &volumes {
         *health.entry(volume.health).or_default() += 1;
         if volume.health != Health::Healthy {

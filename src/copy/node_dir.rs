@@ -7,8 +7,8 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::os;
-use super::store::{StoreError, sweep};
+use super::store::{META, StoreError, sweep};
+use super::{FormatError, os, superblock};
 use crate::replication::ids::{ClusterId, NodeName, VolumeId};
 
 /// The format of `node.json` that this program writes, and the newest it reads.
@@ -105,9 +105,9 @@ pub enum NodeDirError {
         /// Which.
         file: PathBuf,
     },
-    /// What a crash left of a copy could not be removed.
+    /// What a crash left of a copy could not be removed, or a copy is of a newer program.
     #[error(transparent)]
-    Sweep(#[from] StoreError),
+    Copy(#[from] StoreError),
     /// The system refused something else.
     #[error("cannot {what} {path}: {source}")]
     Io {
@@ -172,6 +172,36 @@ impl NodeDir {
         }
         sweep(&volumes)?;
         Ok(this)
+    }
+
+    /// Whether this program could use `dir` as `node`'s, as far as formats tell. Locks nothing and changes nothing, so that it can
+    /// be asked while another process has it.
+    ///
+    /// Errors: see [`NodeDirError`].
+    pub fn is_readable(dir: &Path, node: &NodeName) -> Result<(), NodeDirError> {
+        match read_identity(&dir.join(IDENTITY))? {
+            Some(identity) if identity.node != *node => {
+                return Err(NodeDirError::OtherNode {
+                    dir: dir.into(),
+                    owner: identity.node,
+                    node: node.clone(),
+                });
+            }
+            Some(_) => {}
+            None => return Ok(()),
+        }
+        let volumes = dir.join(VOLUMES);
+        for volume in volumes_in(&volumes)? {
+            let dir = volumes.join(volume.to_string());
+            // What else is wrong with a copy is wrong today as well.
+            let Ok(meta) = File::open(dir.join(META)) else {
+                continue;
+            };
+            if let Err(source @ FormatError::Newer { .. }) = superblock::load(&meta) {
+                return Err(StoreError::Format { dir, source }.into());
+            }
+        }
+        Ok(())
     }
 
     /// The cluster this node joined, if any.

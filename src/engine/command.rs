@@ -7,14 +7,15 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
 use crate::cluster::metrics::VolumeMetrics;
 use crate::copy::{GrowthError, Metadata, Store};
-use crate::guest::{Capacity, GuestMem, RingLog, RingStart};
+use crate::guest::{Capacity, GuestMem, ParkedRing, RingLog, RingStart};
 use crate::replication::attachment::{CasOutcome, CopyView, Phase, Revision};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState};
 use crate::replication::dirty_map::DirtyMap;
-use crate::replication::ids::{Epoch, Nanos, NodeName, Region, VolumeId};
+use crate::replication::ids::{CopyId, Epoch, Nanos, NodeName, Region, VolumeId};
 use crate::replication::message::Proof;
 use crate::replication::record::{self, Record};
 use crate::replication::replica::Ticket;
+use crate::replication::scrub::View as ScrubView;
 use crate::wire::hello::Hello;
 
 /// A copy as read from disk, ready to be served.
@@ -25,8 +26,8 @@ pub struct OpenCopy {
     pub metadata: Metadata,
     /// Its superblock.
     pub state: CopyState,
-    /// Its activity log.
-    pub regions: Vec<Region>,
+    /// Its activity log; `None`: it cannot be read.
+    pub regions: Option<Vec<Region>>,
     /// Its bitmaps.
     pub maps: [Option<DirtyMap>; BITMAPS_MAX],
 }
@@ -81,6 +82,9 @@ pub enum GuestCommand {
 /// Answer to a [`GuestCommand`].
 pub type GuestAnswer = Result<u16, String>;
 
+/// Answer to [`Command::Park`].
+pub type ParkAnswer = Result<Vec<ParkedRing>, String>;
+
 /// One attached volume, for people.
 #[derive(Clone, Debug)]
 pub struct VolumeStatus {
@@ -102,6 +106,8 @@ pub struct VolumeStatus {
     pub undecided: u64,
     /// Whether a completed write may be in caches: what the guest negotiated.
     pub writeback: bool,
+    /// The scrub under way, or the last one.
+    pub scrub: Option<ScrubView>,
 }
 
 /// One local copy, for people.
@@ -167,8 +173,19 @@ pub enum Command {
     Detach(VolumeId, SyncSender<Result<(), String>>),
     /// The machine may move to another node, or not any more (see [`AttachVolume::by_turns`]).
     ByTurns(VolumeId, bool),
+    /// Compare all in-sync copies of an attached volume, under this id, and repair if so; an error says why not.
+    Scrub(VolumeId, u64, bool, SyncSender<Result<(), String>>),
+    /// End the scrub of this id.
+    StopScrub(VolumeId, u64),
     /// From a vhost-user control thread.
     Guest(VolumeId, GuestCommand, SyncSender<GuestAnswer>),
+    /// The guest's rings stand still; answered when nothing of them is in flight, or this time is over. See
+    /// [`crate::guest::DataPlane::park`].
+    Park(VolumeId, Nanos, SyncSender<ParkAnswer>),
+    /// They go on.
+    Unpark(VolumeId),
+    /// How long the disk has been at its oldest request.
+    DiskAge(SyncSender<Nanos>),
     /// The record of an attached volume, as read or watched (`None`: removed).
     Record(VolumeId, Option<(Record, Revision)>),
     /// It could not be read.
@@ -183,8 +200,12 @@ pub enum Command {
     Peers(Vec<(NodeName, SocketAddr)>),
     /// A connection that greeted and belongs to this worker; with what came behind the greeting.
     Adopt(TcpStream, Box<Hello>, Vec<u8>),
-    /// Report the attached volumes and the copies.
-    Status(SyncSender<(Vec<VolumeStatus>, Vec<CopyStatus>)>),
+    /// Report the attached volumes.
+    Attached(SyncSender<Vec<VolumeStatus>>),
+    /// Report the copies, with a look at the files of each.
+    Copies(SyncSender<Vec<CopyStatus>>),
+    /// Report the identities of the copies: of this volume, or of all.
+    CopyIds(Option<VolumeId>, SyncSender<Vec<(VolumeId, CopyId)>>),
     /// Report the counters.
     Metrics(SyncSender<WorkerMetrics>),
     /// End.

@@ -15,6 +15,7 @@ use super::buffer::{Buffer, Bytes};
 use super::command::{Event, Mailbox, RegistryRequest};
 use super::conn::{Conn, OUT_MAX, Piece};
 use super::disk::Disk;
+use super::syncs::Turns;
 use crate::replication::attachment::CopySet;
 use crate::replication::ids::{
     BootId, COPIES_MAX, ClusterId, CopyId, Epoch, Instance, LINKS_MAX, Nanos, NodeName, Seq,
@@ -118,6 +119,8 @@ pub struct Context {
     pub syncs_started: u64,
     /// See `syncs_started`.
     pub syncs_completed: u64,
+    /// Which syncs may begin.
+    pub turns: Turns,
     /// Distinguishes what restarts: tokens and sessions are never reused.
     next: usize,
     poll: Registry,
@@ -154,6 +157,7 @@ impl Context {
             ejections: HashMap::new(),
             syncs_started: 0,
             syncs_completed: 0,
+            turns: Turns::default(),
             next: first,
             poll,
             compressor: Compressor::default(),
@@ -245,6 +249,7 @@ impl Context {
     /// Ends a connection at once and gives back what it was.
     pub fn remove(&mut self, token: usize) -> Option<Peer> {
         let mut peer = self.peers.remove(&token)?;
+        self.turns.dialed(token);
         self.unsent.remove(&token);
         if let Role::Attachment { session, .. } = &peer.role {
             self.sessions.remove(session);

@@ -347,6 +347,14 @@ impl Disk {
         });
     }
 
+    /// How long ago the oldest operation that has not ended was asked for.
+    pub fn age(&self) -> Nanos {
+        let started = self.running.iter().map(|(_, running)| running.started);
+        started
+            .min()
+            .map_or(Nanos::default(), |oldest| self.now.since(oldest))
+    }
+
     /// Whether a walk is under way.
     pub fn walks(&self) -> bool {
         !self.walks.is_empty()

@@ -7,22 +7,26 @@ pub mod command;
 mod conn;
 mod context;
 mod disk;
+pub mod exec;
 mod extents;
 mod fill;
 mod plane;
 mod rings;
+mod syncs;
 mod volume;
 mod worker;
 mod write_cache;
 mod zeroes;
 
 use std::net::SocketAddr;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, channel};
 
 use crate::replication::attachment::Revision;
-use crate::replication::ids::{Nanos, NodeName, VolumeId};
+use crate::replication::ids::{CopyId, Nanos, NodeName, VolumeId};
 use crate::replication::record::Record;
 use command::GuestCommand;
+use syncs::{End, Places};
 
 pub use command::{
     AttachVolume, Command, CopyStatus, Event, OpenCopy, Records, RegistryRequest, VolumeStatus,
@@ -30,6 +34,7 @@ pub use command::{
 };
 pub use context::Identity;
 pub use plane::Plane;
+pub use syncs::Syncs;
 pub use write_cache::WriteCache;
 
 /// How long a worker may take to answer a question: it never blocks, so this is a worker in trouble.
@@ -58,6 +63,7 @@ pub struct Engine {
 #[derive(Clone)]
 pub struct Handle {
     workers: Vec<command::Mailbox>,
+    places: Arc<Places>,
 }
 
 impl Engine {
@@ -74,6 +80,7 @@ impl Engine {
     ) -> std::io::Result<(Self, Receiver<Event>)> {
         let (registry, requests) = channel();
         let (events, received) = channel();
+        let places = Arc::new(Places::default());
         let mut all = Vec::new();
         for index in 0..workers {
             let (registry, events) = (registry.clone(), events.clone());
@@ -84,10 +91,12 @@ impl Engine {
                 me,
                 registry,
                 events,
+                places: Arc::clone(&places),
             })?);
         }
         let handle = Handle {
             workers: all.iter().map(|w| w.mailbox.clone()).collect(),
+            places,
         };
         for mailbox in &handle.workers {
             mailbox.send(Command::Siblings(handle.workers.clone()));
@@ -166,6 +175,18 @@ impl Handle {
         self.owner(volume).send(Command::ByTurns(volume, on));
     }
 
+    /// Compares all in-sync copies of a volume that is attached here.
+    pub fn scrub(&self, volume: VolumeId, id: u64, repair: bool) -> Result<(), String> {
+        self.owner(volume)
+            .ask(ANSWER, |reply| Command::Scrub(volume, id, repair, reply))
+            .unwrap_or_else(|| Err(silent()))
+    }
+
+    /// Ends that.
+    pub fn stop_scrub(&self, volume: VolumeId, id: u64) {
+        self.owner(volume).send(Command::StopScrub(volume, id));
+    }
+
     /// Whether completed writes of this volume may be in caches, as its machine negotiated elsewhere.
     pub fn write_cache(&self, volume: VolumeId, writeback: bool) {
         let command = GuestCommand::Features { writeback };
@@ -194,18 +215,47 @@ impl Handle {
         }
     }
 
-    /// Attached volumes and copies.
-    pub fn status(&self) -> (Vec<VolumeStatus>, Vec<CopyStatus>) {
-        let mut all = (Vec::new(), Vec::new());
-        for (attached, copies) in self
-            .workers
-            .iter()
-            .filter_map(|w| w.ask(ANSWER, Command::Status))
-        {
-            all.0.extend(attached);
-            all.1.extend(copies);
-        }
-        all
+    /// How long the disk has been at its oldest request.
+    pub fn disk_age(&self) -> Nanos {
+        let ages = self.workers.iter().map(|w| w.ask(ANSWER, Command::DiskAge));
+        // A worker that does not say is as bad.
+        ages.map(|age| age.unwrap_or(ANSWER))
+            .max()
+            .unwrap_or_default()
+    }
+
+    /// Attached volumes.
+    pub fn attached(&self) -> Vec<VolumeStatus> {
+        self.ask_all(Command::Attached)
+    }
+
+    /// Copies, with a look at the files of each.
+    pub fn copies(&self) -> Vec<CopyStatus> {
+        self.ask_all(Command::Copies)
+    }
+
+    /// The identities of all copies.
+    pub fn copy_ids(&self) -> Vec<(VolumeId, CopyId)> {
+        self.ask_all(|reply| Command::CopyIds(None, reply))
+    }
+
+    /// The identity of the volume's copy, if there is one.
+    pub fn copy_of(&self, volume: VolumeId) -> Option<CopyId> {
+        let found = self
+            .owner(volume)
+            .ask(ANSWER, |reply| Command::CopyIds(Some(volume), reply))?;
+        found.first().map(|(_, copy)| *copy)
+    }
+
+    /// What all workers answer.
+    fn ask_all<T>(&self, command: impl Fn(SyncSender<Vec<T>>) -> Command) -> Vec<T> {
+        let answers = self.workers.iter().filter_map(|w| w.ask(ANSWER, &command));
+        answers.flatten().collect()
+    }
+
+    /// Syncs from this node, and to it.
+    pub fn syncs(&self) -> [Syncs; 2] {
+        [End::Source, End::Target].map(|end| self.places.syncs(end))
     }
 
     /// Counters, a set for each worker.

@@ -2,12 +2,13 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use super::command::{Command, GuestAnswer, GuestCommand, Mailbox};
 use super::write_cache::WriteCache;
-use crate::guest::{DataPlane, GuestMem, RingLog, RingStart};
+use crate::guest::{DataPlane, GuestMem, ParkedRing, RingLog, RingStart};
 use crate::replication::ids::{Nanos, VolumeId};
 
 /// Longest wait for a worker's answer. Above the time a ring may take to drain ([`super::rings::DRAIN`]); QEMU holds
@@ -74,6 +75,19 @@ impl DataPlane for Plane {
             self.write_cache.set(writeback);
         }
         self.tell(GuestCommand::Features { writeback });
+    }
+
+    fn park(&mut self, patience: Duration) -> Result<Vec<ParkedRing>, String> {
+        let patience = Nanos(patience.as_nanos() as u64);
+        let limit = Nanos(PATIENCE.0 + patience.0);
+        let answer = self
+            .mailbox
+            .ask(limit, |reply| Command::Park(self.volume, patience, reply));
+        answer.unwrap_or_else(|| Err("the volume's worker does not answer".into()))
+    }
+
+    fn unpark(&mut self) {
+        self.mailbox.send(Command::Unpark(self.volume));
     }
 
     fn disconnected(&mut self) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 use super::buffer::{Buffer, Bytes, GuestPart, GuestRequest};
-use super::command::GuestAnswer;
+use super::command::{GuestAnswer, ParkAnswer};
 use super::zeroes::Zeroes;
 use crate::cluster::metrics::Layer;
 use crate::guest::{
@@ -209,6 +209,13 @@ impl Queue {
     }
 }
 
+/// Rings that stand still for the program that takes this one's place.
+struct Parking {
+    /// Until it was answered.
+    reply: Option<SyncSender<ParkAnswer>>,
+    deadline: Nanos,
+}
+
 /// All rings of one volume.
 pub struct Rings {
     name: String,
@@ -218,16 +225,18 @@ pub struct Rings {
     zeroes: Zeroes,
     /// The last request that was taken, if it did not fit whole.
     long: Option<Long>,
-    /// Parts that have ended while the kernel still works with their request's memory: a disk that was late, and another
-    /// copy answered. They end when it has let go.
-    late: Vec<(RequestId, Outcome, Option<Bytes>)>,
     budget: Budget,
     /// The queue that is looked at first, so that none takes all of each turn.
     first: usize,
     lives: u64,
     stops: Option<Stops>,
+    /// Answers of requests whose memory the kernel uses still.
+    pinned: Vec<(RequestId, Outcome, Option<Bytes>)>,
+    /// A read was answered, and the guest has not seen it yet.
+    read: bool,
     limits: Limits,
     writeback: bool,
+    parking: Option<Parking>,
     /// The volume is being detached: nothing new is taken.
     pub paused: bool,
     /// What the guest asked, for `/metrics`.
@@ -255,7 +264,6 @@ impl Rings {
             parts: InFlight::default(),
             zeroes: Zeroes::default(),
             long: None,
-            late: Vec::new(),
             budget: Budget {
                 turn_bytes: TURN_BYTES,
                 turn_work: TURN_WORK,
@@ -264,8 +272,11 @@ impl Rings {
             first: 0,
             lives: 0,
             stops: None,
+            pinned: Vec::new(),
+            read: false,
             limits,
             writeback: true,
+            parking: None,
             paused: false,
             stats: Layer::default(),
         }
@@ -423,9 +434,65 @@ impl Rings {
         }
     }
 
+    /// Nothing new is taken.
+    fn stand_still(&self) -> bool {
+        self.paused || self.parking.is_some()
+    }
+
+    /// All rings stand still; `reply` is answered by [`parked`](Rings::parked).
+    pub fn park(&mut self, now: Nanos, patience: Nanos, reply: SyncSender<ParkAnswer>) {
+        self.parking = Some(Parking {
+            reply: Some(reply),
+            deadline: now.after(patience),
+        });
+    }
+
+    /// They go on.
+    pub fn unpark(&mut self) {
+        self.parking = None;
+        for slot in self.queues.iter_mut().filter_map(|q| q.slot.as_mut()) {
+            // Kicks that came meanwhile were taken note of, others were not asked for.
+            slot.ready = true;
+        }
+    }
+
+    /// Answers who waits for the rings to stand still, when nothing is in flight or the time is over. What is in flight
+    /// then, and written down, is submitted again by whoever takes the rings over; if it is not written down they stay.
+    pub fn parked(&mut self, now: Nanos) {
+        let Some(Parking { reply, deadline }) = &mut self.parking else {
+            return;
+        };
+        let slots = || self.queues.iter().filter_map(|q| q.slot.as_ref());
+        let rings = || slots().map(|slot| &slot.ring);
+        // An answer that is held back is not the guest's yet.
+        let busy = |slot: &&Slot| slot.pushed || slot.ring.in_flight() > 0;
+        if reply.is_none() || (slots().any(|slot| busy(&slot)) && now < *deadline) {
+            return;
+        }
+        let mut open = slots().filter(busy).map(|slot| &slot.ring);
+        let lost = open.find(|ring| !ring.is_tracked());
+        let answer = match lost {
+            None => rings()
+                .map(|ring| ring.park().map_err(|e| e.to_string()))
+                .collect(),
+            Some(ring) => Err(format!(
+                "{} requests of queue {} do not end, and its front-end keeps no in-flight region for them",
+                ring.in_flight(),
+                ring.index()
+            )),
+        };
+        let failed = answer.is_err();
+        // Whoever asked may have given up, and then says so.
+        let _ = reply.take().map(|reply| reply.try_send(answer));
+        if failed {
+            self.unpark();
+        }
+    }
+
     /// The connection is gone: its rings are dropped, and what is under way is not answered any more.
     pub fn disconnect(&mut self) {
         self.queues.iter_mut().for_each(|queue| drop(queue.end()));
+        self.parking = None;
         self.forget_waiting();
     }
 
@@ -496,11 +563,8 @@ impl Rings {
     /// Takes what the guest made available and submits it, as much as a turn may begin. Returns whether anything was taken.
     pub fn take(&mut self, now: Nanos, attachment: &mut Attachment<Bytes>, direct: bool) -> bool {
         let mut any = false;
-        for (id, outcome, data) in std::mem::take(&mut self.late) {
-            self.complete(now, attachment, id, outcome, data.as_ref());
-        }
         self.go_on(now, attachment, direct);
-        if self.paused {
+        if self.stand_still() {
             return any;
         }
         let count = self.queues.len();
@@ -586,20 +650,37 @@ impl Rings {
         outcome: Outcome,
         data: Option<&Bytes>,
     ) {
-        let seq = Seq(id.0);
-        if (self.parts.get_mut(seq)).is_some_and(|part| part.guest.is_pinned()) {
-            return self.late.push((id, outcome, data.cloned()));
+        // This node's disk hangs with a read of the guest's memory, its copy is late, and is asked again or another one instead.
+        // Were the request answered now, the first read would end in what the guest has in that memory by then.
+        let pinned = |p: &mut Part| p.guest.parts.get() == 1 && p.guest.is_pinned();
+        if self.parts.get_mut(Seq(id.0)).is_some_and(pinned) {
+            return self.pinned.push((id, outcome, data.cloned()));
         }
-        let Some(part) = self.parts.remove(seq) else {
+        let zeroes = |p: &mut Part| matches!(p.kind, Kind::Discard | Kind::WriteZeroes);
+        if self.parts.get_mut(Seq(id.0)).is_some_and(zeroes) {
+            self.zeroes.ended();
+            self.start_zeroes(now, attachment);
+        }
+        self.part_done(now, id, outcome, data);
+    }
+
+    /// Answers what waited for the kernel to let go of its memory.
+    pub fn answer_unpinned(&mut self, now: Nanos) {
+        for (id, outcome, data) in std::mem::take(&mut self.pinned) {
+            let pinned = |p: &mut Part| p.guest.is_pinned();
+            match self.parts.get_mut(Seq(id.0)).is_some_and(pinned) {
+                true => self.pinned.push((id, outcome, data)),
+                false => self.part_done(now, id, outcome, data.as_ref()),
+            }
+        }
+    }
+
+    fn part_done(&mut self, now: Nanos, id: RequestId, outcome: Outcome, data: Option<&Bytes>) {
+        let Some(part) = self.parts.remove(Seq(id.0)) else {
             return;
         };
-        match part.kind {
-            Kind::Discard | Kind::WriteZeroes => {
-                self.zeroes.ended();
-                self.start_zeroes(now, attachment);
-            }
-            Kind::In | Kind::Out => self.budget.bytes -= part.len,
-            Kind::Flush | Kind::GetId => {}
+        if matches!(part.kind, Kind::In | Kind::Out) {
+            self.budget.bytes -= part.len;
         }
         let guest = &part.guest;
         let alive = match self.origin(guest) {
@@ -628,6 +709,7 @@ impl Rings {
             // SAFETY: the request is not answered yet, so its pieces are mapped.
             unsafe { copy_to_guest(buffer, &pieces) };
         }
+        self.read |= part.kind == Kind::In;
         guest
             .failed
             .set(guest.failed.get() || outcome == Outcome::IoError);
@@ -663,30 +745,37 @@ impl Rings {
         }
     }
 
-    /// Ends the turn: publishes answers with one notification a ring, and asks for kicks again. Returns whether a ring
-    /// has more to take already.
-    pub fn end_turn(&mut self) -> bool {
+    /// Whether a read is among the answers that the end of the turn publishes.
+    pub fn shows_reads(&self) -> bool {
+        self.read
+    }
+
+    /// Ends the turn: publishes answers with one notification a ring, unless they are to be held back, and asks for kicks
+    /// again. Returns whether a ring has more to take already.
+    pub fn end_turn(&mut self, hold: bool) -> bool {
+        self.read &= hold;
         self.budget.new_turn();
         // Room comes with an answer, and with that the next turn.
         let room = self.budget.has_room(&self.parts);
         let mut more = room && self.long.is_some();
+        let still = self.stand_still();
         for queue in &mut self.queues {
             let Some(slot) = &mut queue.slot else {
                 continue;
             };
-            if slot.pushed {
+            if slot.pushed && !hold {
                 slot.pushed = false;
                 slot.ring.publish_and_notify();
             }
             if !slot.ready
                 && slot.enabled
                 && slot.stopping.is_none()
-                && !self.paused
+                && !still
                 && !slot.ring.is_broken()
             {
                 slot.ready = slot.ring.enable_kicks();
             }
-            more |= room && !self.paused && queue.may_take() > 0;
+            more |= room && !still && queue.may_take() > 0;
         }
         more
     }
@@ -702,7 +791,7 @@ impl Rings {
                 continue;
             };
             let left = slot.ring.in_flight() + slot.ring.to_resubmit();
-            if left > 0 && now < *deadline {
+            if (left > 0 || slot.pushed) && now < *deadline {
                 continue;
             }
             if left > 0 {
@@ -787,7 +876,9 @@ fn submit(
         };
         let fua = long.fua;
         let (op, data) = match long.kind {
-            Kind::In => (Op::Read(span), Some(Bytes::Guest(memory))),
+            Kind::In if direct => (Op::Read(span), Some(Bytes::Guest(memory))),
+            // Another copy may be asked when the disk here hangs; it would go on using the guest's memory meanwhile.
+            Kind::In => (Op::Read(span), None),
             Kind::Out if direct => (Op::Write { span, fua }, Some(Bytes::Guest(memory))),
             Kind::Out => (Op::Write { span, fua }, Some(snapshot(&memory))),
             // Serials and zeros do not come here.

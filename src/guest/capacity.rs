@@ -72,6 +72,11 @@ impl Capacity {
 pub(super) struct Channel(OwnedFd);
 
 impl Channel {
+    /// One more descriptor for it.
+    pub(super) fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.0.try_clone()
+    }
+
     /// Has the front-end read the configuration again.
     ///
     /// # Errors

@@ -15,7 +15,7 @@ const BLK_F_RO: u64 = 1 << 5;
 const BLK_F_BLK_SIZE: u64 = 1 << 6;
 const BLK_F_FLUSH: u64 = 1 << 9;
 const BLK_F_TOPOLOGY: u64 = 1 << 10;
-const BLK_F_CONFIG_WCE: u64 = 1 << 11;
+pub(super) const BLK_F_CONFIG_WCE: u64 = 1 << 11;
 const BLK_F_MQ: u64 = 1 << 12;
 const BLK_F_DISCARD: u64 = 1 << 13;
 const BLK_F_WRITE_ZEROES: u64 = 1 << 14;
@@ -231,6 +231,11 @@ impl Device {
                 bytes.len()
             )),
         }
+    }
+
+    /// Where the write-cache switch is in configuration space, and how it is set.
+    pub(super) fn write_cache(&self) -> (u32, u8) {
+        (WRITEBACK, self.writeback.load(Ordering::Relaxed).into())
     }
 
     /// Largest ring that is accepted.

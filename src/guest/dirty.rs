@@ -22,6 +22,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -30,7 +31,7 @@ use thiserror::Error;
 use vhost::vhost_user::message::VhostUserLog;
 use vm_memory::{FileOffset, GuestAddress, MmapRegion};
 
-use super::inflight::keeps_its_size;
+use super::inflight::{keeps_its_size, mapped_from};
 
 /// Bytes of guest memory for one bit (VHOST_LOG_PAGE).
 const PAGE: u64 = 4096;
@@ -107,6 +108,16 @@ impl DirtyLog {
             map,
             pages: size.saturating_mul(8),
         })
+    }
+
+    /// The log as a front-end sends it, with its file once more.
+    ///
+    /// # Errors
+    ///
+    /// The process has no descriptors left.
+    pub(super) fn describe(&self) -> io::Result<(VhostUserLog, OwnedFd)> {
+        let (offset, file) = mapped_from(&self.map)?;
+        Ok((VhostUserLog::new(self.map.size() as u64, offset), file))
     }
 
     /// Whether there is a bit for every page below `end`, a guest-physical address.

@@ -36,6 +36,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
@@ -141,6 +142,12 @@ pub(super) fn keeps_its_size(file: &File) -> io::Result<bool> {
     // What cannot have seals says EINVAL.
     let sealed = rustix::fs::fcntl_get_seals(file).is_ok_and(|s| s.contains(SealFlags::SHRINK));
     Ok(sealed && rustix::fs::fstatfs(file)?.f_type == libc::TMPFS_MAGIC)
+}
+
+/// The file behind a mapping, and where in it the mapping begins.
+pub(super) fn mapped_from(map: &MmapRegion<()>) -> io::Result<(u64, OwnedFd)> {
+    let from = map.file_offset().ok_or(io::ErrorKind::InvalidData)?;
+    Ok((from.start(), from.file().as_fd().try_clone_to_owned()?))
 }
 
 /// Bytes of one queue's part.
@@ -258,6 +265,18 @@ impl Region {
             });
         }
         Ok(())
+    }
+
+    /// The region as a front-end sends it, with its file once more.
+    ///
+    /// # Errors
+    ///
+    /// The process has no descriptors left.
+    pub(super) fn describe(&self) -> io::Result<(VhostUserInflight, OwnedFd)> {
+        let (offset, file) = mapped_from(&self.map)?;
+        let size = self.map.size() as u64;
+        let info = VhostUserInflight::new(size, offset, self.queues, self.entries);
+        Ok((info, file))
     }
 
     /// Queues that it has a part for, from 0 on.

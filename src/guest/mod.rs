@@ -17,6 +17,7 @@
 //! | `session` | one connection: the vhost-user messages, and the state of its rings as the front-end described it |
 //! | `config` | the device itself: features offered, configuration space, write-cache switch |
 //! | `capacity` | the size the guest is shown, and telling it of a larger one |
+//! | `handover` | a connection given to the program that takes this one's place |
 //! | `state` | what is saved of the device with a virtual machine: nothing |
 //! | `table` | the front-end's memory table: regions mapped, its addresses translated |
 //! | `plane` | the contract between the two sides |
@@ -39,6 +40,7 @@ mod chain;
 mod config;
 mod dirty;
 mod fault;
+mod handover;
 mod inflight;
 mod iovec;
 mod memory;
@@ -55,15 +57,16 @@ pub use capacity::Capacity;
 pub use chain::{Chain, ChainFault, MAX_DATA_SEGMENTS, Used};
 pub use config::{BlockSize, ConfigError, DeviceConfig, Serial};
 pub use dirty::{DirtyLog, LogError, RingLog};
+pub use handover::{Handed, Message, Packed, Receipt, Tally};
 pub use inflight::{InflightError, InflightQueue, Region as InflightRegion};
 pub use iovec::{IoVec, copy_from_guest, copy_to_guest, total_len};
-pub use plane::{DataPlane, RingStart};
+pub use plane::{DataPlane, ParkedRing, RingStart};
 pub use request::{
     Kind, Limits, MAX_ZERO_SECTORS, MAX_ZERO_SEGMENTS, Parsed, Refusal, Refused, Request,
     SECTOR_SIZE, Segment, Status,
 };
 pub use ring::{MAX_RING_SIZE, Ring, RingError};
-pub use server::{Bound, Server};
+pub use server::{Bound, Parking, Server, Stand, Who};
 pub use socket::ServeError;
 
 /// Guest memory as the front-end shared it. Its own dirty bitmap is not in use: see `dirty`.

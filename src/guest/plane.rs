@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::GuestAddress;
 
@@ -60,9 +61,34 @@ pub trait DataPlane: Send {
     /// durable: either the guest cannot flush, or it switched the write cache off.
     fn set_features(&mut self, acked: u64, writeback: bool);
 
+    /// All rings stand still: nothing more is taken, and what is in flight is waited for at most `patience`. Describes the
+    /// rings that run. A ring without an in-flight region has nothing in flight on return, and answers nothing until
+    /// [`unpark`](DataPlane::unpark); one with a region may go on answering what it took.
+    ///
+    /// # Errors
+    ///
+    /// A sentence for people: requests of a ring without a region do not end. Then all rings go on.
+    fn park(&mut self, patience: Duration) -> Result<Vec<ParkedRing>, String>;
+
+    /// The rings go on, with one look at each.
+    fn unpark(&mut self);
+
     /// The connection is gone. Drop all its rings and complete nothing more into guest memory; requests whose I/O
     /// the kernel still holds are kept until that I/O ends, then abandoned.
     fn disconnected(&mut self);
+}
+
+/// A ring that stands still and is to run on elsewhere.
+#[derive(Debug)]
+pub struct ParkedRing {
+    /// Which queue of the device.
+    pub index: u16,
+    /// Index of the next available entry that was not taken.
+    pub next_avail: u16,
+    /// What the guest's kicks arrive on: one more descriptor for it.
+    pub kick: OwnedFd,
+    /// What completions are signalled on; `None` when the guest polls.
+    pub call: Option<OwnedFd>,
 }
 
 /// Everything that the engine needs to serve one ring. All addresses are guest-physical and not yet checked:

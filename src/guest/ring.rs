@@ -18,7 +18,7 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ use super::dirty::RingLog;
 use super::inflight::{Resumed, Tracker, before_store};
 use super::memory::MemMap;
 use super::request::{Limits, Parsed, Request};
-use super::{GuestMem, IoVec, RingStart};
+use super::{GuestMem, IoVec, ParkedRing, RingStart};
 
 /// Largest split ring (2.7). QEMU stops at 1024.
 pub const MAX_RING_SIZE: u16 = 32768;
@@ -682,6 +682,24 @@ impl Ring {
     /// The descriptor to wait on for kicks.
     pub fn kick_fd(&self) -> BorrowedFd<'_> {
         self.kick.as_fd()
+    }
+
+    /// What it would take to serve this ring elsewhere. It goes on here.
+    ///
+    /// # Errors
+    ///
+    /// The process has no descriptors left.
+    pub fn park(&self) -> io::Result<ParkedRing> {
+        let call = self
+            .call
+            .as_ref()
+            .map(|call| call.as_fd().try_clone_to_owned());
+        Ok(ParkedRing {
+            index: self.index,
+            next_avail: self.next_avail,
+            kick: self.kick.as_fd().try_clone_to_owned()?,
+            call: call.transpose()?,
+        })
     }
 
     /// Empties the kick descriptor, which an edge-triggered poll needs. One read takes all kicks of an eventfd.

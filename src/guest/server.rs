@@ -4,13 +4,16 @@
 //! are answered when the first one goes. The listener is never closed in between, so a front-end that reconnects
 //! (QEMU does so for ever, cloud-hypervisor for a minute) always finds it.
 
+use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
@@ -18,6 +21,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::capacity::{Capacity, peek_channel};
 use super::config::{Device, DeviceConfig};
+use super::handover::{self, Handed, Message, Packed, Receipt};
 use super::plane::DataPlane;
 use super::session::Session;
 use super::socket::{Claim, ServeError};
@@ -32,7 +36,57 @@ const FOR_EVER: libc::c_int = -1;
 pub struct Server {
     shared: Arc<Shared>,
     claim: Claim,
+    orders: Sender<Order>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Which connections are to stand still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Who {
+    /// Those with requests that nobody writes down: they must have ended, which may take long. The others go on meanwhile.
+    Untracked,
+    /// All.
+    All,
+}
+
+/// How a server stands after it was asked to.
+#[derive(Debug)]
+pub enum Stand {
+    /// It was not meant, and goes on.
+    GoesOn,
+    /// It takes no connection and answers nothing until [`Server::resume`].
+    Still(Handed),
+}
+
+/// A server that was asked to stand still.
+#[derive(Debug)]
+pub struct Parking {
+    answer: Receiver<Result<Stand, String>>,
+    volume: String,
+}
+
+impl Parking {
+    /// Waits for its answer, until `deadline` at most.
+    ///
+    /// # Errors
+    ///
+    /// A sentence for people: it cannot be handed over now. It goes on when it is told to [resume](Server::resume).
+    pub fn wait(self, deadline: Instant) -> Result<Stand, String> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let answer = self.answer.recv_timeout(left).unwrap_or_else(|_| {
+            Err(
+                "its front-end is in the middle of a message, or of stopping a ring; try again"
+                    .into(),
+            )
+        });
+        answer.map_err(|why| format!("volume {}: {why}", self.volume))
+    }
+}
+
+/// What the control thread is asked between two messages.
+enum Order {
+    Park(Who, Duration, SyncSender<Result<Stand, String>>),
+    Resume,
 }
 
 /// What the control thread and its owner share.
@@ -53,6 +107,8 @@ pub struct Bound {
     listener: UnixListener,
     claim: Claim,
     device: Device,
+    /// A connection that the process before had.
+    session: Option<Packed>,
 }
 
 impl Bound {
@@ -69,6 +125,26 @@ impl Bound {
             listener,
             claim,
             device,
+            session: None,
+        })
+    }
+
+    /// Takes over what the process before served at `path`, with its connection.
+    ///
+    /// # Errors
+    ///
+    /// The configuration is not acceptable.
+    pub fn adopt(config: DeviceConfig, path: &Path, handed: Handed) -> Result<Bound, ServeError> {
+        let Handed {
+            listener,
+            inode,
+            session,
+        } = handed;
+        Ok(Bound {
+            device: Device::new(config)?,
+            listener: listener.into(),
+            claim: Claim::adopt(path, inode),
+            session,
         })
     }
 
@@ -87,6 +163,7 @@ impl Bound {
             listener,
             claim,
             device,
+            session,
         } = self;
         let path = claim.path();
         let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
@@ -99,10 +176,19 @@ impl Bound {
             current: Mutex::new(None),
         });
         let for_thread = Arc::clone(&shared);
+        let (orders, received) = channel();
+        let inode = claim.inode().map_err(ServeError::io("inspect", path))?;
         let thread = listener.set_nonblocking(true).and_then(|()| {
             std::thread::Builder::new()
                 .name("vhost-user".into())
-                .spawn(move || for_thread.run(&listener, plane))
+                .spawn(move || {
+                    let door = Door {
+                        listener,
+                        inode,
+                        orders: received,
+                    };
+                    for_thread.run(&door, session, plane);
+                })
         });
         let thread = thread.map_err(ServeError::io("start serving", path))?;
         log::info!(
@@ -113,6 +199,7 @@ impl Bound {
         Ok(Server {
             shared,
             claim,
+            orders,
             thread: Some(thread),
         })
     }
@@ -147,6 +234,28 @@ impl Server {
         self.claim.path()
     }
 
+    /// Asks the connection to stand still between two messages, its rings within `patience`, and to describe itself for the
+    /// program that takes this one's place. Also when this fails it must be told to [resume](Server::resume).
+    pub fn park(&self, who: Who, patience: Duration) -> Parking {
+        let (reply, answer) = sync_channel(1);
+        self.order(Order::Park(who, patience, reply));
+        Parking {
+            answer,
+            volume: self.shared.device.config.volume.clone(),
+        }
+    }
+
+    /// The program stays as it is: the connection goes on.
+    pub fn resume(&self) {
+        self.order(Order::Resume);
+    }
+
+    fn order(&self, order: Order) {
+        // A thread that has ended needs no order.
+        let _ = self.orders.send(order);
+        let _ = self.shared.wake.write(1);
+    }
+
     /// Removes the socket, closes the connection and ends the thread. Returns when the data plane has been told of
     /// the disconnect; takes no longer than the data plane's longest call.
     pub fn stop(&mut self) {
@@ -155,8 +264,8 @@ impl Server {
         };
         self.claim.release();
         self.shared.stopping.store(true, Ordering::SeqCst);
-        // An eventfd refuses only when its counter is full, and then the thread is awake.
-        let _ = self.shared.wake.write(1);
+        // It may stand still. (An eventfd refuses only when its counter is full, and then the thread is awake.)
+        self.order(Order::Resume);
         if let Some(stream) = self.shared.current().as_ref() {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
@@ -175,6 +284,57 @@ impl Drop for Server {
     }
 }
 
+/// What the control thread has beside what it shares.
+struct Door {
+    listener: UnixListener,
+    inode: OwnedFd,
+    orders: Receiver<Order>,
+}
+
+impl Door {
+    fn hand_over(&self, session: Option<Packed>) -> io::Result<Stand> {
+        Ok(Stand::Still(Handed {
+            listener: self.listener.as_fd().try_clone_to_owned()?,
+            inode: self.inode.try_clone()?,
+            session,
+        }))
+    }
+
+    /// Does what the owner asks: `park` packs the connection, if there is one and it is meant, and `resume` has it go on.
+    /// Returns when the thread may go on.
+    fn obey(
+        &self,
+        mut park: impl FnMut(Who, Duration) -> Result<Stand, String>,
+        mut resume: impl FnMut(),
+    ) {
+        let mut still = false;
+        loop {
+            let order = match still {
+                true => self.orders.recv().ok(),
+                false => self.orders.try_recv().ok(),
+            };
+            match order {
+                Some(Order::Park(who, patience, reply)) => {
+                    let stand = park(who, patience);
+                    still = matches!(&stand, Ok(Stand::Still(_)));
+                    let heard = reply.send(stand).is_ok();
+                    if still && !heard {
+                        // It took too long, and was given up.
+                        still = false;
+                        resume();
+                    }
+                }
+                Some(Order::Resume) if still => {
+                    still = false;
+                    resume();
+                }
+                Some(Order::Resume) => {}
+                None => return,
+            }
+        }
+    }
+}
+
 /// How a connection ended.
 enum End {
     /// Between two messages.
@@ -183,6 +343,8 @@ enum End {
     Failed(Option<FrontendReq>, Error),
     /// The socket itself failed.
     Io(io::Error),
+    /// It could not be taken over from the process before.
+    NotTaken(String),
 }
 
 impl Shared {
@@ -195,11 +357,25 @@ impl Shared {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    fn run(&self, listener: &UnixListener, mut plane: Box<dyn DataPlane>) {
+    fn run(&self, door: &Door, session: Option<Packed>, mut plane: Box<dyn DataPlane>) {
         let volume = &self.device.config.volume;
+        if let Some(Packed {
+            stream,
+            messages,
+            receipt,
+        }) = session
+        {
+            let past = Some((messages, receipt));
+            self.connection(door, stream.into(), past, plane.as_mut());
+        }
         while !self.stopping() {
+            self.obey_alone(door);
+            if self.stopping() {
+                return;
+            }
+            let listener = &door.listener;
             match listener.accept() {
-                Ok((stream, _)) => self.connection(stream, plane.as_mut()),
+                Ok((stream, _)) => self.connection(door, stream, None, plane.as_mut()),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     wait(&[self.wake.as_raw_fd(), listener.as_raw_fd()], FOR_EVER);
                 }
@@ -212,8 +388,25 @@ impl Shared {
         }
     }
 
-    /// Serves one front-end until it goes, or until it says something that cannot be answered.
-    fn connection(&self, stream: UnixStream, plane: &mut dyn DataPlane) {
+    /// Does what the owner asks while nobody is connected.
+    fn obey_alone(&self, door: &Door) {
+        let _ = self.wake.read();
+        let park = |who, _| match who {
+            Who::Untracked => Ok(Stand::GoesOn),
+            Who::All => door.hand_over(None).map_err(|e| e.to_string()),
+        };
+        door.obey(park, || ());
+    }
+
+    /// Serves one front-end until it goes, or until it says something that cannot be answered. With a `past` it was another
+    /// process's before.
+    fn connection(
+        &self,
+        door: &Door,
+        stream: UnixStream,
+        past: Option<(Vec<Message>, Receipt)>,
+        plane: &mut dyn DataPlane,
+    ) {
         let volume = &self.device.config.volume;
         let handle = match stream
             .set_nonblocking(false)
@@ -230,51 +423,143 @@ impl Shared {
         if !self.stopping() {
             log::debug!("volume {volume}: a front-end connected");
             self.connected.store(true, Ordering::Release);
-            let end = self.messages(stream, plane);
+            let end = match past {
+                None => self.serve(door, stream, plane),
+                Some(past) => self.take_over(door, &stream, past, plane),
+            };
             self.connected.store(false, Ordering::Release);
             self.log_end(&end);
         }
         *self.current() = None;
     }
 
-    fn messages(&self, stream: UnixStream, plane: &mut dyn DataPlane) -> End {
+    fn serve(&self, door: &Door, stream: UnixStream, plane: &mut dyn DataPlane) -> End {
         let session = Arc::new(Mutex::new(Session::new(&self.device, plane)));
         // The message layer wants a blocking socket: part of a message is an error to it otherwise.
         let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
-        // A panic in a handler has ended the thread, and this with it.
-        let session = || session.lock().unwrap_or_else(PoisonError::into_inner);
+        self.messages(door, &mut handler, &session)
+    }
+
+    /// Goes on with a connection where the process before left it.
+    fn take_over(
+        &self,
+        door: &Door,
+        stream: &UnixStream,
+        (messages, receipt): (Vec<Message>, Receipt),
+        plane: &mut dyn DataPlane,
+    ) -> End {
+        let session = Arc::new(Mutex::new(Session::new(&self.device, plane)));
+        let pair = UnixStream::pair().and_then(|pair| pair.0.set_nonblocking(true).map(|()| pair));
+        let (ours, theirs) = match pair {
+            Ok(pair) => pair,
+            Err(e) => return End::NotTaken(e.to_string()),
+        };
+        let mut handler = BackendReqHandler::from_stream(theirs, Arc::clone(&session));
+        let taken = handover::replay(ours, messages, || self.message(&mut handler, &session));
+        // SAFETY: the descriptor belongs to `handler`, which lives on, and the borrow ends with the statement.
+        let socket = unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) };
+        let taken = taken
+            .and_then(|()| handover::replace(socket, stream.as_fd()).map_err(|e| e.to_string()));
+        if let Err(why) = taken {
+            return End::NotTaken(why);
+        }
+        receipt.taken();
+        log::info!(
+            "volume {}: the front-end of the process before is served on",
+            self.device.config.volume
+        );
+        self.messages(door, &mut handler, &session)
+    }
+
+    /// Takes in messages until there are no more.
+    fn messages<'a>(
+        &self,
+        door: &Door,
+        handler: &mut BackendReqHandler<Mutex<Session<'a>>>,
+        session: &Mutex<Session<'a>>,
+    ) -> End {
         loop {
             if self.device.capacity.take_change() {
-                session().capacity_changed();
+                lock(session).capacity_changed();
             }
-            if !is_ready(handler.as_raw_fd(), self.device.capacity.event()) {
+            self.obey(door, handler, session);
+            if !self.is_ready(handler) {
+                if self.stopping() {
+                    return End::HungUp;
+                }
                 continue;
             }
-            // SAFETY: the descriptor belongs to `handler`, which lives on, and the borrow ends with the statement.
-            let request = match next_request(unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) })
-            {
-                Ok(Next::HungUp) => return End::HungUp,
-                Ok(Next::Message(request)) => request,
-                Err(e) => return End::Io(e),
-            };
-            let channel = match request {
-                // SAFETY: as above.
-                Some(FrontendReq::SET_BACKEND_REQ_FD) => {
-                    match peek_channel(unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) }) {
-                        Ok(channel) => channel,
-                        Err(e) => return End::Io(e),
-                    }
-                }
-                _ => None,
-            };
-            if let Err(e) = handler.handle_request() {
-                return End::Failed(request, e);
-            }
-            // Only what the message layer has accepted: the feature was negotiated, and it is a socket.
-            if let Some(channel) = channel {
-                session().set_channel(channel);
+            if let Err(end) = self.message(handler, session) {
+                return end;
             }
         }
+    }
+
+    /// Does what the owner asks, between two messages.
+    fn obey<'a>(
+        &self,
+        door: &Door,
+        handler: &BackendReqHandler<Mutex<Session<'a>>>,
+        session: &Mutex<Session<'a>>,
+    ) {
+        let _ = self.wake.read();
+        let park = |who, patience| {
+            if who == Who::Untracked && !lock(session).runs_untracked() {
+                return Ok(Stand::GoesOn);
+            }
+            let messages = lock(session).pack(patience)?;
+            let packed = || {
+                // SAFETY: the descriptor belongs to `handler`, which lives on, and the borrow ends with the statement.
+                let socket = unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) };
+                door.hand_over(Some(Packed {
+                    stream: socket.try_clone_to_owned()?,
+                    messages,
+                    receipt: Receipt::default(),
+                }))
+            };
+            packed().map_err(|e| {
+                lock(session).unpack();
+                e.to_string()
+            })
+        };
+        door.obey(park, || lock(session).unpack());
+    }
+
+    /// Takes in one message.
+    fn message<'a>(
+        &self,
+        handler: &mut BackendReqHandler<Mutex<Session<'a>>>,
+        session: &Mutex<Session<'a>>,
+    ) -> Result<(), End> {
+        // SAFETY: the descriptor belongs to `handler`, which lives on, and the borrow ends with the statement.
+        let request = match next_request(unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) }) {
+            Ok(Next::HungUp) => return Err(End::HungUp),
+            Ok(Next::Message(request)) => request,
+            Err(e) => return Err(End::Io(e)),
+        };
+        let channel = match request {
+            // SAFETY: as above.
+            Some(FrontendReq::SET_BACKEND_REQ_FD) => {
+                peek_channel(unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) })
+                    .map_err(End::Io)?
+            }
+            _ => None,
+        };
+        handler
+            .handle_request()
+            .map_err(|e| End::Failed(request, e))?;
+        // Only what the message layer has accepted: the feature was negotiated, and it is a socket.
+        if let Some(channel) = channel {
+            lock(session).set_channel(channel);
+        }
+        Ok(())
+    }
+
+    /// Waits until the front-end has said something (also: hung up), or nobody knows; whether it has.
+    fn is_ready(&self, handler: &impl AsRawFd) -> bool {
+        let (capacity, wake) = (self.device.capacity.event(), self.wake.as_raw_fd());
+        let ready = wait(&[handler.as_raw_fd(), capacity, wake], FOR_EVER);
+        ready.first() == Some(&true)
     }
 
     fn log_end(&self, end: &End) {
@@ -286,6 +571,9 @@ impl Shared {
         match end {
             End::HungUp => log::info!("volume {volume}: the front-end disconnected"),
             End::Io(e) => log::warn!("volume {volume}: connection lost: {e}"),
+            End::NotTaken(why) => log::error!(
+                "volume {volume}: the front-end of the process before cannot be served on: {why}; its connection is closed, so that it connects again"
+            ),
             End::Failed(_, Error::Disconnected | Error::PartialMessage) => {
                 log::warn!(
                     "volume {volume}: the front-end disconnected in the middle of a message"
@@ -303,6 +591,17 @@ impl Shared {
                 };
                 log::warn!("volume {volume}: connection closed because of {name}: {e}{hint}");
             }
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::HungUp => f.write_str("it ends"),
+            End::Failed(_, e) => e.fmt(f),
+            End::Io(e) => e.fmt(f),
+            End::NotTaken(why) => f.write_str(why),
         }
     }
 }
@@ -342,10 +641,9 @@ fn next_request(socket: BorrowedFd<'_>) -> io::Result<Next> {
     }
 }
 
-/// Waits until `socket` or `event` is readable, or nobody knows; whether `socket` is (also: hung up).
-fn is_ready(socket: i32, event: i32) -> bool {
-    let ready = wait(&[socket, event], FOR_EVER);
-    ready.first() == Some(&true)
+/// A panic in a handler has ended the thread, and whoever locks with it.
+fn lock<'a, 'b>(session: &'a Mutex<Session<'b>>) -> MutexGuard<'a, Session<'b>> {
+    session.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits until one of the descriptors is readable or the time is up; which are. Errors end the wait, as they end a poll that

@@ -4,16 +4,19 @@
 //! [`Device`]. Any error returned from a handler closes the connection, so errors are for what makes the session
 //! useless; a request that can be refused without harm is logged and ignored.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
-    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+    FrontendReq as Req, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfig,
+    VhostUserConfigFlags, VhostUserInflight, VhostUserLog, VhostUserMemory, VhostUserMemoryRegion,
+    VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserU64,
+    VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
     Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
@@ -21,17 +24,21 @@ use vhost::vhost_user::{
 
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryAtomic};
 
 use super::GuestMem;
 use super::capacity::Channel;
-use super::config::{Device, F_LOG_ALL, F_PROTOCOL_FEATURES};
+use super::config::{BLK_F_CONFIG_WCE, Device, F_LOG_ALL, F_PROTOCOL_FEATURES};
 use super::dirty::{DirtyLog, RingLog};
+use super::handover::Message;
 use super::inflight::{InflightQueue, Region};
-use super::plane::{DataPlane, RingStart};
+use super::plane::{DataPlane, ParkedRing, RingStart};
 use super::ring::Ring;
 use super::state::Incoming;
 use super::table::{MAX_MEM_SLOTS, MemTable, SHARE_HINT, TableError};
+
+/// Regions that every back-end takes in one SET_MEM_TABLE (VHOST_MEMORY_BASELINE_NREGIONS).
+const MAX_TABLE: usize = 8;
 
 /// Where the front-end says that a ring is, in its own address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,14 +93,19 @@ impl Vring {
         self.state.get_ref().get_kick().is_some()
     }
 
-    /// Gives out both descriptors, for the engine to own. None is left here: a ring that was stopped needs new ones.
-    fn take_notifiers(&self) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
+    /// Both descriptors once more.
+    fn notifiers(&self) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
         let state = self.state.get_ref();
         let kick = state.get_kick().as_ref().map(duplicate).transpose()?;
         let call = state.get_call().as_ref().map(duplicate).transpose()?;
-        drop(state);
-        self.forget_notifiers();
         Ok((kick, call))
+    }
+
+    /// Gives out both descriptors, for the engine to own. None is left here: a ring that was stopped needs new ones.
+    fn take_notifiers(&self) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
+        let notifiers = self.notifiers()?;
+        self.forget_notifiers();
+        Ok(notifiers)
     }
 
     fn forget_notifiers(&self) {
@@ -328,6 +340,165 @@ impl<'a> Session<'a> {
         self.vrings.iter().any(|vring| vring.running)
     }
 
+    /// Whether a ring runs whose requests in flight nobody writes down.
+    pub(super) fn runs_untracked(&self) -> bool {
+        self.inflight.is_none() && self.is_running()
+    }
+
+    /// Has the rings stand still, and describes the connection for whoever takes it over.
+    ///
+    /// # Errors
+    ///
+    /// A sentence for people. The connection goes on as before.
+    pub(super) fn pack(&mut self, patience: Duration) -> std::result::Result<Vec<Message>, String> {
+        if self.incoming.is_some() {
+            return Err("its front-end is loading a device state; try again".into());
+        }
+        let parked = self.plane.park(patience)?;
+        let described = self.describe(parked).map_err(|e| e.to_string());
+        if described.is_err() {
+            self.plane.unpark();
+        }
+        described
+    }
+
+    /// Nobody took it over: the rings go on.
+    pub(super) fn unpack(&mut self) {
+        self.plane.unpark();
+    }
+
+    /// The messages that bring a fresh back-end to where this one is. Each ring's kick comes when all else is known of it,
+    /// so that the ring starts with that.
+    fn describe(&self, parked: Vec<ParkedRing>) -> io::Result<Vec<Message>> {
+        // Asked, because the message layer goes by what it has offered.
+        let mut all = vec![Message::bare(Req::GET_FEATURES)];
+        let protocol = VhostUserU64::new(self.protocol.bits());
+        if !self.protocol.is_empty() {
+            all.push(Message::bare(Req::GET_PROTOCOL_FEATURES));
+            all.push(Message::new(Req::SET_PROTOCOL_FEATURES, &protocol));
+        }
+        if self.acked != 0 || self.vrings.iter().any(Vring::is_enabled) {
+            all.push(Message::new(
+                Req::SET_FEATURES,
+                &VhostUserU64::new(self.acked),
+            ));
+        }
+        let has_config = self.protocol.contains(VhostUserProtocolFeatures::CONFIG);
+        if has_config && self.acked & BLK_F_CONFIG_WCE != 0 {
+            // It is in a file, too; but that may not have been written.
+            let (offset, byte) = self.device.write_cache();
+            let flags = VhostUserConfigFlags::WRITABLE;
+            let config = VhostUserConfig::new(offset, 1, flags);
+            let mut message = Message::new(Req::SET_CONFIG, &config);
+            message.body.push(byte);
+            all.push(message);
+        }
+        all.extend(self.describe_memory()?);
+        if let Some(log) = &self.log {
+            let (info, file) = log.describe()?;
+            all.push(Message::new(Req::SET_LOG_BASE, &info).with(file));
+        }
+        if let Some(region) = &self.inflight {
+            let (info, file) = region.describe()?;
+            all.push(Message::new(Req::SET_INFLIGHT_FD, &info).with(file));
+        }
+        if let Some(channel) = &self.channel {
+            let channel = channel.duplicate()?;
+            all.push(Message::bare(Req::SET_BACKEND_REQ_FD).with(channel));
+        }
+        let mut parked: HashMap<u16, ParkedRing> =
+            parked.into_iter().map(|ring| (ring.index, ring)).collect();
+        for (vring, index) in self.vrings.iter().zip(0u16..) {
+            let running = match (vring.running, parked.remove(&index)) {
+                (true, None) => {
+                    let why = format!("queue {index} runs, and its worker does not know it");
+                    return Err(io::Error::other(why));
+                }
+                (_, running) => running,
+            };
+            all.extend(self.describe_vring(index, vring, running)?);
+        }
+        Ok(all)
+    }
+
+    fn describe_memory(&self) -> io::Result<Vec<Message>> {
+        let regions = self.table.describe()?;
+        if regions.is_empty() {
+            return Ok(Vec::new());
+        }
+        let slots = VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        if regions.len() > MAX_TABLE && self.protocol.contains(slots) {
+            let add = regions.into_iter().map(|(region, file)| {
+                let VhostUserMemoryRegion {
+                    guest_phys_addr,
+                    memory_size,
+                    user_addr,
+                    mmap_offset,
+                } = region;
+                let region = VhostUserSingleMemoryRegion::new(
+                    guest_phys_addr,
+                    memory_size,
+                    user_addr,
+                    mmap_offset,
+                );
+                Message::new(Req::ADD_MEM_REG, &region).with(file)
+            });
+            return Ok(add.collect());
+        }
+        // If it is more, one message has brought them before.
+        let table = VhostUserMemory::new(regions.len() as u32);
+        let mut message = Message::new(Req::SET_MEM_TABLE, &table);
+        for (region, file) in regions {
+            message.body.extend(region.as_slice());
+            message.fds.push(file);
+        }
+        Ok(vec![message])
+    }
+
+    fn describe_vring(
+        &self,
+        index: u16,
+        vring: &Vring,
+        running: Option<ParkedRing>,
+    ) -> io::Result<Vec<Message>> {
+        let mut all = Vec::new();
+        let state = |request, value: u32| {
+            Message::new(request, &VhostUserVringState::new(index.into(), value))
+        };
+        if vring.sized {
+            all.push(state(Req::SET_VRING_NUM, vring.size().into()));
+        }
+        let base = running
+            .as_ref()
+            .map_or(vring.base(), |ring| ring.next_avail);
+        all.push(state(Req::SET_VRING_BASE, base.into()));
+        if let Some(UserAddrs { desc, avail, used }) = vring.addrs {
+            let flags = match vring.log_used {
+                Some(_) => VhostUserVringAddrFlags::VHOST_VRING_F_LOG,
+                None => VhostUserVringAddrFlags::empty(),
+            };
+            let log = vring.log_used.map_or(0, |at| at.0);
+            let addrs = VhostUserVringAddr::new(index.into(), flags, desc, used, avail, log);
+            all.push(Message::new(Req::SET_VRING_ADDR, &addrs));
+        }
+        // Without that feature there is no such message, and every ring is enabled.
+        if self.acked & F_PROTOCOL_FEATURES != 0 {
+            all.push(state(Req::SET_VRING_ENABLE, vring.is_enabled().into()));
+        }
+        let (kick, call) = match running {
+            Some(ring) => (Some(ring.kick), ring.call),
+            None => vring.notifiers()?,
+        };
+        let index = VhostUserU64::new(index.into());
+        if let Some(call) = call {
+            all.push(Message::new(Req::SET_VRING_CALL, &index).with(call));
+        }
+        if let Some(kick) = kick {
+            all.push(Message::new(Req::SET_VRING_KICK, &index).with(kick));
+        }
+        Ok(all)
+    }
+
     /// The front-end's own socket for what it did not ask.
     pub(super) fn set_channel(&mut self, channel: Channel) {
         self.channel = Some(channel);
@@ -407,6 +578,8 @@ impl<'a> Session<'a> {
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
+        // Whoever hears of the end finds nothing of the front-end's open.
+        self.channel = None;
         // Before the memory table goes.
         self.plane.disconnected();
     }

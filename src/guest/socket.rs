@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -97,8 +97,21 @@ impl Claim {
         Ok((listener, claim))
     }
 
+    /// Takes over what the process before bound: its socket is at `path` still, or the path is somebody else's by now.
+    pub(super) fn adopt(path: &Path, inode: OwnedFd) -> Claim {
+        Claim {
+            path: path.to_owned(),
+            inode: inode.into(),
+        }
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The socket's inode once more.
+    pub(super) fn inode(&self) -> io::Result<OwnedFd> {
+        self.inode.as_fd().try_clone_to_owned()
     }
 
     /// Removes the path if it is still the socket that was bound.

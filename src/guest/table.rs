@@ -2,11 +2,13 @@
 //! bytes. A vhost-user front-end gives ring addresses in its own address space; everything else is guest-physical.
 
 use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vm_memory::{GuestAddress, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use super::GuestMem;
 
@@ -137,6 +139,25 @@ impl MemTable {
         self.slots
             .last()
             .map_or(0, |slot| slot.guest_addr + slot.size)
+    }
+
+    /// The regions as a front-end describes them, each with its file once more; in the order of their guest addresses.
+    ///
+    /// # Errors
+    ///
+    /// The process has no descriptors left.
+    pub(super) fn describe(&self) -> io::Result<Vec<(VhostUserMemoryRegion, OwnedFd)>> {
+        let describe = |slot: &Slot| {
+            // Each was mapped from a file.
+            let file = slot
+                .region
+                .file_offset()
+                .ok_or(io::ErrorKind::InvalidData)?;
+            let (size, user) = (slot.size, slot.user_addr);
+            let region = VhostUserMemoryRegion::new(slot.guest_addr, size, user, file.start());
+            Ok((region, file.file().as_fd().try_clone_to_owned()?))
+        };
+        self.slots.iter().map(describe).collect()
     }
 
     /// Translates an address of the front-end's.

@@ -3,11 +3,14 @@
 use std::collections::BTreeMap;
 
 use super::Served;
-use crate::cluster::host::{AttachmentStatus, CopyState, Phase, SyncProgress};
-use crate::cluster::metrics::Metrics;
-use crate::engine::{VolumeStatus, WorkerMetrics};
+use crate::cluster::host::{
+    AttachmentStatus, CopyState, Difference, Phase, ScrubState, ScrubStatus, SyncProgress,
+};
+use crate::cluster::metrics::{Metrics, SyncsHere};
+use crate::engine::{Syncs, VolumeStatus, WorkerMetrics};
 use crate::replication::attachment::{CopyView, Phase as Is};
 use crate::replication::record::CopyStatus;
+use crate::replication::scrub::{Outcome, Place, Progress, View as ScrubView};
 
 /// One attachment.
 pub(super) fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStatus {
@@ -26,7 +29,51 @@ pub(super) fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStat
         copies: status.copies.iter().filter(present).map(copy).collect(),
         inflight: status.in_flight as u32,
         writeback: status.writeback,
+        scrub: status.scrub.as_ref().map(scrub),
     }
+}
+
+fn scrub(view: &ScrubView) -> ScrubStatus {
+    let (state, why) = match &view.progress {
+        Progress::Running => (ScrubState::Running, String::new()),
+        Progress::Done => (ScrubState::Done, String::new()),
+        Progress::BrokeOff(why) => (ScrubState::BrokenOff, why.clone()),
+    };
+    let report = &view.report;
+    ScrubStatus {
+        id: view.id,
+        repair: view.repair,
+        state,
+        why,
+        done_bytes: view.done_bytes,
+        total_bytes: view.total_bytes,
+        bytes_per_second: view.bytes_per_second,
+        compared_bytes: report.compared_bytes,
+        differing_bytes: report.differing_bytes,
+        unreadable_bytes: report.unreadable_bytes,
+        lost_bytes: report.lost_bytes,
+        repaired_bytes: report.mended_bytes,
+        misread_chunks: report.misread_chunks,
+        differences: report.places().filter_map(difference).collect(),
+        left_out: view.left_out.clone(),
+    }
+}
+
+fn difference(place: &Place) -> Option<Difference> {
+    let kind = match place.outcome {
+        Outcome::Same => return None,
+        Outcome::Differs => "differs",
+        Outcome::Unreadable => "unreadable",
+        Outcome::Lost => "lost",
+    };
+    Some(Difference {
+        offset: place.offset,
+        length: place.len,
+        kind: kind.into(),
+        agree: place.agree.clone(),
+        unreadable: place.unreadable.clone(),
+        repaired: place.mended,
+    })
 }
 
 fn describe_phase(phase: &Is, status: &VolumeStatus) -> (Phase, Option<String>) {
@@ -69,8 +116,16 @@ fn copy(c: &CopyView) -> CopyState {
 }
 
 /// The counters of all workers.
-pub(super) fn metrics(workers: Vec<WorkerMetrics>) -> Metrics {
-    let mut all = Metrics::default();
+pub(super) fn metrics(workers: Vec<WorkerMetrics>, [from, to]: [Syncs; 2]) -> Metrics {
+    let syncs = |end, syncs: Syncs| SyncsHere {
+        end,
+        now: syncs.now as u64,
+        most: syncs.most as u64,
+    };
+    let mut all = Metrics {
+        syncs: [syncs("from", from), syncs("to", to)],
+        ..Metrics::default()
+    };
     let mut ejections: BTreeMap<String, u64> = BTreeMap::new();
     for worker in workers {
         all.volumes.extend(worker.volumes);

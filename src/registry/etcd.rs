@@ -1,8 +1,8 @@
 //! The registry of a cluster on several machines: etcd, version 3.4 or later.
 //!
 //! Guards are compares of `mod_revision`, a transaction is one `Txn`, reads are linearizable, watches resume by revision
-//! (`etcd_watch.rs`). No lease is taken and no lock: whether a node is alive is asked of the node itself, and who may
-//! write is decided by compare-and-swap alone.
+//! (`etcd_watch.rs`). No lock is taken, and the one lease of a node (`etcd_alive.rs`) is a hint for people: who may write
+//! is decided by compare-and-swap alone.
 //!
 //! The trait's calls block. The client is a task on a runtime of one thread, and each call waits for its answer.
 
@@ -16,6 +16,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio_rustls::TlsConnector;
 
+use super::etcd_alive::keep;
 use super::etcd_location::{Access, EtcdLocation, tls};
 use super::etcd_members::{CALL, CallError, Kind, Members};
 use super::etcd_proto::{
@@ -24,11 +25,14 @@ use super::etcd_proto::{
 };
 use super::etcd_watch::follow;
 use super::{
-    CasError, Change, Entry, Guard, Listing, Registry, RegistryError, Revision, Watch, check_sizes,
+    ALIVE, CasError, Change, Entry, Guard, Listing, Presence, Present, Registry, RegistryError,
+    Revision, Watch, check_announced, check_sizes,
 };
 
 /// A call ends by itself within [`CALL`]; this much later its thread is taken for lost.
 const SLACK: Duration = Duration::from_secs(4);
+/// How long an announcement that ends waits until etcd knows. If it does not, the lease ends by itself.
+const WITHDRAWAL: Duration = Duration::from_secs(1);
 /// Batches a slow reader may leave unread before its watch stands still.
 const BACKLOG: usize = 64;
 
@@ -211,6 +215,7 @@ impl Registry for Etcd {
             Ok(Listing {
                 entries: entries
                     .map(|kv| Ok((own_key(&self.prefix, &kv.key), entry(kv)?)))
+                    .filter(|read| !read.as_ref().is_ok_and(|(key, _)| key.starts_with(ALIVE)))
                     .collect::<Result<_, &'static str>>()?,
                 revision: revision(header.revision)?,
             })
@@ -287,12 +292,53 @@ impl Registry for Etcd {
         Ok(watch)
     }
 
+    fn announce(&self, name: &str, ttl: Duration) -> Result<Presence, RegistryError> {
+        check_announced(name).map_err(|why| RegistryError::Unusable {
+            registry: self.name.to_string(),
+            why,
+        })?;
+        let (withdraw, withdrawn) = oneshot::channel::<()>();
+        let (sender, done) = sync_channel(1);
+        let kept = keep(
+            self.members.clone(),
+            self.name.clone(),
+            self.key(&format!("{ALIVE}{name}")),
+            ttl,
+            withdrawn,
+        );
+        self.runtime.spawn(async move {
+            kept.await;
+            // Nobody waits for it when the client goes first.
+            let _ = sender.send(());
+        });
+        Ok(Presence::new(move || {
+            drop(withdraw);
+            let _ = done.recv_timeout(WITHDRAWAL);
+        }))
+    }
+
+    fn present(&self) -> Result<Present, RegistryError> {
+        let from = self.key(ALIVE);
+        let answer = self.range(from.clone(), behind(&from))?;
+        let keys = answer.kvs.iter();
+        let name = |key: &[u8]| {
+            let (name, _lease) = str::from_utf8(key.strip_prefix(&*from)?)
+                .ok()?
+                .rsplit_once('/')?;
+            Some(name.to_string())
+        };
+        Ok(Present {
+            names: keys.filter_map(|kv| name(&kv.key)).collect(),
+            certain: false,
+        })
+    }
+
     fn name(&self) -> String {
         self.name.to_string()
     }
 }
 
-fn operation(op: Op) -> RequestOp {
+pub(super) fn operation(op: Op) -> RequestOp {
     RequestOp { request: Some(op) }
 }
 
@@ -303,6 +349,7 @@ impl Etcd {
             Some(value) => Op::Put(PutRequest {
                 key,
                 value: value.clone(),
+                lease: 0,
             }),
             None => Op::DeleteRange(DeleteRangeRequest { key }),
         })

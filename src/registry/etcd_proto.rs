@@ -7,6 +7,9 @@ pub(super) const RANGE: &str = "/etcdserverpb.KV/Range";
 pub(super) const TXN: &str = "/etcdserverpb.KV/Txn";
 pub(super) const WATCH: &str = "/etcdserverpb.Watch/Watch";
 pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
+pub(super) const LEASE_GRANT: &str = "/etcdserverpb.Lease/LeaseGrant";
+pub(super) const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";
+pub(super) const LEASE_REVOKE: &str = "/etcdserverpb.Lease/LeaseRevoke";
 pub(super) const STATUS: &str = "/etcdserverpb.Maintenance/Status";
 
 #[derive(Clone, PartialEq, Message)]
@@ -50,6 +53,9 @@ pub(super) struct PutRequest {
     pub key: Vec<u8>,
     #[prost(bytes = "vec", tag = "2")]
     pub value: Vec<u8>,
+    /// With whose end the key goes; 0: it stays.
+    #[prost(int64, tag = "3")]
+    pub lease: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -190,3 +196,43 @@ pub(super) struct StatusResponse {
     #[prost(uint64, tag = "4")]
     pub leader: u64,
 }
+
+/// etcd chooses the number.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LeaseGrantRequest {
+    /// Seconds.
+    #[prost(int64, tag = "1")]
+    pub ttl: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LeaseGrantResponse {
+    #[prost(int64, tag = "2")]
+    pub id: i64,
+    /// Seconds: what was asked for, or etcd's least.
+    #[prost(int64, tag = "3")]
+    pub ttl: i64,
+}
+
+/// One message of a stream that may have many. We send one, close our side, and get one answer, as to any other call.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LeaseKeepAliveRequest {
+    #[prost(int64, tag = "1")]
+    pub id: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LeaseKeepAliveResponse {
+    /// Seconds from now; 0: there is no such lease (any more).
+    #[prost(int64, tag = "3")]
+    pub ttl: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LeaseRevokeRequest {
+    #[prost(int64, tag = "1")]
+    pub id: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LeaseRevokeResponse {}

@@ -16,7 +16,7 @@ use super::etcd_proto::{
     WatchRequest, WatchResponse,
 };
 use super::etcd_rpc::{Failure, Stream, late};
-use super::{Event, RegistryError, Revision, WatchError};
+use super::{ALIVE, Event, RegistryError, Revision, WatchError};
 
 /// How long a watch goes on trying before its reader is told. Longer than an election or the restart of a member.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -216,12 +216,12 @@ impl Follower {
             .collect::<Result<Vec<_>, _>>()
             .map_err(|what| End::Broke(what.into()))?;
         // etcd never spreads one revision over two answers, so what is left of a batch is still whole revisions.
-        batch.retain(|event| event.revision > self.from);
-        let Some(last) = batch.last().map(|event| event.revision) else {
-            return Ok(());
-        };
-        self.hand_over(batch).await?;
-        self.from = last;
+        let last = batch.last().map_or(self.from, |event| event.revision);
+        batch.retain(|event| event.revision > self.from && !event.key.starts_with(ALIVE));
+        if !batch.is_empty() {
+            self.hand_over(batch).await?;
+        }
+        self.from = self.from.max(last);
         Ok(())
     }
 

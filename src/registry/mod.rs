@@ -8,19 +8,22 @@
 //! What an implementation promises is written as tests in `tests/mgmt_registry.rs`, generic over this trait.
 
 mod etcd;
+mod etcd_alive;
 mod etcd_location;
 mod etcd_members;
 mod etcd_proto;
 mod etcd_rpc;
 mod etcd_watch;
 mod sqlite;
+mod sqlite_alive;
 mod sqlite_watch;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -33,6 +36,12 @@ pub use sqlite::Sqlite;
 pub const KEY_MAX: usize = 512;
 /// The largest value, in bytes. etcd refuses requests above 1.5 MiB by default; a record is some kilobytes.
 pub const VALUE_MAX: usize = 1 << 20;
+
+/// How long a name is taken for living after its process fell silent, where silence is all there is to go by. Longer than
+/// the election of a leader or the restart of a registry's member, so that these end no announcement.
+pub const PRESENCE: Duration = Duration::from_secs(30);
+/// What the keys under which a registry keeps announcements begin with. They are no records: nobody is shown them.
+const ALIVE: &str = "alive/";
 
 /// One step in the life of a whole registry. Grows with every change, never repeats.
 #[derive(
@@ -196,8 +205,46 @@ pub trait Registry: Send + Sync {
         self.txn(&[Guard { key, expected }], &[change])
     }
 
+    /// Says that the process `name` lives, until the answer is dropped or this process is no more.
+    ///
+    /// A hint for people, never a lock or a fence (PROTOCOL 10): whoever is announced may have died up to `ttl` ago, and
+    /// who is not may be alive and cut off from the registry. It is outside of the records: no listing or watch shows it.
+    /// A registry that does not answer is told later, without a word. Announced twice, a name is announced until both ended.
+    fn announce(&self, name: &str, ttl: Duration) -> Result<Presence, RegistryError>;
+
+    /// Who is announced.
+    fn present(&self) -> Result<Present, RegistryError>;
+
     /// How people name this registry in messages and in `cluster status`.
     fn name(&self) -> String;
+}
+
+/// Who is announced in a registry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Present {
+    /// The names.
+    pub names: BTreeSet<String>,
+    /// An announcement ends with its process, not later and not earlier: the kernel that runs all of them says so.
+    pub certain: bool,
+}
+
+/// A name that is announced. Dropped, it is withdrawn, as far as the registry answers within a moment.
+pub struct Presence(Mutex<Option<Box<dyn FnOnce() + Send>>>);
+
+impl Presence {
+    /// One that ends by `withdraw`. For implementations.
+    pub fn new(withdraw: impl FnOnce() + Send + 'static) -> Self {
+        Self(Mutex::new(Some(Box::new(withdraw))))
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        let withdraw = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(withdraw) = withdraw.take() {
+            withdraw();
+        }
+    }
 }
 
 /// The receiving end of [`Registry::watch`]. Dropping it ends the watch.
@@ -303,6 +350,17 @@ impl Location {
     }
 }
 
+/// Refuses a name that could not be announced everywhere: it becomes part of a key and of a file's name.
+fn check_announced(name: &str) -> Result<(), String> {
+    let room = KEY_MAX / 4;
+    match name.is_empty() || name.len() > room || name.starts_with('.') || name.contains('/') {
+        true => Err(format!(
+            "'{name}' is no name of 1 to {room} bytes to announce"
+        )),
+        false => Ok(()),
+    }
+}
+
 /// Refuses what no implementation could store.
 fn check_sizes(guards: &[Guard<'_>], changes: &[Change]) -> Result<(), String> {
     let keys = guards
@@ -314,6 +372,11 @@ fn check_sizes(guards: &[Guard<'_>], changes: &[Change]) -> Result<(), String> {
             return Err(format!(
                 "a key of {} bytes (1 to {KEY_MAX} are allowed)",
                 key.len()
+            ));
+        }
+        if key.starts_with(ALIVE) {
+            return Err(format!(
+                "the key '{key}': what begins with {ALIVE} is no record"
             ));
         }
     }

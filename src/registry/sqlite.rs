@@ -14,9 +14,11 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionB
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
+use super::sqlite_alive;
 use super::sqlite_watch::Watcher;
 use super::{
-    CasError, Change, Entry, Guard, Listing, Registry, RegistryError, Revision, Watch, check_sizes,
+    CasError, Change, Entry, Guard, Listing, Presence, Present, Registry, RegistryError, Revision,
+    Watch, check_announced, check_sizes,
 };
 
 /// "lstp": tells our file from any other program's SQLite file.
@@ -70,6 +72,7 @@ impl FromSql for Revision {
 /// A registry in a SQLite file.
 pub struct Sqlite {
     name: String,
+    path: PathBuf,
     connection: Mutex<Connection>,
     watcher: Watcher,
     /// Held for its lock alone.
@@ -105,6 +108,7 @@ impl Sqlite {
         let watcher = Watcher::start(Arc::from(path), name.clone())?;
         Ok(Some(Self {
             name,
+            path: path.into(),
             connection: Mutex::new(connection),
             watcher,
             _user: user,
@@ -133,6 +137,16 @@ impl Sqlite {
 
     fn failed(&self, error: &rusqlite::Error) -> RegistryError {
         explain(&self.name, error)
+    }
+
+    fn beside(&self, error: &std::io::Error) -> RegistryError {
+        unusable(
+            &self.name,
+            &format!(
+                "who lives is noted in the directory {}-alive, which fails ({error}); give this user write access to it",
+                self.path.display()
+            ),
+        )
     }
 }
 
@@ -202,6 +216,16 @@ impl Registry for Sqlite {
 
     fn watch(&self, prefix: &str, from: Revision) -> Result<Watch, RegistryError> {
         self.watcher.add(prefix, from)
+    }
+
+    /// The kernel knows when a process is no more: `ttl` has no part in it.
+    fn announce(&self, name: &str, _ttl: Duration) -> Result<Presence, RegistryError> {
+        check_announced(name).map_err(|why| unusable(&self.name, &why))?;
+        sqlite_alive::announce(&self.path, name).map_err(|e| self.beside(&e))
+    }
+
+    fn present(&self) -> Result<Present, RegistryError> {
+        sqlite_alive::present(&self.path).map_err(|e| self.beside(&e))
     }
 
     fn name(&self) -> String {

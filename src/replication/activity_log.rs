@@ -50,6 +50,8 @@ pub struct Transaction {
     pub add: Vec<Region>,
     /// Regions that are forgotten.
     pub retire: Vec<Region>,
+    /// The log on disk could not be read, so that every region counted: it is written anew, with `add` as all there is.
+    pub anew: bool,
 }
 
 /// The log's state in memory.
@@ -63,6 +65,8 @@ pub struct ActivityLog {
     running: bool,
     /// Requests up to here are durable on all in-sync copies.
     stable: Seq,
+    /// The log on disk cannot be read: there every region is active, whatever the slots say.
+    unreadable: bool,
 }
 
 /// Answer to [`ActivityLog::touch`].
@@ -77,8 +81,8 @@ pub enum Touch {
 }
 
 impl ActivityLog {
-    /// A log for a volume of `size` bytes in which `regions` are active already.
-    pub fn new(size: u64, regions: &[Region], now: Nanos) -> Self {
+    /// A log for a volume of `size` bytes in which `regions` are active already; `None`: on disk it cannot be read.
+    pub fn new(size: u64, regions: Option<&[Region]>, now: Nanos) -> Self {
         let mut log = Self {
             index: Vec::new(),
             slots: vec![None; REGIONS_MAX],
@@ -86,9 +90,10 @@ impl ActivityLog {
             wanted: Vec::new(),
             running: false,
             stable: Seq(0),
+            unreadable: regions.is_none(),
         };
         log.grow(size);
-        for &region in regions {
+        for &region in regions.unwrap_or_default() {
             if let Some(slot) = log.claim(region, BEFORE_ANY, now) {
                 log.slot_mut(slot).state = SlotState::Active;
             }
@@ -190,7 +195,13 @@ impl ActivityLog {
         self.free.len() < PRESSURE
     }
 
-    /// All regions in the log, the ones being added included: there this copy may differ from others.
+    /// The regions in which this copy may differ from others, the ones being added included; `None`: all, the log on disk cannot
+    /// be read.
+    pub fn named(&self) -> Option<Vec<Region>> {
+        (!self.unreadable).then(|| self.regions())
+    }
+
+    /// All regions in slots.
     pub fn regions(&self) -> Vec<Region> {
         let mut all: Vec<Region> = self.slots.iter().flatten().map(|s| s.region).collect();
         all.sort_unstable();
@@ -210,6 +221,11 @@ impl ActivityLog {
     ) -> Option<Transaction> {
         if self.running {
             return None;
+        }
+        // What the unreadable log may have named is durable on all in-sync copies now, and what has been written since is in
+        // slots.
+        if self.unreadable && may_retire && self.stable >= BEFORE_ANY {
+            return Some(self.anew());
         }
         let due = may_retire && (look_for_idle || self.pressure() && !self.wanted.is_empty());
         let retire = if due { self.retirable(now) } else { Vec::new() };
@@ -231,6 +247,21 @@ impl ActivityLog {
         }
         self.running = true;
         Some(txn)
+    }
+
+    fn anew(&mut self) -> Transaction {
+        self.running = true;
+        self.wanted.clear();
+        for slot in self.slots.iter_mut().flatten() {
+            if slot.state == SlotState::Wanted {
+                slot.state = SlotState::Adding;
+            }
+        }
+        Transaction {
+            add: self.regions(),
+            retire: Vec::new(),
+            anew: true,
+        }
     }
 
     fn retirable(&self, now: Nanos) -> Vec<u16> {
@@ -255,6 +286,7 @@ impl ActivityLog {
     pub fn committed(&mut self, txn: &Transaction) {
         assert!(self.running, "a transaction was running");
         self.running = false;
+        self.unreadable &= !txn.anew;
         for &region in &txn.add {
             let at = self.index[region.0 as usize];
             self.slot_mut(at).state = SlotState::Active;
@@ -280,19 +312,25 @@ impl ActivityLog {
             !self.running && self.wanted.is_empty(),
             "emptied only when idle"
         );
+        // One that cannot be read is written anew, with nothing in it.
+        let most = match self.unreadable {
+            true => REGIONS_MAX,
+            false => TRANSACTION_MAX,
+        };
         let mut retire = Vec::new();
-        for slot in self.slots.iter_mut().flatten().take(TRANSACTION_MAX) {
+        for slot in self.slots.iter_mut().flatten().take(most) {
             assert_eq!(slot.in_flight, 0, "emptied only when idle");
             slot.state = SlotState::Retiring;
             retire.push(slot.region);
         }
-        if retire.is_empty() {
+        if retire.is_empty() && !self.unreadable {
             return None;
         }
         self.running = true;
         Some(Transaction {
             add: Vec::new(),
             retire,
+            anew: self.unreadable,
         })
     }
 
@@ -314,7 +352,7 @@ mod tests {
     const T0: Nanos = Nanos(0);
 
     fn log() -> ActivityLog {
-        ActivityLog::new(64 * REGION, &[], T0)
+        ActivityLog::new(64 * REGION, Some(&[]), T0)
     }
 
     #[test]
@@ -362,7 +400,7 @@ mod tests {
 
     #[test]
     fn a_region_touched_while_it_retires_comes_back_before_data_is_written() {
-        let mut l = ActivityLog::new(64 * REGION, &[Region(5)], T0);
+        let mut l = ActivityLog::new(64 * REGION, Some(&[Region(5)]), T0);
         l.stable(Seq(1 << 16));
         let later = T0.after(IDLE);
         let out = l.transaction(later, true, true).unwrap();
@@ -378,7 +416,7 @@ mod tests {
     #[test]
     fn a_full_log_says_so_and_recovers_by_retiring_the_longest_untouched() {
         let regions: Vec<Region> = (0..REGIONS_MAX as u32).map(Region).collect();
-        let mut l = ActivityLog::new((REGIONS_MAX as u64 + 10) * REGION, &regions, T0);
+        let mut l = ActivityLog::new((REGIONS_MAX as u64 + 10) * REGION, Some(&regions), T0);
         assert!(l.pressure());
         assert_eq!(l.touch(Region(REGIONS_MAX as u32), Seq(1), T0), Touch::Full);
         assert!(
@@ -398,7 +436,7 @@ mod tests {
     #[test]
     fn emptying_takes_several_transactions_and_leaves_nothing() {
         let regions: Vec<Region> = (0..300).map(Region).collect();
-        let mut l = ActivityLog::new(400 * REGION, &regions, T0);
+        let mut l = ActivityLog::new(400 * REGION, Some(&regions), T0);
         let mut parts = 0;
         while let Some(txn) = l.empty() {
             l.committed(&txn);
@@ -406,5 +444,43 @@ mod tests {
         }
         assert_eq!(parts, 3);
         assert!(l.regions().is_empty());
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_read_names_everything_until_all_copies_are_flushed_and_is_written_anew()
+    {
+        // More regions than it has slots.
+        let size = (REGIONS_MAX as u64 + 10) * REGION;
+        let mut l = ActivityLog::new(size, None, T0);
+        assert_eq!(l.named(), None);
+        // Writes go their ordinary way meanwhile.
+        assert_eq!(l.touch(Region(3), Seq(2), T0), Touch::Waits);
+        let txn = l.transaction(T0, true, true).unwrap();
+        assert_eq!((txn.add.as_slice(), txn.anew), (&[Region(3)][..], false));
+        l.committed(&txn);
+        assert_eq!(l.touch(Region(4), Seq(3), T0), Touch::Waits);
+        // A flush of all that began later; the bits are not durable yet.
+        l.stable(Seq(1));
+        let txn = l.transaction(T0, false, false).unwrap();
+        assert_eq!((txn.add.as_slice(), txn.anew), (&[Region(4)][..], false));
+        l.committed(&txn);
+        assert_eq!(l.named(), None);
+        assert_eq!(l.touch(Region(5), Seq(4), T0), Touch::Waits);
+        let txn = l.transaction(T0, false, true).unwrap();
+        let all = [Region(3), Region(4), Region(5)];
+        assert_eq!((txn.add.as_slice(), txn.anew), (&all[..], true));
+        assert_eq!(l.named(), None, "not before it is durable");
+        l.committed(&txn);
+        assert!(l.is_active(Region(5)));
+        assert_eq!(l.named().unwrap(), all);
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_read_is_empty_after_a_clean_end() {
+        let mut l = ActivityLog::new(64 * REGION, None, T0);
+        let txn = l.empty().unwrap();
+        assert_eq!((txn.add.len(), txn.retire.len(), txn.anew), (0, 0, true));
+        l.committed(&txn);
+        assert_eq!((l.named(), l.empty()), (Some(Vec::new()), None));
     }
 }

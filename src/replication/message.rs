@@ -233,8 +233,9 @@ pub struct DiskState {
     pub boot_id: BootId,
     /// Whether the copy was left by a clean detach.
     pub clean: bool,
-    /// The active regions of its log: only there may it differ from another in-sync copy.
-    pub regions: Vec<Region>,
+    /// The active regions of its log: only there may it differ from another in-sync copy. `None`: the log cannot be read, it may
+    /// anywhere.
+    pub regions: Option<Vec<Region>>,
 }
 
 /// What a copy needs to know of the record in force.
@@ -315,6 +316,11 @@ pub enum Refusal {
     /// It has been away while the volume grew, and has no room to follow.
     #[error("its disk has no room for the volume's size: make space there")]
     NoRoom,
+    /// As many other copies on its node are brought up to date as there may be at once: try again later.
+    #[error(
+        "it waits for its turn: as many other copies on its node are brought up to date as may be at once"
+    )]
+    Busy,
     /// Its disk failed a write or a flush.
     #[error("the copy's disk has failed; it serves no more")]
     Failed,

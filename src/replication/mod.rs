@@ -18,6 +18,7 @@ pub mod record;
 pub mod registry_answer;
 pub mod replica;
 pub mod resync;
+pub mod scrub;
 pub mod takeover;
 pub mod throttle;
 pub mod timing;

@@ -30,6 +30,12 @@ pub enum Mutant {
     AmbiguousIsFailed,
     /// The record says a size before the copies have room for it.
     GrowUnasked,
+    /// A scrub compares chunks that are being written.
+    ScrubUnheld,
+    /// A scrub repairs from another copy than the one that reads come from.
+    RepairFromReplica,
+    /// A scrub takes what a copy answered before it was lost for what it holds.
+    ScrubThroughLoss,
 }
 
 /// Whether this thread makes this mistake.
@@ -62,7 +68,7 @@ mod chosen {
 
     impl Mutant {
         /// All of them.
-        pub const ALL: [Self; 12] = [
+        pub const ALL: [Self; 15] = [
             Self::CompleteBeforeCas,
             Self::SkipPromiseFsync,
             Self::ClearBeforeFlush,
@@ -75,6 +81,9 @@ mod chosen {
             Self::ReadWithoutLease,
             Self::AmbiguousIsFailed,
             Self::GrowUnasked,
+            Self::ScrubUnheld,
+            Self::RepairFromReplica,
+            Self::ScrubThroughLoss,
         ];
     }
 }

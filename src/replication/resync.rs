@@ -7,7 +7,7 @@ use super::mutants::{self, Mutant};
 use super::record::Record;
 
 /// The regions of its own log that are to be marked for a copy whose disk says `disk`, so that it gets a delta: what was marked
-/// since it was in sync, and these. `None`: nothing is known of what it holds, all of it is to be marked.
+/// since it was in sync, and these. `None`: nothing is known of what it holds, or of where: all is to be marked.
 ///
 /// Only a copy that is where the record remembers it is brought up to date from there: the bitmaps count from then.
 pub fn delta(record: &Record, copy: usize, disk: &DiskState) -> Option<Vec<Region>> {
@@ -15,13 +15,10 @@ pub fn delta(record: &Record, copy: usize, disk: &DiskState) -> Option<Vec<Regio
     let based = base.since <= disk.epoch && base.last.is_none_or(|last| disk.epoch <= last);
     let known = is_known(record, disk.epoch, disk.tag) && based
         || mutants::on(Mutant::ReuseIdentity) && base.since.0 > 0;
-    known.then(|| {
-        if mutants::on(Mutant::DropReturningLog) {
-            Vec::new()
-        } else {
-            disk.regions.clone()
-        }
-    })
+    if known && mutants::on(Mutant::DropReturningLog) {
+        return Some(Vec::new());
+    }
+    disk.regions.clone().filter(|_| known)
 }
 
 /// Whether the volume was in this epoch under this tag, as far as the record remembers.
@@ -121,7 +118,7 @@ mod tests {
                 tag: Tag(tag),
                 boot_id: BootId([1; 16]),
                 clean: false,
-                regions: vec![Region(3)],
+                regions: Some(vec![Region(3)]),
             };
             let own = delta(&record(), 0, &disk);
             let follows = gets_delta.then(|| vec![Region(3)]);
@@ -138,7 +135,7 @@ mod tests {
             tag: Tag(70),
             boot_id: BootId([1; 16]),
             clean: false,
-            regions: Vec::new(),
+            regions: Some(Vec::new()),
         };
         assert_eq!(delta(&r, 0, &disk), Some(Vec::new()));
     }

@@ -25,31 +25,34 @@ pub fn misfit(record: &Record, epoch: Epoch, tag: Tag) -> Option<String> {
     }
 }
 
-/// The members of the claim, of the in-sync copies that promised. `silent`: others have not answered, and were waited for.
-/// `None`: there are too few to go on.
+/// The members of the claim, of the in-sync copies that promised: who, under which boot, and whether its log can be read. `silent`:
+/// others have not answered, and were waited for. `None`: there are too few to go on.
 pub fn members(
     record: &Record,
-    promised: impl Iterator<Item = (usize, BootId)>,
+    promised: impl Iterator<Item = (usize, BootId, bool)>,
     silent: bool,
 ) -> Option<CopySet> {
-    let mut with_gap = CopySet::EMPTY;
-    let mut without = CopySet::EMPTY;
-    for (copy, boot_id) in promised {
+    let (mut whole, mut without_log, mut with_gap) =
+        (CopySet::EMPTY, CopySet::EMPTY, CopySet::EMPTY);
+    for (copy, boot_id, log) in promised {
         let known = record.copies[copy].boot_id;
         // Another boot than the one it was taken in under: unflushed completed writes may be gone (PROTOCOL 5).
         // After a clean detach there were none.
         let gap = record.state != State::Clean && known.is_some_and(|b| b != boot_id);
         if gap && !mutants::on(Mutant::HighestCounter) {
             with_gap.insert(copy)
+        } else if log {
+            whole.insert(copy)
         } else {
-            without.insert(copy)
+            without_log.insert(copy)
         }
     }
-    let members = if without.is_empty() {
-        with_gap
-    } else {
-        without
-    };
+    // One that does not know where it may differ is compared whole by a sync, which reads only what is there; as a member only
+    // when nobody else holds everything.
+    let members = [whole, without_log, with_gap]
+        .into_iter()
+        .find(|set| !set.is_empty())
+        .unwrap_or_default();
     // With too few to serve nothing is won by giving the others up: wait for them.
     let serves = record
         .failure_mode
@@ -162,7 +165,7 @@ mod tests {
     #[test]
     fn the_promises_of_the_table_make_these_members() {
         use State::{Active, Clean};
-        // (state, mode, promised: . under the boot known, ! under another one; others silent; members)
+        // (state, mode, promised: . under the boot known, ! under another one, ? without its log; others silent; members)
         let table: &[(State, FailureMode, &str, bool, Option<&str>)] = &[
             (Active, Soft(None), "...", false, Some("...")),
             (Active, Soft(None), ".-.", true, Some("..")),
@@ -179,14 +182,20 @@ mod tests {
             (Active, Soft(None), "!!.", false, Some(".")),
             (Active, Soft(None), "!!!", false, Some("!!!")),
             (Active, Soft(None), "!-!", true, Some("!!")),
+            // One without its log is a member only when nobody has both.
+            (Active, Soft(None), "?..", false, Some("..")),
+            (Active, AlwaysOn, "?-.", true, Some(".")),
+            (Active, Soft(None), "???", false, Some("???")),
+            (Active, AlwaysOn, "?!!", false, Some("?")),
             // Nothing was unflushed.
             (Clean, Soft(None), "!..", false, Some("!..")),
         ];
         for &(state, mode, promised, silent, follows) in table {
             let r = record("III", mode, state);
             let boot = |(i, c)| match c {
-                '.' => Some((i, BOOT)),
-                '!' => Some((i, OTHER)),
+                '.' => Some((i, BOOT, true)),
+                '!' => Some((i, OTHER, true)),
+                '?' => Some((i, BOOT, false)),
                 _ => None,
             };
             let voters = promised.chars().enumerate().filter_map(boot);
@@ -212,7 +221,7 @@ mod tests {
             tag: Tag(50),
             boot_id,
             clean,
-            regions: Vec::new(),
+            regions: Some(Vec::new()),
         };
         let left_clean = [disk(true, BOOT), disk(true, OTHER), disk(false, BOOT)];
         let in_epoch = (Epoch(8), Tag(80));

@@ -2,6 +2,11 @@
 
 use super::ids::Nanos;
 
+/// Copies that one node brings up to date at once, and that are brought up to date on one node at once, over all volumes.
+/// With [`WINDOW_MAX`] for each that is 16 MiB under way: more than a disk or a 10 Gbit/s network needs to be busy, so a fifth
+/// would only make each of the others slower, and their volumes' guests. Fewer would leave both idle while small syncs
+/// do what takes no bytes: they are a dozen round trips and flushes.
+pub const SYNCS_MAX: usize = 4;
 /// Chunks under way at most: 4 MiB, what fills a fast network's round trip.
 pub const WINDOW_MAX: u32 = 64;
 /// The floor: one chunk is always under way, so that a sync ends under any load.

@@ -18,8 +18,8 @@
 //! | 40 | 16 | boot_id | 40 | 16 | boot_id | 26 | 2 | n |
 //! | 56 | 16 | instance | 56 | 16 | instance | 28 | n | text |
 //! | 72 | 16 | volume | 72 | 4 | credits | | | |
-//! | 88 | 16 | copy | 76 | 2 | n | | | |
-//! | 104 | 1 | purpose: 0 foreground, 1 bulk | 78 | n | node | | | |
+//! | 88 | 16 | copy | 76 | 2 | n | | 2 | n, or nothing |
+//! | 104 | 1 | purpose: 0 foreground, 1 bulk | 78 | n | node | | n | node |
 //! | 105 | 2 | n | | | | | | |
 //! | 107 | n | node | | | | | | |
 //!
@@ -176,6 +176,8 @@ pub struct HelloRefusal {
     pub reason: Reason,
     /// Why, for a person; clipped to 256 bytes when sent.
     pub text: String,
+    /// The refusing node; `None`: it is of an older version, which did not say.
+    pub node: Option<NodeName>,
 }
 
 impl HelloRefusal {
@@ -185,7 +187,15 @@ impl HelloRefusal {
             versions: VERSIONS,
             reason,
             text: text.into(),
+            node: None,
         }
+    }
+
+    /// The same by the node of this name.
+    #[must_use]
+    pub fn by(mut self, node: &NodeName) -> Self {
+        self.node = Some(node.clone());
+        self
     }
 
     /// The refusal of a hello with versions `theirs`.
@@ -298,6 +308,9 @@ impl Answer {
             Answer::Refusal(refusal) => greeting(REFUSAL, refusal.versions, 0, out, |out| {
                 out.extend_from_slice(&refusal.reason.code().to_le_bytes());
                 body::put_text(out, body::clip(&refusal.text));
+                if let Some(node) = &refusal.node {
+                    body::put_text(out, body::name(node));
+                }
             }),
         }
     }
@@ -332,6 +345,8 @@ impl Answer {
                     versions: found.versions,
                     reason,
                     text: r.text()?,
+                    // Not there, or something else that a later version says: it refuses all the same.
+                    node: r.text().ok().map(NodeName),
                 })
             }
             _ => return Err(WireError::Malformed("greeting: not an answer")),

@@ -188,6 +188,8 @@ pub struct Plan {
     pub zeroes: u64,
     /// Of 100 reads, how many begin where a write is under way, or let one begin where they are.
     pub careless: u64,
+    /// Only this part of the disk is written and read, from its beginning: 1 is all, 2 the first half.
+    pub part: u64,
     pub seed: u64,
 }
 
@@ -214,6 +216,7 @@ impl Plan {
             flushes: 5,
             zeroes: 6,
             careless: 0,
+            part: 1,
             seed: 7,
         }
     }
@@ -584,7 +587,7 @@ fn submit(
     let careless = is_read && random.below(100) < plan.careless;
     let len = plan.sizes[random.below(plan.sizes.len() as u64) as usize];
     let sectors = len / SECTOR;
-    let all = oracle.bytes() as usize / SECTOR;
+    let all = (oracle.bytes() / plan.part) as usize / SECTOR;
     // Half of all requests share a small part of the disk, so that they meet.
     let span = if random.below(2) == 0 { all / 8 } else { all };
     let sector = random.below((span.max(sectors + 1) - sectors) as u64) as usize;

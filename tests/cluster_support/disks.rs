@@ -156,6 +156,14 @@ pub fn scribble(path: &Path, offset: u64, len: u64) {
     file.sync_all().unwrap();
 }
 
+/// Whether what was scribbled there still is.
+pub fn is_scribbled(path: &Path, offset: u64) -> bool {
+    let mut byte = [0];
+    let file = File::open(path).unwrap();
+    file.read_exact_at(&mut byte, offset).unwrap();
+    byte == [0xA5]
+}
+
 /// The place of one superblock: half 0 or 1.
 pub fn superblock(half: u64) -> (u64, u64) {
     (half * BLOCK, BLOCK)

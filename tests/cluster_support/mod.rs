@@ -119,6 +119,8 @@ pub struct Cluster {
     pub network: Option<Network>,
     /// `--registry` when it is not the file in `dir`.
     pub registry_at: Option<String>,
+    /// What nodes run instead of the binary under test.
+    pub programs: BTreeMap<usize, PathBuf>,
     /// Added to the last number of the nodes' addresses when they are started from now on.
     pub moved_by: usize,
 }
@@ -150,6 +152,7 @@ impl Cluster {
             nodes: BTreeMap::new(),
             network: None,
             registry_at: None,
+            programs: BTreeMap::new(),
             moved_by: 0,
         }
     }
@@ -287,9 +290,10 @@ impl Cluster {
             .append(true)
             .open(self.log_path(n))
             .unwrap();
+        let program = self.programs.get(&n).cloned().unwrap_or_else(binary);
         let mut command = match &self.network {
-            Some(network) => network.command(n, &binary()),
-            None => lockstep(),
+            Some(network) => network.command(n, &program),
+            None => Command::new(program),
         };
         command
             .args(self.node_arguments(n, data))
@@ -382,6 +386,11 @@ impl Cluster {
         let status = eventually(&format!("n{n} ends"), || self.child(n).try_wait().unwrap());
         self.nodes.get_mut(&n).unwrap().child = None;
         status
+    }
+
+    /// SIGUSR2: the program is to be replaced.
+    pub fn ask_to_upgrade(&mut self, n: usize) {
+        self.signal(n, libc::SIGUSR2);
     }
 
     /// SIGTERM, without waiting.
@@ -605,7 +614,7 @@ impl Drop for Cluster {
 }
 
 /// The binary under test: the one built with the test, or any other that `LOCKSTEP_BIN` names.
-fn binary() -> PathBuf {
+pub fn binary() -> PathBuf {
     let built = || env!("CARGO_BIN_EXE_lockstep").into();
     std::env::var_os("LOCKSTEP_BIN").map_or_else(built, PathBuf::from)
 }

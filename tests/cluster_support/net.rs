@@ -24,6 +24,9 @@ pub enum How {
     Reset,
     /// Every third packet vanishes.
     Lossy,
+    /// Whoever wants to connect is not heard. What is connected already, and who connects the other way, goes on: a
+    /// firewall's idea of one direction.
+    Connect,
 }
 
 /// The way from one node to another, cut.
@@ -146,6 +149,7 @@ impl Network {
                 "-j",
                 "DROP",
             ],
+            How::Connect => &["-p", "tcp", "--syn", "-j", "DROP"],
         };
         // Where packets arrive: dropped on their way out, the sender's kernel would be told.
         self.iptables(cut.to, &[&[verb, "INPUT", "-s", &from][..], rule].concat());

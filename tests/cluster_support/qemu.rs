@@ -132,6 +132,17 @@ impl Qemu {
         });
     }
 
+    /// Lets the writers end. Their verdict must be good.
+    pub fn finish(mut self) {
+        let mut control = UnixStream::connect(&self.control).unwrap();
+        control.write_all(b"stop\n").unwrap();
+        eventually("the guest's verdict", || {
+            self.goes_on();
+            self.console().contains("GUEST-OK").then_some(())
+        });
+        eventually("the guest switches off", || self.child.try_wait().unwrap());
+    }
+
     pub fn speed(&mut self, (bytes, pause): (u64, u64)) {
         self.ask(
             "migrate-set-parameters",

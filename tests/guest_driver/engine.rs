@@ -2,14 +2,15 @@
 //! is written down.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use lockstep::guest::{
-    BlockSize, DataPlane, GuestMem, Kind, Limits, Parsed, Request, Ring, RingLog, RingStart,
-    Serial, Status,
+    BlockSize, DataPlane, GuestMem, Kind, Limits, ParkedRing, Parsed, Request, Ring, RingLog,
+    RingStart, Serial, Status,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -53,6 +54,8 @@ enum Command {
     Enable(u16, bool),
     Memory(Arc<GuestMem>),
     Log(u16, Option<RingLog>),
+    Park(Sender<Result<Vec<ParkedRing>, String>>),
+    Unpark,
     Disconnected,
 }
 
@@ -145,6 +148,18 @@ impl DataPlane for Engine {
             .note(format!("features {acked:#x} writeback {writeback}"));
     }
 
+    fn park(&mut self, _: Duration) -> Result<Vec<ParkedRing>, String> {
+        let (sender, parked) = channel();
+        self.ask(Command::Park(sender))?;
+        self.world.note("park".into());
+        parked.recv().unwrap()
+    }
+
+    fn unpark(&mut self) {
+        self.ask(Command::Unpark).unwrap();
+        self.world.note("unpark".into());
+    }
+
     fn disconnected(&mut self) {
         self.ask(Command::Disconnected).unwrap();
         self.world.note("disconnected".into());
@@ -154,7 +169,15 @@ impl DataPlane for Engine {
 struct Running {
     ring: Ring,
     enabled: bool,
+    parked: bool,
     waiting: Vec<Request>,
+}
+
+impl Running {
+    /// Where kicks are waited for; those of a parked ring are somebody else's.
+    fn kick(&self) -> Option<RawFd> {
+        (!self.parked).then(|| self.ring.kick_fd().as_raw_fd())
+    }
 }
 
 impl Drop for Running {
@@ -167,7 +190,7 @@ fn work(world: &World, inbox: &Receiver<(Command, Sender<Answer>)>, wake: &Event
     let mut rings: BTreeMap<u16, Running> = BTreeMap::new();
     loop {
         let mut fds: Vec<_> = std::iter::once(wake.as_raw_fd())
-            .chain(rings.values().map(|r| r.ring.kick_fd().as_raw_fd()))
+            .chain(rings.values().filter_map(Running::kick))
             .map(|fd| libc::pollfd {
                 fd,
                 events: libc::POLLIN,
@@ -188,7 +211,7 @@ fn work(world: &World, inbox: &Receiver<(Command, Sender<Answer>)>, wake: &Event
                 Err(std::sync::mpsc::TryRecvError::Disconnected) => return,
             }
         }
-        for running in rings.values() {
+        for running in rings.values().filter(|r| !r.parked) {
             running.ring.drain_kick();
         }
         serve_all(world, &mut rings);
@@ -206,6 +229,7 @@ fn obey(rings: &mut BTreeMap<u16, Running>, command: Command) -> Answer {
                 Running {
                     ring,
                     enabled,
+                    parked: false,
                     waiting,
                 },
             );
@@ -223,13 +247,28 @@ fn obey(rings: &mut BTreeMap<u16, Running>, command: Command) -> Answer {
             }
         }
         Command::Log(index, log) => rings.get_mut(&index).unwrap().ring.set_log(log),
+        Command::Park(sender) => {
+            let lost = |r: &Running| !r.waiting.is_empty() && !r.ring.is_tracked();
+            let answer = match rings.values().any(lost) {
+                true => Err("requests do not end".into()),
+                false => {
+                    let park = |r: &mut Running| {
+                        r.parked = true;
+                        r.ring.park().map_err(|e| e.to_string())
+                    };
+                    rings.values_mut().map(park).collect()
+                }
+            };
+            sender.send(answer).unwrap();
+        }
+        Command::Unpark => rings.values_mut().for_each(|r| r.parked = false),
         Command::Disconnected => rings.clear(),
     }
     Ok(0)
 }
 
 fn serve_all(world: &World, rings: &mut BTreeMap<u16, Running>) {
-    for running in rings.values_mut().filter(|r| r.enabled) {
+    for running in rings.values_mut().filter(|r| r.enabled && !r.parked) {
         let limits = Limits {
             capacity_sectors: world.disk.lock().unwrap().len() as u64 / 512,
             read_only: false,

@@ -4,9 +4,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,10 +19,10 @@ use lockstep::cluster::config::{NodeConfig, Serve};
 use lockstep::cluster::events::{EventLog, What};
 use lockstep::cluster::fault::Fault;
 use lockstep::cluster::host::{
-    AttachRequest, AttachmentStatus, Birth, Capacity, CopyState, Host, HostError, LocalCopy, Phase,
-    SyncProgress,
+    AttachRequest, AttachmentStatus, Birth, Capacity, CopyState, Difference, Host, HostError,
+    LocalCopy, Phase, ScrubState, ScrubStatus, SyncProgress,
 };
-use lockstep::cluster::join::{Membership, join, open_registry};
+use lockstep::cluster::join::{Doors, Membership, join, open_registry};
 use lockstep::cluster::metrics::{Metrics, VolumeMetrics};
 use lockstep::cluster::model::Labels;
 use lockstep::cluster::store::{Registrar, Store};
@@ -28,6 +30,7 @@ use lockstep::cluster::{Cluster, start};
 use lockstep::registry::{Access, Location, Revision};
 use lockstep::replication::ids::{BootId, CopyId, Instance, NodeName, Tag, VolumeId};
 use lockstep::replication::record::{Attachment, Base, CopyEntry, CopyStatus, Record, State};
+use lockstep::wire::hello::{Answer as GreetingAnswer, Hello, HelloRefusal, Reason};
 use serde_json::Value;
 
 /// Generous: only something broken takes this long.
@@ -60,6 +63,11 @@ pub struct Levers {
     pub made: BTreeSet<CopyId>,
     pub syncs: BTreeMap<CopyId, SyncProgress>,
     pub lags: BTreeMap<CopyId, String>,
+    /// What attachments say of their scrubs, and what they find in the next one.
+    pub scrubs: BTreeMap<VolumeId, ScrubStatus>,
+    pub differences: Vec<Difference>,
+    /// Scrubs go on for ever.
+    pub endless: bool,
 }
 
 struct Served {
@@ -78,13 +86,53 @@ pub struct TestHost {
     events: Arc<EventLog>,
     served: Mutex<BTreeMap<VolumeId, Served>>,
     pub levers: Mutex<Levers>,
+    door: Arc<AtomicBool>,
+    porter: Option<thread::JoinHandle<()>>,
+}
+
+/// Refuses whoever greets, as an engine does that has no such copy, until `door` is shut.
+fn greeted(listener: TcpListener, name: NodeName, door: &AtomicBool) {
+    listener.set_nonblocking(true).unwrap();
+    while !door.load(Ordering::Acquire) {
+        let Ok((mut stream, _)) = listener.accept() else {
+            thread::sleep(Duration::from_millis(5));
+            continue;
+        };
+        stream.set_nonblocking(false).unwrap();
+        let (mut input, mut buffer) = (Vec::new(), [0; 1024]);
+        while let Ok(None) = Hello::decode(&input) {
+            match stream.read(&mut buffer) {
+                Ok(n) if n > 0 => input.extend_from_slice(&buffer[..n]),
+                _ => break,
+            }
+        }
+        let mut answer = Vec::new();
+        let refusal = HelloRefusal::new(Reason::UnknownCopy, "none here").by(&name);
+        GreetingAnswer::Refusal(refusal).encode(&mut answer);
+        let _ = stream.write_all(&answer);
+    }
+}
+
+impl Drop for TestHost {
+    fn drop(&mut self) {
+        self.door.store(true, Ordering::Release);
+        let _ = self.porter.take().unwrap().join();
+    }
 }
 
 impl TestHost {
     fn new(joined: &Membership) -> Self {
         let dir = joined.config.data_dir.join("copies");
         fs::create_dir_all(&dir).unwrap();
+        let door = Arc::new(AtomicBool::new(false));
+        let porter = {
+            let listener = joined.replication.try_clone().unwrap();
+            let (name, door) = (joined.node.clone(), door.clone());
+            thread::spawn(move || greeted(listener, name, &door))
+        };
         Self {
+            door,
+            porter: Some(porter),
             dir,
             node: joined.node.clone(),
             boot_id: joined.boot_id,
@@ -208,6 +256,7 @@ impl Host for TestHost {
         let Some(gone) = served.remove(&volume) else {
             return Ok(());
         };
+        self.levers.lock().unwrap().scrubs.remove(&volume);
         if let Some(front) = &gone.request.front {
             let _ = fs::remove_file(&front.socket);
         }
@@ -247,12 +296,44 @@ impl Host for TestHost {
         levers.changes.push((volume, record.clone()));
     }
 
+    fn scrub(&self, volume: VolumeId, id: u64, repair: bool) -> Result<(), HostError> {
+        let mut levers = self.levers.lock().unwrap();
+        if levers.scrubs.get(&volume).is_some_and(|s| s.id == id) {
+            return Ok(());
+        }
+        let mut status = ScrubStatus::waiting(id, repair, 1 << 30);
+        status.state = ScrubState::Running;
+        status.differences = levers.differences.clone();
+        for d in &mut status.differences {
+            d.repaired = repair;
+            status.differing_bytes += d.length;
+            status.repaired_bytes += if repair { d.length } else { 0 };
+        }
+        levers.scrubs.insert(volume, status);
+        Ok(())
+    }
+
+    fn stop_scrub(&self, volume: VolumeId, id: u64) {
+        let mut levers = self.levers.lock().unwrap();
+        if let Some(s) = levers
+            .scrubs
+            .get_mut(&volume)
+            .filter(|s| s.id == id && s.is_open())
+        {
+            *s = s.clone().broken_off("it was stopped");
+        }
+    }
+
     fn peers_changed(&self, peers: &[(NodeName, SocketAddr)]) {
         self.levers.lock().unwrap().peers = peers.to_vec();
     }
 
     fn attachments(&self) -> Vec<AttachmentStatus> {
-        let levers = self.levers.lock().unwrap();
+        let mut levers = self.levers.lock().unwrap();
+        if !levers.endless {
+            let open = levers.scrubs.values_mut().filter(|s| s.is_open());
+            open.for_each(|s| s.state = ScrubState::Done);
+        }
         let served = self.served.lock().unwrap();
         served
             .iter()
@@ -287,6 +368,7 @@ impl Host for TestHost {
                     .collect(),
                 inflight: 0,
                 writeback: true,
+                scrub: levers.scrubs.get(volume).cloned(),
             })
             .collect()
     }
@@ -313,6 +395,7 @@ impl Host for TestHost {
                 backend: Default::default(),
                 inflight: 2,
                 sync_remaining: levers.syncs.values().map(|s| s.remaining_bytes).sum(),
+                scrub: Default::default(),
             };
             volume.frontend.write.total = 7;
             volume.frontend.write.seconds.observe(0.001);
@@ -498,7 +581,7 @@ impl Lab {
 
     pub fn start(&self, config: NodeConfig) -> Result<Node, Fault> {
         let registry = open_registry(&config)?;
-        let joined = join(config, registry)?;
+        let joined = join(config, registry, Doors::default())?;
         let (name, run_dir, store) = (
             joined.node.0.clone(),
             joined.config.run_dir.clone(),

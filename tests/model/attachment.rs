@@ -66,7 +66,7 @@ fn promised(votes: &[Option<Vote>; COPIES]) -> Vec<(usize, DiskState)> {
                 tag: *tag,
                 boot_id: boot(c, *b),
                 clean: false,
-                regions: regions(*log),
+                regions: Some(regions(*log)),
             };
             Some((c, disk))
         }
@@ -151,7 +151,8 @@ impl State {
         let known = |c: usize| at.held.record.copies[c].boot_id;
         let boots = votes.iter().map(|(c, disk)| {
             let whole = bound.shims(Mutant::HighestCounter);
-            (*c, known(*c).filter(|_| whole).unwrap_or(disk.boot_id))
+            let boot = known(*c).filter(|_| whole).unwrap_or(disk.boot_id);
+            (*c, boot, disk.regions.is_some())
         });
         let record = &at.held.record;
         let Some(members) = takeover::members(record, boots, !silent.is_empty()) else {

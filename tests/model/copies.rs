@@ -30,7 +30,7 @@ impl State {
             tag: copy.tag,
             boot_id: boot(c, copy.boot),
             clean: false,
-            regions: regions(copy.log),
+            regions: Some(regions(copy.log)),
         }
     }
 

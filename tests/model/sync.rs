@@ -38,7 +38,7 @@ impl State {
             own = own.map(|_| 0);
         }
         if bound.shims(Mutant::ReuseIdentity) && record.copies[c].base.since.0 > 0 {
-            own = Some(bits(&disk.regions));
+            own = disk.regions.as_deref().map(bits);
         }
         let absent = at.held.absent;
         let before = copy.bound;

@@ -175,6 +175,7 @@ impl World {
                     self.seen.count("ambiguous CAS");
                 }
                 self.note_sync(a, rule, &text);
+                self.note_scrub(a, rule);
                 self.say(|_| format!("att {a}: [{rule}] {text}"));
             }
             Action::Ended => {

@@ -50,6 +50,9 @@ impl World {
         for c in self.in_sync() {
             let disk = self.disk(c);
             for &(s, newest) in &covered {
+                if disk.decayed.contains_key(&s) {
+                    continue;
+                }
                 assert!(
                     self.oracle.holds(s, disk.durable[s], by, newest),
                     "S5: flush completed, but copy {c} has {} durable in sector {s}, not {newest}",
@@ -104,7 +107,7 @@ impl World {
                 state.epoch
             ),
             Message::DetachAck { .. } => assert!(
-                state.clean && disk.log.is_empty(),
+                state.clean && disk.log.is_empty() && !disk.log_lost,
                 "5: copy {n} detached, but its log has {:?} (clean: {})",
                 disk.log,
                 state.clean
@@ -143,7 +146,7 @@ impl World {
             "S7: a write after the promise, before an attach"
         );
         let disk = self.disk(n);
-        if span.regions().all(|r| disk.log.contains(&r)) {
+        if span.regions().all(|r| disk.is_logged(r)) {
             return;
         }
         let id = disk.copy_id();
@@ -242,7 +245,7 @@ impl World {
         let per_region = (REGION / SECTOR) as usize;
         let all = at_y.cache.len().min(at_x.cache.len());
         for region in 0..all.div_ceil(per_region) {
-            let logged = |d: &Disk| d.log.contains(&Region(region as u32));
+            let logged = |d: &Disk| d.is_logged(Region(region as u32));
             if logged(at_y) || logged(at_x) {
                 continue;
             }
@@ -348,7 +351,7 @@ impl World {
                 continue;
             }
             assert!(
-                disk.superblock.clean && disk.log.is_empty(),
+                disk.superblock.clean && disk.log.is_empty() && !disk.log_lost,
                 "5: left cleanly, but copy {c} has regions {:?} (clean: {})",
                 disk.log,
                 disk.superblock.clean
@@ -382,9 +385,14 @@ impl World {
     }
 }
 
-/// Whether two disks hold the same, whichever of them loses power now.
-fn same(a: &Disk, b: &Disk, span: std::ops::Range<usize>) -> bool {
-    let (ac, ad) = (&a.cache[span.clone()], &a.durable[span.clone()]);
-    let (bc, bd) = (&b.cache[span.clone()], &b.durable[span]);
-    ac == bc && ad == bc && ac == bd
+/// Whether two disks hold the same, whichever of them loses power now. That no log says where a disk rots is no fault of the
+/// protocol.
+fn same(a: &Disk, b: &Disk, mut span: std::ops::Range<usize>) -> bool {
+    let equal = |span: std::ops::Range<usize>| {
+        let (ac, ad) = (&a.cache[span.clone()], &a.durable[span.clone()]);
+        let (bc, bd) = (&b.cache[span.clone()], &b.durable[span]);
+        ac == bc && ad == bc && ac == bd
+    };
+    let rots = |s: &usize| a.decayed.contains_key(s) || b.decayed.contains_key(s);
+    equal(span.clone()) || span.all(|s| rots(&s) || equal(s..s + 1))
 }

@@ -86,6 +86,7 @@ pub enum Running {
     Log {
         add: Vec<Region>,
         retire: Vec<Region>,
+        anew: bool,
     },
     Bitmaps(Vec<(usize, Region, Vec<bool>)>),
 }
@@ -95,7 +96,7 @@ pub enum Running {
 pub enum Rot {
     /// One half of the superblock: the other one counts.
     Superblock(usize),
-    /// A sector of the log: every region counts as active.
+    /// A sector of the log.
     Log,
     /// A sector of the bitmap in this slot: all its chunks count as marked.
     Bitmap(usize),
@@ -115,7 +116,8 @@ pub enum Forgot {
 /// A copy as its disk has it.
 pub struct Opened {
     pub state: CopyState,
-    pub regions: Vec<Region>,
+    /// `None`: the log cannot be read.
+    pub regions: Option<Vec<Region>>,
     pub maps: [Option<DirtyMap>; BITMAPS_MAX],
 }
 
@@ -139,16 +141,21 @@ pub struct Disk {
     /// The highest epoch and promise whose write was reported done.
     reported: (Epoch, Epoch),
     pub log: BTreeSet<Region>,
+    /// It cannot be read: every region counts as active, and nothing is written into it before it is written anew.
+    pub log_lost: bool,
     /// Chunks that are no holes.
     data: Vec<bool>,
     /// Sectors that cannot be read until they are written.
     pub bad: BTreeSet<usize>,
+    /// Sectors that read as what nobody wrote, until they are written, and what they held.
+    pub decayed: BTreeMap<usize, u64>,
     /// Set when an operation took something out of the log or a bitmap.
     pub forgot: Option<Forgot>,
     /// Bad sectors that were written with what they had held.
     pub repaired: u64,
     /// Chunks that became holes.
     pub given_back: u64,
+    pub written_anew: u64,
     maps: Vec<Vec<bool>>,
     pub running: HashMap<Ticket, (Running, Fate)>,
     /// Full until this moment.
@@ -173,11 +180,14 @@ impl Disk {
             reported: (superblock.epoch, superblock.promised),
             data: vec![false; chunks],
             bad: BTreeSet::new(),
+            decayed: BTreeMap::new(),
             repaired: 0,
             given_back: 0,
+            written_anew: 0,
             forgot: None,
             superblock,
             log: BTreeSet::new(),
+            log_lost: false,
             maps: vec![vec![false; chunks]; BITMAPS_MAX],
             running: HashMap::new(),
             full_until: 0,
@@ -193,11 +203,7 @@ impl Disk {
     pub fn open(&mut self, rot: Option<Rot>) -> Opened {
         match rot {
             Some(Rot::Superblock(half)) => self.rotten = Some(half),
-            Some(Rot::Log) => {
-                self.log = (0..self.superblock.size.div_ceil(REGION) as u32)
-                    .map(Region)
-                    .collect();
-            }
+            Some(Rot::Log) => self.log_lost = true,
             Some(Rot::Bitmap(_)) | None => {}
         }
         let readable = (0..2).filter(|half| self.rotten != Some(*half));
@@ -227,7 +233,7 @@ impl Disk {
         );
         Opened {
             state: self.superblock.clone(),
-            regions: self.log.iter().copied().collect(),
+            regions: (!self.log_lost).then(|| self.log.iter().copied().collect()),
             maps: self.maps(),
         }
     }
@@ -270,6 +276,7 @@ impl Disk {
             DiskOp::Log(txn) => Running::Log {
                 add: txn.add,
                 retire: txn.retire,
+                anew: txn.anew,
             },
             DiskOp::Bitmaps(regions) => {
                 let mut parts = Vec::new();
@@ -287,6 +294,11 @@ impl Disk {
         };
         let before = self.running.insert(ticket, (running, fate));
         assert!(before.is_none(), "a ticket names one operation");
+    }
+
+    /// Whether its log says that the copy may differ here.
+    pub fn is_logged(&self, region: Region) -> bool {
+        self.log_lost || self.log.contains(&region)
     }
 
     fn s16(&self, span: Span) {
@@ -337,6 +349,10 @@ impl Disk {
                     self.repaired += u64::from(self.cache[s] == value);
                 }
                 self.data[s / PER_CHUNK] = true;
+                if let Some(held) = self.decayed.remove(&s) {
+                    // A power cut may bring back what was there before, and not the rot.
+                    self.durable[s] = held;
+                }
                 self.cache[s] = value;
                 self.unsynced.entry(s).or_default().push(Unsynced {
                     ticket,
@@ -345,6 +361,18 @@ impl Disk {
                 });
             }
         }
+    }
+
+    /// The sector reads as something else from now on, if there is one that is no hole.
+    pub fn rots(&mut self, s: usize, by: u64) -> bool {
+        let there = s < self.cache.len() && self.data[s / PER_CHUNK];
+        if there && !self.decayed.contains_key(&s) {
+            self.decayed.insert(s, self.cache[s]);
+            self.unsynced.remove(&s);
+            self.cache[s] ^= by;
+            self.durable[s] = self.cache[s];
+        }
+        there
     }
 
     /// Whole chunks of zeros become holes, whether or not a power cut may bring back what they held.
@@ -475,9 +503,16 @@ impl Disk {
                 self.reported = (state.epoch, state.promised);
                 self.superblock = *state;
             }
-            Running::Log { add, retire } => {
-                if !retire.is_empty() {
+            // Nothing is written into a log that cannot be read.
+            Running::Log { anew: false, .. } if self.log_lost => {}
+            Running::Log { add, retire, anew } => {
+                if anew || !retire.is_empty() {
                     self.forgot = Some(Forgot::Regions);
+                }
+                if anew {
+                    self.log.clear();
+                    self.written_anew += 1;
+                    self.log_lost = false;
                 }
                 self.log.extend(add);
                 self.log.retain(|r| !retire.contains(r));

@@ -14,7 +14,7 @@
 //! * **Wiped disks.** Any absent copy's; an in-sync one's only while another one is connected and whole. The node comes back without
 //!   files, the control plane gives it a new identity.
 //! * **Rot.** At an opening one of these reads wrong: one half of the superblock (never both), the log, one bitmap. Data
-//!   does not rot silently: nothing in this protocol would notice.
+//!   does not rot silently: reads and writes would not notice. It does at the very end, one copy's, for a scrub to find (`scrub.rs`).
 //! * **Clocks.** Each node's starts anywhere at each boot; two of them drift apart by at most one part in a hundred.
 //! * **Registry.** It may be slow, down, or not say whether it swapped; a late swap may still happen. It never loses
 //!   or takes back a value.
@@ -45,6 +45,10 @@ pub struct Weather {
     pub watch_lag: u64,
     /// The guest writes on while copies are brought up to date at the end.
     pub constant: bool,
+    /// The operator scrubs now and then.
+    pub scrub: bool,
+    /// The scrub of the calm, before anything rots, repairs.
+    pub scrub_repairs: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,6 +18,7 @@ mod oracle;
 mod registry;
 mod rng;
 mod scenario;
+mod scrub;
 mod seen;
 mod world;
 

@@ -125,7 +125,7 @@ impl World {
             let found = disk.open(rot);
             node.replica = Some(Replica::new(
                 found.state,
-                &found.regions,
+                found.regions.as_deref(),
                 found.maps,
                 node.boot,
                 Timing::DEFAULT,

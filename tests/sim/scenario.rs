@@ -17,6 +17,7 @@ use super::nodes::{Clock, Node};
 use super::oracle::Oracle;
 use super::registry::Registry;
 use super::rng::Rng;
+use super::scrub::Scrubs;
 use super::seen::Seen;
 use super::world::{Ev, MS, World};
 
@@ -126,6 +127,8 @@ impl World {
             rot: rng.one_in(3),
             watch_lag: rng.pick(&[0, 0, 4_000]),
             constant: rng.one_in(3),
+            scrub: rng.one_in(2),
+            scrub_repairs: rng.one_in(2),
         };
         let all = (size / SECTOR) as usize;
         let hot = (0..6)
@@ -147,6 +150,7 @@ impl World {
             partitions: Partitions::default(),
             made: Made::new(),
             syncs: HashMap::new(),
+            scrubs: Scrubs::default(),
             slow_net_until: 0,
             slow_node: None,
             registry: Registry::new(record),
@@ -186,6 +190,7 @@ impl World {
         world.after(0, Ev::Operator);
         world.after(100 * MS, Ev::Control);
         world.after(2_000 * MS, Ev::Fault);
+        world.after(1_000 * MS, Ev::Scrub);
         world
     }
 }

@@ -19,6 +19,7 @@ use super::nodes::Node;
 use super::oracle::{Moment, Oracle};
 use super::registry::Registry;
 use super::rng::Rng;
+use super::scrub::Scrubs;
 use super::seen::Seen;
 
 pub const MS: u64 = 1_000_000;
@@ -48,6 +49,7 @@ pub enum Ev {
     Guest(usize),
     Fault,
     Operator,
+    Scrub,
     Policy,
     Control,
     Start(usize),
@@ -92,6 +94,7 @@ pub struct World {
     pub made: Made,
     /// How each copy is being brought up to date, and how often that broke off.
     pub syncs: HashMap<NodeName, (bool, u64)>,
+    pub scrubs: Scrubs,
     pub slow_net_until: u64,
     /// Only this node's links are slow.
     pub slow_node: Option<usize>,
@@ -182,6 +185,7 @@ impl World {
                 .collect::<Vec<_>>())
         );
         self.verify();
+        self.scrub_at_the_end();
         self.leave();
         self.finish();
     }
@@ -192,6 +196,8 @@ impl World {
         for disk in self.nodes.iter().filter_map(|n| n.disk.as_ref()) {
             self.seen.times("sector repaired", disk.repaired);
             self.seen.times("chunk given back", disk.given_back);
+            self.seen
+                .times("unreadable log written anew", disk.written_anew);
         }
     }
 
@@ -356,6 +362,7 @@ impl World {
             Ev::Guest(a) => self.guest(a),
             Ev::Fault => return self.fault(),
             Ev::Operator => return self.operator(),
+            Ev::Scrub => return self.scrub_now_and_then(),
             Ev::Control => return self.control(),
             Ev::Policy => {
                 let mut next = self.registry.record.clone();

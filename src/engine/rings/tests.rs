@@ -188,7 +188,7 @@ impl World {
     /// A worker's turn. Whether there is more to take at once.
     fn turn(&mut self) -> bool {
         self.rings.take(START, &mut self.attachment, false);
-        self.rings.end_turn()
+        self.rings.end_turn(false)
     }
 
     /// What is under way, oldest first.
@@ -269,7 +269,7 @@ fn a_ring_that_stopped_with_requests_under_way_submits_them_again_when_those_hav
     );
     // and once they ended all are taken in the guest's order, and answered once each.
     world.complete(old[0]);
-    assert!(world.rings.end_turn(), "there is more to take");
+    assert!(world.rings.end_turn(false), "there is more to take");
     world.turn();
     let new = world.under_way();
     assert_eq!(new.len(), 3);
@@ -461,7 +461,7 @@ fn a_ring_that_stops_answers_first_what_the_process_before_had_taken() {
     assert!(!world.turn());
     assert_eq!(world.under_way(), []);
     let answer = world.stop();
-    assert!(world.rings.end_turn(), "there is something to take");
+    assert!(world.rings.end_turn(false), "there is something to take");
     assert!(world.rings.stopped(START).is_empty());
     world.turn();
     let taken = world.under_way();
@@ -470,7 +470,7 @@ fn a_ring_that_stops_answers_first_what_the_process_before_had_taken() {
         assert!(world.rings.stopped(START).is_empty());
         world.complete(id);
     }
-    world.rings.end_turn();
+    world.rings.end_turn(false);
     // then the two are answered, the third is not, and the region is empty.
     assert_eq!(world.rings.stopped(START).len(), 1);
     assert_eq!(answer.try_recv(), Ok(Ok(2)));
@@ -572,6 +572,7 @@ fn what_another_copy_answered_ends_when_the_disk_here_has_let_go() {
         assert_eq!((world.answered(), world.under_way()), (vec![], vec![read]));
         // before the kernel has let go of it.
         drop(in_use);
+        world.rings.answer_unpinned(START);
         world.turn();
         match stopped {
             false => assert_eq!((world.answered(), world.rings.in_flight()), (vec![0], 0)),
@@ -658,7 +659,7 @@ fn what_is_under_way_is_bounded_whatever_the_guest_offers() {
         world.rings.take(START, &mut world.attachment, false);
         world.rings.take(START, &mut world.attachment, false);
         assert!(world.under_way().len() <= begun + TURN_BYTES / (1 << 20));
-        world.rings.end_turn();
+        world.rings.end_turn(false);
         turns += 1;
     }
     // and no more than a volume may have under way. There is nothing to do then, and the worker does not spin.
@@ -729,7 +730,7 @@ fn a_turn_ends_when_chains_cost_too_much() {
         world.rings.take(START, &mut world.attachment, false);
         world.rings.take(START, &mut world.attachment, false);
         assert_eq!(
-            (world.rings.end_turn(), world.answered().len()),
+            (world.rings.end_turn(false), world.answered().len()),
             (more, answered)
         );
     }
@@ -843,4 +844,60 @@ fn a_volume_that_is_detached_ends_the_zeros_it_began() {
         world.turn();
     }
     assert_eq!((world.rings.in_flight(), world.answered()), (0, vec![0]));
+}
+
+#[test]
+fn what_was_read_is_shown_only_when_it_may_be() {
+    // Given a read that is answered,
+    let mut world = World::tracked();
+    world.start(0, true);
+    world.offer(0);
+    world.put(DATA, &0u32.to_le_bytes());
+    world.put(DESC + 8, &16u32.to_le_bytes());
+    world.put(DESC + 16, &(DATA + 0x100).to_le_bytes());
+    world.put(DESC + 16 + 8, &513u32.to_le_bytes());
+    world.turn();
+    let under_way = world.under_way();
+    assert!(!world.rings.shows_reads());
+    world.complete(under_way[0]);
+    assert!(world.rings.shows_reads());
+    // when it is held back,
+    world.rings.end_turn(true);
+    // then the guest does not see it, and the ring does not stop without it;
+    let answer = world.stop();
+    assert!(world.rings.stopped(START).is_empty());
+    assert_eq!(world.answered(), [0u32; 0]);
+    // when it may be seen, it is, once.
+    assert!(world.rings.shows_reads());
+    world.rings.end_turn(false);
+    assert!(!world.rings.shows_reads());
+    assert_eq!(world.answered(), [0]);
+    assert_eq!(world.rings.stopped(START).len(), 1);
+    assert_eq!(answer.try_recv(), Ok(Ok(1)));
+}
+
+#[test]
+fn a_request_is_not_answered_while_the_kernel_uses_its_memory() {
+    // Given a request that was done elsewhere while a system call with its memory hangs,
+    let mut world = World::tracked();
+    let old = two_under_way(&mut world);
+    let part = world.rings.parts.get_mut(Seq(old[0].0)).unwrap();
+    let in_use = GuestPart {
+        request: Rc::clone(&part.guest),
+        start: 0,
+        len: 512,
+    };
+    let in_use = in_use.pin();
+    world.complete(old[0]);
+    world.complete(old[1]);
+    world.rings.answer_unpinned(START);
+    world.turn();
+    assert_eq!(world.answered(), [2]);
+    assert_eq!(world.rings.in_flight(), 1, "a ring that stops waits for it");
+    // when that has ended, then it is answered.
+    drop(in_use);
+    world.rings.answer_unpinned(START);
+    world.turn();
+    assert_eq!(world.answered(), [2, 0]);
+    assert_eq!(world.rings.in_flight(), 0);
 }

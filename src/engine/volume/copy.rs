@@ -10,8 +10,9 @@ use crate::engine::buffer::Bytes;
 use crate::engine::command::{Command, Event, Mailbox, OpenCopy};
 use crate::engine::context::Context;
 use crate::engine::disk::{Completion, DataFile, Output, Token, Work};
+use crate::engine::syncs::{End, Held};
 use crate::replication::ids::{CHUNK, CopyId, Epoch, Nanos, REGION, Region, VolumeId};
-use crate::replication::message::Message;
+use crate::replication::message::{Message, Refusal};
 use crate::replication::replica::{
     Action as CopyDo, DiskOp, DiskResult, Replica, SessionId, Ticket,
 };
@@ -47,7 +48,7 @@ impl Volume {
             .map_err(|e| format!("cannot read the length of the copy's data: {e}"))?;
         let replica = Replica::new(
             state,
-            &regions,
+            regions.as_deref(),
             maps,
             ctx.me.boot_id,
             Timing::DEFAULT,
@@ -65,6 +66,7 @@ impl Volume {
             length,
             measured: 0,
             cut: false,
+            place: None,
         });
         Ok(())
     }
@@ -101,10 +103,16 @@ impl Volume {
         message: Message,
         data: Option<Bytes>,
     ) {
-        match &mut self.copy {
-            Some(copy) => copy.replica.on_message(ctx.now, session, message, data),
-            None => ctx.close_session(session),
+        let Some(copy) = &mut self.copy else {
+            return ctx.close_session(session);
+        };
+        if copy.may_take(ctx, &message) {
+            return copy.replica.on_message(ctx.now, session, message, data);
         }
+        if let Some(token) = ctx.sessions.get(&session).copied() {
+            ctx.send(token, &Message::Nack(Refusal::Busy), None, false);
+        }
+        ctx.close_session(session);
     }
 
     /// An attachment's connection is gone.
@@ -290,7 +298,10 @@ impl Volume {
                 copy.write_meta(ctx, token, vec![first], Some(second));
             }
             DiskOp::Log(txn) => {
-                let writes = copy.metadata.log(&txn.add, &txn.retire);
+                let writes = match txn.anew {
+                    true => copy.metadata.reset_log(&txn.add),
+                    false => copy.metadata.log(&txn.add, &txn.retire),
+                };
                 copy.write_meta(ctx, token, writes, None);
             }
             DiskOp::Bitmaps(regions) => {
@@ -302,6 +313,20 @@ impl Volume {
 }
 
 impl LocalCopy {
+    /// Whether there is a place for the sync that the message begins, if it begins one.
+    pub(super) fn may_take(&mut self, ctx: &Context, message: &Message) -> bool {
+        if !matches!(message, Message::SyncBegin(_)) {
+            return true;
+        }
+        if let Some(place) = &mut self.place {
+            place.renew(ctx.now);
+            return true;
+        }
+        let place = ctx.turns.places.take(End::Target);
+        self.place = place.map(|place| Held::new(place, ctx.now));
+        self.place.is_some()
+    }
+
     /// Whether the data file is still as long as it was made. Bytes that somebody cut off read as zeros once a write made
     /// the file longer again, so the copy is dead (PROTOCOL 3). No write reaches the file's last block: it stays cut.
     pub(super) fn measure(&mut self, ctx: &Context) {

@@ -14,6 +14,7 @@ use super::command::{CopyStatus, VolumeStatus};
 use super::context::Context;
 use super::disk::DataFile;
 use super::rings::Rings;
+use super::syncs::Held;
 use crate::cluster::metrics::{Layer, VolumeMetrics};
 use crate::copy::{MetaWrite, Metadata, Store};
 use crate::guest::Capacity;
@@ -44,6 +45,8 @@ pub struct LocalCopy {
     measured: u64,
     /// Somebody cut it short.
     cut: bool,
+    /// Its place among the copies on this node that are brought up to date.
+    place: Option<Held>,
 }
 
 /// Writes that make one metadata operation.
@@ -72,6 +75,8 @@ pub struct Serving {
     kicks: HashMap<u16, usize>,
     detaching: Option<Detaching>,
     network: Layer,
+    /// Places of the copies that are brought up to date from here.
+    places: HashMap<usize, Held>,
 }
 
 struct Detaching {
@@ -106,9 +111,11 @@ impl Volume {
         }
     }
 
-    /// Neither a copy nor an attachment.
-    pub fn is_unused(&self) -> bool {
-        self.copy.is_none() && self.serving.is_none()
+    /// Whether it is to be told the time now. A node has hundreds of copies that nothing happens to: those look up once in a
+    /// second.
+    pub fn wants_time(&self, now: Nanos) -> bool {
+        let copy_does = |c: &LocalCopy| !c.replica.is_idle() || now.since(c.looked) >= IDLE_LOOK;
+        self.serving.is_some() || self.copy.as_ref().is_some_and(copy_does)
     }
 
     // ---- the turn
@@ -163,22 +170,43 @@ impl Volume {
     /// After the last `settle` of a turn: answers to the guest, stopped rings, the end of a detach. Returns whether
     /// a ring has more to take at once.
     pub fn finish_turn(&mut self, ctx: &mut Context) -> bool {
+        self.give_places_back(ctx.now);
         let Some(s) = &mut self.serving else {
             return false;
         };
         s.follow_size();
-        let more = s.rings.end_turn();
+        s.rings.answer_unpinned(ctx.now);
+        // PROTOCOL 4: once more before the guest sees it. The next heartbeat's answer, or the end of the attachment, decides.
+        let hold = s.rings.shows_reads()
+            && (s.attachment.as_ref()).is_none_or(|a| !a.may_show_reads(super::now()));
+        let more = s.rings.end_turn(hold);
         for (index, ring) in s.rings.stopped(ctx.now) {
             if let Some(token) = s.kicks.remove(&index) {
                 ctx.unwatch(ring.kick_fd(), token);
             }
         }
+        s.rings.parked(ctx.now);
         self.housekeeping(ctx) || more
     }
 
     /// What the attachment decided next.
     fn decision(&mut self) -> Option<Action<Bytes>> {
         self.serving.as_mut()?.attachment.as_mut()?.poll()
+    }
+
+    fn give_places_back(&mut self, now: Nanos) {
+        if let Some(copy) = &mut self.copy
+            && let Some(place) = &mut copy.place
+            && !place.is_needed(copy.replica.is_target(), now)
+        {
+            copy.place = None;
+        }
+        if let Some(s) = &mut self.serving {
+            let attachment = s.attachment.as_ref();
+            let runs = |copy| attachment.is_some_and(|a| a.is_syncing(copy));
+            s.places
+                .retain(|copy, place| place.is_needed(runs(*copy), now));
+        }
     }
 
     /// Whether there is something to do at once.
@@ -248,6 +276,7 @@ impl Volume {
                 in_flight: 0,
                 undecided: 0,
                 writeback,
+                scrub: None,
             });
         };
         let status = attachment.status();
@@ -261,6 +290,7 @@ impl Volume {
             in_flight: status.in_flight,
             undecided: status.undecided,
             writeback,
+            scrub: status.scrub,
         })
     }
 
@@ -291,6 +321,9 @@ impl Volume {
                 .unwrap_or_default(),
             inflight: s.rings.in_flight() as u64,
             sync_remaining: (s.attachment.as_ref()).map_or(0, Attachment::sync_remaining),
+            scrub: (s.attachment.as_ref())
+                .map(Attachment::scrub_counters)
+                .unwrap_or_default(),
         })
     }
 }

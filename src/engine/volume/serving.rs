@@ -7,9 +7,12 @@ use super::turns::Seat;
 use super::{Detaching, LocalCopy, QUIESCE, Serving, Volume, seconds};
 use crate::cluster::metrics::Layer;
 use crate::engine::buffer::Bytes;
-use crate::engine::command::{AttachVolume, Event, GuestAnswer, GuestCommand, RegistryRequest};
+use crate::engine::command::{
+    AttachVolume, Event, GuestAnswer, GuestCommand, ParkAnswer, RegistryRequest,
+};
 use crate::engine::context::Context;
 use crate::engine::rings::Rings;
+use crate::engine::syncs::{End, Held, waits_here};
 use crate::guest::{BlockSize, Serial};
 use crate::replication::attachment::{Action as Do, Attachment, Op};
 use crate::replication::ids::{COPIES_MAX, CopyId, LINKS_MAX, Nanos, Seq};
@@ -50,6 +53,7 @@ impl Volume {
             kicks: HashMap::new(),
             detaching: None,
             network: Layer::default(),
+            places: HashMap::new(),
         });
         Ok(())
     }
@@ -71,10 +75,20 @@ impl Volume {
     }
 
     /// A message from a copy on another node.
-    pub fn copy_says(&mut self, ctx: &Context, link: usize, message: Message, data: Option<Bytes>) {
+    pub fn copy_says(
+        &mut self,
+        ctx: &mut Context,
+        link: usize,
+        message: Message,
+        data: Option<Bytes>,
+    ) {
         if let Some(s) = &mut self.serving {
             s.count_answered(ctx.now, &message);
             if let Some(attachment) = &mut s.attachment {
+                if message == Message::Nack(Refusal::Busy) {
+                    let node = &attachment.record().copies[link % COPIES_MAX].node;
+                    ctx.turns.is_busy(node.clone(), ctx.now);
+                }
                 attachment.on_message(ctx.now, link, message, data);
             }
         }
@@ -83,7 +97,7 @@ impl Volume {
     /// The connection to a copy was made, or was lost.
     pub fn copy_link(
         &mut self,
-        ctx: &Context,
+        ctx: &mut Context,
         link: usize,
         token: usize,
         state: Result<crate::replication::ids::BootId, &str>,
@@ -92,12 +106,18 @@ impl Volume {
         if s.links[link] != Some(token) {
             return;
         }
+        ctx.turns.dialed(token);
         if state.is_err() {
             s.links[link] = None;
         }
         let Some(attachment) = &mut s.attachment else {
             return;
         };
+        if state.is_ok() && is_for_sync(attachment, link) && !hold(&mut s.places, ctx, link) {
+            s.links[link] = None;
+            ctx.remove(token);
+            return attachment.on_put_off(ctx.now, link, &waits_here());
+        }
         match state {
             Ok(boot_id) => attachment.on_connected(ctx.now, link, boot_id),
             Err(why) => attachment.on_disconnected(ctx.now, link, why),
@@ -136,8 +156,14 @@ impl Volume {
                 if let (Some((session, own)), Some(copy)) = (s.local, &mut self.copy)
                     && to.has(own)
                 {
-                    copy.replica
-                        .on_message(ctx.now, session, message.clone(), data.clone());
+                    if copy.may_take(ctx, &message) {
+                        copy.replica
+                            .on_message(ctx.now, session, message.clone(), data.clone());
+                    } else {
+                        let node = ctx.me.node.clone();
+                        ctx.turns.is_busy(node, ctx.now);
+                        attachment.on_message(ctx.now, own, Message::Nack(Refusal::Busy), None);
+                    }
                 }
                 if !remote.is_empty() {
                     let compress = attachment.record().compress;
@@ -213,6 +239,10 @@ impl Volume {
         let Some(attachment) = &mut s.attachment else {
             return;
         };
+        let for_sync = is_for_sync(attachment, link);
+        if for_sync && let Err(why) = ctx.turns.may_dial(node, ctx.now) {
+            return attachment.on_put_off(ctx.now, link, &why);
+        }
         if *node == ctx.me.node {
             if here != Some(copy_id) {
                 let unknown = Refusal::UnknownCopy;
@@ -221,6 +251,8 @@ impl Volume {
             } else if link >= COPIES_MAX {
                 let why = "the copy of this process takes everything over one session";
                 attachment.on_disconnected(ctx.now, link, why);
+            } else if for_sync && !hold(&mut s.places, ctx, link) {
+                attachment.on_put_off(ctx.now, link, &waits_here());
             } else {
                 s.local = Some((ctx.session(), link));
                 attachment.on_connected(ctx.now, link, ctx.me.boot_id);
@@ -228,7 +260,12 @@ impl Volume {
             return;
         }
         match ctx.dial(node, self.id, copy_id, self.at, link) {
-            Ok(token) => s.links[link] = Some(token),
+            Ok(token) => {
+                s.links[link] = Some(token);
+                if for_sync {
+                    ctx.turns.dialing(token, node.clone());
+                }
+            }
             Err(why) => attachment.on_disconnected(ctx.now, link, &why),
         }
     }
@@ -278,6 +315,22 @@ impl Volume {
             }
         };
         let _ = reply.try_send(answer);
+    }
+
+    /// The guest's rings stand still, for the program that takes this one's place.
+    pub fn park(&mut self, now: Nanos, patience: Nanos, reply: SyncSender<ParkAnswer>) {
+        match &mut self.serving {
+            Some(s) => s.rings.park(now, patience, reply),
+            // No ring can run.
+            None => drop(reply.try_send(Ok(Vec::new()))),
+        }
+    }
+
+    /// They go on.
+    pub fn unpark(&mut self) {
+        if let Some(s) = &mut self.serving {
+            s.rings.unpark();
+        }
     }
 
     /// A kick came in.
@@ -369,6 +422,20 @@ impl Serving {
         counter.errors += u64::from(status != Status::Ok);
         counter.seconds.observe(seconds(now.since(submitted)));
     }
+}
+
+/// Whether the link is the one over which a sync begins.
+fn is_for_sync(attachment: &Attachment<Bytes>, link: usize) -> bool {
+    link < COPIES_MAX && attachment.is_absent(link)
+}
+
+/// Takes a place for the sync of `copy`, unless there is none.
+fn hold(places: &mut HashMap<usize, Held>, ctx: &Context, copy: usize) -> bool {
+    if let Some(place) = ctx.turns.places.take(End::Source) {
+        places.insert(copy, Held::new(place, ctx.now));
+        return true;
+    }
+    false
 }
 
 /// The metric's label for why a copy was ejected.

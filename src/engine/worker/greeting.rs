@@ -93,7 +93,7 @@ impl Loop {
 
     pub(super) fn refuse(&mut self, token: usize, refusal: HelloRefusal) {
         let mut bytes = Vec::new();
-        Answer::Refusal(refusal).encode(&mut bytes);
+        Answer::Refusal(refusal.by(&self.setup.me.node)).encode(&mut bytes);
         self.ctx.push(token, bytes);
         if let Some(peer) = self.ctx.peers.get_mut(&token) {
             peer.role = Role::Closing;

@@ -7,6 +7,7 @@ mod greeting;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::command::{Command, Event, Mailbox, RegistryRequest, WorkerMetrics};
 use super::context::{Context, Identity, Role, next_frame};
 use super::disk::Disk;
+use super::syncs::Places;
 use super::volume::Volume;
 use crate::replication::ids::{Nanos, VolumeId};
 use crate::wire::WireError;
@@ -68,6 +70,8 @@ pub struct Setup {
     pub registry: Sender<RegistryRequest>,
     /// To the node's log of events.
     pub events: Sender<Event>,
+    /// The node's places for syncs.
+    pub places: Arc<Places>,
 }
 
 /// Which of `workers` owns a volume.
@@ -149,7 +153,7 @@ impl Loop {
             .register(&mut SourceFd(&fd), DISK, Interest::READABLE)?;
         let disk = Disk::new(fd)?;
         let registry = poll.registry().try_clone()?;
-        let ctx = Context::new(
+        let mut ctx = Context::new(
             setup.me.clone(),
             disk,
             registry,
@@ -157,6 +161,7 @@ impl Loop {
             setup.registry.clone(),
             setup.events.clone(),
         );
+        ctx.turns.places = Arc::clone(&setup.places);
         Ok(Self {
             setup,
             poll,
@@ -297,7 +302,7 @@ impl Loop {
     fn tick(&mut self) {
         self.busy = self.volumes.iter().any(Volume::is_busy) || !self.ctx.peers.is_empty();
         for at in 0..self.volumes.len() {
-            if !self.volumes[at].is_unused() {
+            if self.volumes[at].wants_time(self.ctx.now) {
                 self.volumes[at].on_tick(&mut self.ctx);
                 self.touched.push(at);
             }
@@ -404,7 +409,7 @@ impl Loop {
                         return Ok(());
                     };
                     peer.conn.take(taken);
-                    self.volumes[volume].copy_says(&self.ctx, link, message, data);
+                    self.volumes[volume].copy_says(&mut self.ctx, link, message, data);
                     self.touch(volume);
                 }
                 Role::Attachment {
@@ -443,7 +448,8 @@ impl Loop {
                     match answer {
                         Answer::Ack(ack) => {
                             peer.role = Role::Copy { volume, link };
-                            self.volumes[volume].copy_link(&self.ctx, link, token, Ok(ack.boot_id));
+                            let boot = Ok(ack.boot_id);
+                            self.volumes[volume].copy_link(&mut self.ctx, link, token, boot);
                             self.touch(volume);
                         }
                         Answer::Refusal(HelloRefusal {
@@ -474,7 +480,7 @@ impl Loop {
             Role::Dialing { volume, link, .. }
             | Role::Greeting { volume, link }
             | Role::Copy { volume, link } => {
-                self.volumes[volume].copy_link(&self.ctx, link, token, Err(why));
+                self.volumes[volume].copy_link(&mut self.ctx, link, token, Err(why));
                 self.touch(volume);
             }
             Role::Attachment {
@@ -533,10 +539,29 @@ impl Loop {
                 self.volumes[at].on_guest(&mut self.ctx, command, reply);
                 self.touch(at);
             }
+            Command::Park(volume, patience, reply) => {
+                let at = self.place(volume);
+                self.volumes[at].park(self.ctx.now, patience, reply);
+                self.touch(at);
+            }
+            Command::Unpark(volume) => {
+                let at = self.place(volume);
+                self.volumes[at].unpark();
+                self.touch(at);
+            }
+            Command::DiskAge(reply) => drop(reply.try_send(self.ctx.disk.age())),
             Command::ByTurns(volume, on) => {
                 let at = self.place(volume);
                 self.volumes[at].by_turns(on);
                 self.touch(at);
+            }
+            Command::Scrub(volume, id, repair, reply) => {
+                let mut answer = Err("the volume is not attached here".into());
+                self.with_attachment(volume, |a, now| answer = a.scrub(now, id, repair));
+                let _ = reply.try_send(answer);
+            }
+            Command::StopScrub(volume, id) => {
+                self.with_attachment(volume, |a, now| a.stop_scrub(now, id))
             }
             Command::Record(volume, found) => {
                 let at = self.place(volume);
@@ -558,14 +583,26 @@ impl Loop {
             }
             Command::Peers(peers) => self.ctx.addresses = peers.into_iter().collect(),
             Command::Adopt(stream, hello, rest) => self.adopt(stream, &hello, &rest),
-            Command::Status(reply) => {
-                let attached = self.volumes.iter().filter_map(Volume::status).collect();
-                let copies = self
-                    .volumes
-                    .iter()
-                    .filter_map(Volume::copy_status)
-                    .collect();
-                let _ = reply.try_send((attached, copies));
+            Command::Attached(reply) => {
+                let all = self.volumes.iter().filter_map(Volume::status);
+                let _ = reply.try_send(all.collect());
+            }
+            Command::Copies(reply) => {
+                let all = self.volumes.iter().filter_map(Volume::copy_status);
+                let _ = reply.try_send(all.collect());
+            }
+            Command::CopyIds(volume, reply) => {
+                let id = |v: &Volume| Some((v.id, v.copy_id()?));
+                let all = match volume {
+                    None => self.volumes.iter().filter_map(id).collect(),
+                    Some(volume) => {
+                        let at = self.by_id.get(&volume);
+                        at.and_then(|at| id(&self.volumes[*at]))
+                            .into_iter()
+                            .collect()
+                    }
+                };
+                let _ = reply.try_send(all);
             }
             Command::Metrics(reply) => {
                 let _ = reply.try_send(WorkerMetrics {

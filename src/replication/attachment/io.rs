@@ -1,6 +1,7 @@
 //! Requests: from the guest to the copies, and back when the rules allow (PROTOCOL 2, 3, 4, 7). A read is the master's, which holds every
 //! completed write (S10).
 
+use super::scrub::Step as ScrubStep;
 use super::sync::Step;
 use super::{
     Action, Attachment, CopySet, Done, Kind, Op, Origin, Outcome, Payload, Pending, Phase,
@@ -205,8 +206,10 @@ impl<D: Payload> Attachment<D> {
             Kind::Data => (Message::SyncData(request), p.data.clone()),
             Kind::Hash => (Message::SyncHash(request), None),
             Kind::Map => {
-                let Origin::Sync { copy, .. } = p.origin else {
-                    return;
+                let copy = match p.origin {
+                    Origin::Sync { copy, .. } => copy,
+                    // Only its holes are of interest: of itself a copy has no bitmap.
+                    _ => p.waiting.iter().next().unwrap_or_default(),
                 };
                 let message = Message::MapRead {
                     epoch,
@@ -291,7 +294,8 @@ impl<D: Payload> Attachment<D> {
     fn disk_full(&mut self, copy: usize, seq: Seq) {
         if let Some(p) = self.pending.get_mut(seq) {
             p.waiting.insert(copy);
-            p.full = true;
+            // What a scrub wants to write there suspends nobody: it is given up (`retry_full`).
+            p.full = !matches!(p.origin, Origin::Scrub { .. });
         }
         self.peers[copy].why =
             format!("the disk of node {} is full", self.record.copies[copy].node);
@@ -363,6 +367,11 @@ impl<D: Payload> Attachment<D> {
                 step,
             } => self.step_ended(copy, session, step),
             Origin::Repair { copy } => self.repaired(copy, p.span),
+            Origin::Scrub {
+                id,
+                step: ScrubStep::Write(chunk),
+            } => self.mended(id, chunk, outcome),
+            Origin::Scrub { .. } => {}
         }
     }
 
@@ -407,7 +416,12 @@ impl<D: Payload> Attachment<D> {
                     } => self.chunk_for(copy, session, chunk, p.span, data),
                     Origin::Repair { copy } => self.repair_with(copy, p.span, data),
                     Origin::Reconcile { chunk } => self.chunk_read(chunk, copy, data),
-                    Origin::Background
+                    Origin::Scrub {
+                        id,
+                        step: ScrubStep::Read(chunk),
+                    } => self.mend_with(id, chunk, p.span, data),
+                    Origin::Scrub { .. }
+                    | Origin::Background
                     | Origin::Abandoned
                     | Origin::Grow
                     | Origin::Reconciled
@@ -422,10 +436,9 @@ impl<D: Payload> Attachment<D> {
 
     /// The copy asked cannot answer: ask another in-sync one; the last one's error is the guest's.
     fn read_elsewhere(&mut self, seq: Seq) {
-        // S4, S17: A is to be ejected, the swap is in doubt, A is back and configured: until the record says that it is out, no
-        // write completes without it, so it can answer. The master's unreadable sector is then no error of the guest's.
-        let gone = self.failing.without(self.ready);
-        let (candidates, ready) = (self.in_sync.without(gone), self.ready);
+        // S4, S17: A is to be ejected and the registry does not answer: until the record says that it is out, no write completes
+        // without it, so it can answer when it is back. The master's unreadable sector is then no error of the guest's.
+        let (candidates, ready, failing) = (self.in_sync, self.ready, self.failing);
         let Some(p) = self.pending.get_mut(seq) else {
             return;
         };
@@ -435,10 +448,13 @@ impl<D: Payload> Attachment<D> {
             return self.chunk_read(chunk, copy, None);
         }
         p.unreadable = p.unreadable.or(p.waiting);
-        // One whose connection is down for a moment answers when it is back, or is ejected: a pause, no error.
+        // One whose connection is down answers when it is back, or is ejected: a pause, no error.
         let left = match p.origin {
-            // Not of the one that is to be repaired.
-            Origin::Repair { copy } => candidates.without(p.tried).without(CopySet::one(copy)),
+            // Not of the one that is to be repaired; nor is a guest's write to wait behind the repair for one that is lost.
+            Origin::Repair { copy } => candidates
+                .without(p.tried)
+                .without(failing)
+                .without(CopySet::one(copy)),
             _ => candidates.without(p.tried),
         };
         match left.and(ready).iter().chain(left.iter()).next() {
@@ -465,6 +481,10 @@ impl<D: Payload> Attachment<D> {
                         step: Step::Read(chunk),
                     } => self.chunk_for(copy, session, chunk, p.span, None),
                     Origin::Repair { copy } => self.repair_with(copy, p.span, None),
+                    Origin::Scrub {
+                        id,
+                        step: ScrubStep::Read(chunk),
+                    } => self.mend_with(id, chunk, p.span, None),
                     _ => {}
                 }
             }
@@ -481,7 +501,28 @@ impl<D: Payload> Attachment<D> {
             if p.waiting.and(out).is_empty() {
                 continue;
             }
+            let from = p.waiting.iter().next().unwrap_or_default();
             p.waiting = p.waiting.without(out);
+            // Of a scrub: what the others answer is asked anew (`outdate_scrub`).
+            match p.origin {
+                Origin::Scrub {
+                    id,
+                    step: ScrubStep::Holes,
+                } => {
+                    self.pending.remove(seq);
+                    self.holes_known(id, None);
+                    continue;
+                }
+                Origin::Scrub {
+                    id,
+                    step: ScrubStep::Hash(chunk, block),
+                } => {
+                    self.pending.remove(seq);
+                    self.block_known(id, (chunk, block), from, None);
+                    continue;
+                }
+                _ => {}
+            }
             let session = matches!(
                 p.origin,
                 Origin::Sync { .. } | Origin::Repair { .. } | Origin::Grow
@@ -501,6 +542,10 @@ impl<D: Payload> Attachment<D> {
                 p.asked = self.now;
                 self.transmit(seq, CopySet::one(self.master).and(self.ready));
             } else {
+                if p.waiting.is_empty() && p.failed == Some(Status::NoSpace) {
+                    // S17: the last copy is full, and is put out in favour of one that has the write: that one's answer counts.
+                    p.failed = None;
+                }
                 self.settle(seq);
             }
         }
@@ -523,7 +568,7 @@ impl<D: Payload> Attachment<D> {
             return true;
         }
         // S17: nothing completes OK while the mode says suspend. S8: no read without a lease.
-        self.owns() && self.mode_serves() && (!done.read || self.lease_holds())
+        self.owns() && self.mode_serves() && (!done.read || self.lease_holds(self.now))
     }
 
     pub(super) fn release_done(&mut self) {
@@ -544,8 +589,15 @@ impl<D: Payload> Attachment<D> {
             .push_back(Action::Complete { id, outcome, data });
     }
 
+    /// Whether a read that was completed may be shown to the guest now, by a clock that is read after everything else: the process
+    /// may have been stopped in between, and another attachment serve by now (S8).
+    pub fn may_show_reads(&self, now: Nanos) -> bool {
+        // What it completed before it left is as right as it was then.
+        self.phase == Phase::Left || self.owns() && self.lease_holds(now)
+    }
+
     /// Every in-sync copy but the one in this process acknowledged a heartbeat sent less than `lease` ago.
-    fn lease_holds(&self) -> bool {
+    fn lease_holds(&self, now: Nanos) -> bool {
         if mutants::on(Mutant::ReadWithoutLease) {
             return true;
         }
@@ -554,7 +606,7 @@ impl<D: Payload> Attachment<D> {
             .filter(|c| Some(*c) != self.local)
             .all(|c| {
                 let sent = self.peers[c].lease;
-                sent.is_some_and(|sent| self.now.since(sent) < self.timing.lease)
+                sent.is_some_and(|sent| now.since(sent) < self.timing.lease)
             })
     }
 
@@ -643,7 +695,7 @@ impl<D: Payload> Attachment<D> {
             .collect();
         let over = self.failing_requests();
         for seq in full {
-            if over && self.give_up(seq) {
+            if (over || self.asked_by_scrub(seq).is_some()) && self.give_up(seq) {
                 continue;
             }
             if let Some(p) = self.pending.get_mut(seq) {

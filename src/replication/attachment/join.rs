@@ -1,5 +1,7 @@
 //! Taking a volume over (PROTOCOL 5.1–5.3), and leaving it cleanly.
 
+use std::collections::BTreeSet;
+
 use super::{Attachment, CopySet, Link, Origin, Outcome, Payload, Phase, Purpose, Vote};
 use crate::replication::ids::{Epoch, Nanos, Region, Seq};
 use crate::replication::message::{DiskState, Message, Promise, Proof, Refusal};
@@ -23,8 +25,8 @@ pub(super) struct Join {
     quiet_until: Nanos,
     /// How often outbid, without a claim in between.
     outbid: u32,
-    /// What the copies held when they promised.
-    regions: Vec<Region>,
+    /// Where the members may differ, by their logs; `None`: anywhere.
+    regions: Option<Vec<Region>>,
     /// Detaching: the flush is done, the copies were told.
     leaving_told: bool,
     leaving_flushing: bool,
@@ -201,7 +203,9 @@ impl<D: Payload> Attachment<D> {
             }
             return;
         }
-        let promised = self.promises().map(|(c, disk)| (c, disk.boot_id));
+        let promised = self
+            .promises()
+            .map(|(c, disk)| (c, disk.boot_id, disk.regions.is_some()));
         let Some(members) = takeover::members(&self.record, promised, silent > 0) else {
             return;
         };
@@ -222,7 +226,14 @@ impl<D: Payload> Attachment<D> {
         for copy in self.in_sync.without(members).iter() {
             let why = &self.peers[copy].why;
             let node = &self.record.copies[copy].node;
-            let text = format!("the copy on {node} did not promise in time ({why})");
+            let text = match &self.peers[copy].vote {
+                Some(Vote::Promised(_)) => {
+                    format!(
+                        "the copy on {node} may lack writes, or not know where: it is brought up to date"
+                    )
+                }
+                _ => format!("the copy on {node} did not promise in time ({why})"),
+            };
             self.event("5.3 claim", text);
         }
         let master = if takeover::keeps_master(members, self.master, self.local) {
@@ -240,10 +251,9 @@ impl<D: Payload> Attachment<D> {
         let promised = self.promises();
         let next = takeover::claim(&self.record, &self.me, members, promised, master, claimed);
         let held = self.promises().filter(|(c, _)| members.has(*c));
-        let mut regions: Vec<Region> = held.flat_map(|(_, disk)| disk.regions.clone()).collect();
-        regions.sort_unstable();
-        regions.dedup();
-        self.join.regions = regions;
+        let logs: Option<Vec<Vec<Region>>> = held.map(|(_, disk)| disk.regions.clone()).collect();
+        let union = |logs: Vec<Vec<Region>>| logs.into_iter().flatten().collect::<BTreeSet<_>>();
+        self.join.regions = logs.map(|logs| union(logs).into_iter().collect());
         self.set_phase(Phase::Claiming, "5.3 claim");
         self.propose(Purpose::Claim, next);
     }
@@ -267,7 +277,7 @@ impl<D: Payload> Attachment<D> {
             return;
         }
         if self.record.state == State::Recovering {
-            let regions = std::mem::take(&mut self.join.regions);
+            let regions = self.join.regions.take();
             self.begin_reconcile(regions);
         }
         self.set_phase(Phase::Serving, "5 serve");

@@ -5,7 +5,7 @@ use super::{
     Action, Attachment, CasOutcome, Change, CopySet, Kind, Link, Origin, Payload, Peer, Phase,
     Purpose, Revision,
 };
-use crate::replication::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos};
+use crate::replication::ids::{BootId, COPIES_MAX, CopyId, Epoch, Nanos, Seq};
 use crate::replication::membership::{self, Facts};
 use crate::replication::message::{Message, Refusal};
 use crate::replication::mutants::{self, Mutant};
@@ -25,6 +25,7 @@ impl Peer {
             heard: now,
             beat: Nanos(0),
             taken_up: now,
+            begun_at: Seq(0),
             lease: None,
             gap: false,
             accepted: None,
@@ -183,6 +184,9 @@ impl<D: Payload> Attachment<D> {
     pub(super) fn unlink(&mut self, copy: usize, why: &str) {
         let now = self.now;
         self.ready.remove(copy);
+        if self.in_sync.has(copy) {
+            self.outdate_scrub();
+        }
         let peer = &mut self.peers[copy];
         let since = match peer.link {
             Link::Down { since, .. } | Link::Dialing { since } => since,
@@ -225,12 +229,19 @@ impl<D: Payload> Attachment<D> {
                 due.insert(copy);
             }
         }
-        let beat = Message::Heartbeat {
-            epoch: self.record.epoch,
-            sent: self.now,
-            stable: self.stable,
-        };
-        self.send(due, beat, None);
+        // S11: A acknowledges W, B does not; A's process is restarted and finds the region in its log; W is newer than what was
+        // stable, but A knows the region without a number. Were it to leave the log for that, nobody would know, once B is
+        // ejected, that it lacks W.
+        let knows = |c: &usize| self.stable >= self.peers[*c].begun_at;
+        let told: CopySet = due.iter().filter(knows).collect();
+        for (to, stable) in [(told, self.stable), (due.without(told), Seq(0))] {
+            let beat = Message::Heartbeat {
+                epoch: self.record.epoch,
+                sent: self.now,
+                stable,
+            };
+            self.send(to, beat, None);
+        }
     }
 
     /// Who is gone for too long, silent, or late.
@@ -325,6 +336,11 @@ impl<D: Payload> Attachment<D> {
         self.peers[copy].unknown = false;
         self.peers[copy].beat = Nanos(0);
         self.peers[copy].taken_up = self.now;
+        self.peers[copy].begun_at = self.pending.newest();
+        if self.phase == Phase::Serving {
+            // Its log may be full.
+            (self.unflushed, self.pressure) = (true, true);
+        }
         self.resend(copy);
         self.tick_heartbeats();
         self.tell_to_detach(copy);
@@ -339,6 +355,9 @@ impl<D: Payload> Attachment<D> {
             Refusal::Stale { promised } => {
                 self.outbid = self.outbid.max(promised);
                 self.outbid_by(copy);
+            }
+            Refusal::Busy if self.syncs.get(&copy).is_some_and(Sync::is_opening) => {
+                self.put_off(copy, &Refusal::Busy.to_string());
             }
             other => {
                 self.peers[copy].refused = other == Refusal::Failed;
@@ -674,6 +693,7 @@ impl<D: Payload> Attachment<D> {
                 self.peers.iter_mut().for_each(|p| p.detached = false);
                 // S4: the ejection is in the record; only now may its writes complete without it.
                 self.compare_again();
+                self.outdate_scrub();
                 self.forget_copies(out);
                 self.end_lost_sessions();
                 self.release_done();

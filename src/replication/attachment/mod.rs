@@ -10,7 +10,8 @@
 //! - `membership`: links to the copies, ejection, promotion of another master, changes of the record;
 //! - `io`: requests, completion, leases, suspension;
 //! - `growing`: making the volume larger;
-//! - `sync` and `copying`: bringing absent copies up to date; `repair`: what one copy's disk could not read.
+//! - `sync` and `copying`: bringing absent copies up to date; `repair`: what one copy's disk could not read;
+//! - `scrub`: comparing all in-sync copies.
 
 mod copying;
 mod growing;
@@ -19,6 +20,7 @@ mod join;
 mod membership;
 mod reconcile;
 mod repair;
+mod scrub;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -33,6 +35,7 @@ use super::ids::{BootId, COPIES_MAX, Chunk, CopyId, Epoch, Nanos, NodeName, Seq,
 use super::in_flight::{InFlight, Overlaps};
 use super::message::{Absent, Configuration, DiskState, Message, Proof, Refusal, Status};
 use super::record::{self, CopyStatus, Record, State};
+use super::scrub::{Counters, View as ScrubView};
 use super::timing::Timing;
 
 /// A revision of the record in the registry.
@@ -197,6 +200,9 @@ struct Peer {
     beat: Nanos,
     /// When it took what is pending last: since then its answers are waited for, however old the requests are.
     taken_up: Nanos,
+    /// The newest request when it took our configuration last. What its log held then has numbers that say nothing (it may have
+    /// been restarted, or have promised to another one), so it hears of nothing stable before all up to here is.
+    begun_at: Seq,
     /// When the newest acknowledged heartbeat was sent.
     lease: Option<Nanos>,
     /// It came back under another boot than the one it was taken in under.
@@ -257,6 +263,11 @@ enum Origin {
     Repair {
         copy: usize,
     },
+    /// Part of this scrub; void once that is over.
+    Scrub {
+        id: u64,
+        step: scrub::Step,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -307,6 +318,8 @@ enum Work<D> {
     },
     /// What this copy could not read.
     Repair { copy: usize, span: Span },
+    /// A chunk of a scrub.
+    Scrub { id: u64, chunk: Chunk },
 }
 
 #[derive(Debug)]
@@ -408,6 +421,9 @@ pub struct Attachment<D> {
     /// Targets of a sync that get every write; their answers are as mandatory as an in-sync copy's.
     mirrors: CopySet,
     sessions: u64,
+    /// The scrub under way, or the last one.
+    scrub: Option<scrub::Scrub>,
+    scrub_counters: Counters,
     /// Average time of the guest's requests, for the throttle of syncs.
     latency: super::throttle::Latency,
     /// Guest requests not started: not serving yet, or suspended.
@@ -446,6 +462,8 @@ pub struct Summary {
     pub undecided: u64,
     /// Per copy, in the record's order.
     pub copies: Vec<CopyView>,
+    /// The scrub under way, or the last one.
+    pub scrub: Option<ScrubView>,
 }
 
 /// One copy for people.
@@ -514,6 +532,8 @@ impl<D: Payload> Attachment<D> {
             syncs: BTreeMap::new(),
             mirrors: CopySet::EMPTY,
             sessions: 0,
+            scrub: None,
+            scrub_counters: Counters::default(),
             latency: super::throttle::Latency::default(),
             held: VecDeque::new(),
             done: VecDeque::new(),
@@ -594,6 +614,7 @@ impl<D: Payload> Attachment<D> {
                 + self.overlaps.waiting(),
             undecided: self.reconcile.left(),
             copies: copies.collect(),
+            scrub: self.scrub.as_ref().map(scrub::Scrub::view),
         }
     }
 
@@ -648,15 +669,29 @@ impl<D: Payload> Attachment<D> {
             Message::AttachAck { epoch } => self.attached(copy, epoch),
             Message::DetachAck { .. } => self.peers[copy].detached = true,
             Message::SyncReady { disk, ticket } => self.target_ready(copy, disk, ticket),
-            Message::SyncHashReply { seq, status, hash } => {
-                self.hash_answered(copy, seq, status, hash)
-            }
+            Message::SyncHashReply { seq, status, hash } => match self.asked_by_scrub(seq) {
+                Some((id, scrub::Step::Hash(chunk, block))) => {
+                    if self.take_scrub_answer(copy, seq, status) {
+                        let hash = (status == Status::Ok).then_some(hash);
+                        self.block_known(id, (chunk, block), copy, hash);
+                    }
+                }
+                _ => self.hash_answered(copy, seq, status, hash),
+            },
             Message::MapReply {
                 seq,
                 status,
                 dirty,
                 allocated,
-            } => self.map_answered(copy, seq, status, &dirty, &allocated),
+            } => match self.asked_by_scrub(seq) {
+                Some((id, scrub::Step::Holes)) => {
+                    if self.take_scrub_answer(copy, seq, status) {
+                        let known = (status == Status::Ok).then_some(&*allocated);
+                        self.holes_known(id, known);
+                    }
+                }
+                _ => self.map_answered(copy, seq, status, &dirty, &allocated),
+            },
             Message::SyncDoneAck { .. } => self.target_done(copy),
             Message::Nack(refusal) => self.refused(copy, refusal),
             other => self.lose(
@@ -730,6 +765,9 @@ impl<D: Payload> Attachment<D> {
             return;
         }
         self.propose_members();
+        if self.leaving {
+            self.end_scrub("the volume is being detached");
+        }
         let leaves = self.leaving
             && self.phase == Phase::Serving
             && self.record.state == State::Active
@@ -741,6 +779,7 @@ impl<D: Payload> Attachment<D> {
             Phase::Serving => {
                 self.advance_reconcile();
                 self.advance_syncs();
+                self.advance_scrub();
                 self.ask_for_room();
             }
             Phase::Joining | Phase::Claiming if self.leaving => {
@@ -765,6 +804,7 @@ impl<D: Payload> Attachment<D> {
     }
 
     fn fence(&mut self, why: String) {
+        self.scrub_broke_off(&why);
         self.set_phase(Phase::Fenced(why.clone()), "4 fence");
         self.event("4 fence", why);
         self.hang_up_all();

@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 
 use super::{Attachment, CopySet, Kind, Op, Origin, Outcome, Payload, Phase, Purpose, Submitted};
 use crate::replication::dirty_map::DirtyMap;
-use crate::replication::ids::{CHUNK, Chunk, Region, Span};
+use crate::replication::ids::{CHUNK, Chunk, REGION, Region, Span};
 use crate::replication::record::State;
 
 /// Chunks compared at once: enough to keep a disk and a link busy, few enough that a guest's request is soon served.
@@ -86,17 +86,23 @@ impl<D> Reconcile<D> {
 }
 
 impl<D: Payload> Attachment<D> {
-    pub(super) fn begin_reconcile(&mut self, regions: Vec<Region>) {
-        let text = format!(
-            "{} regions in which {} copies may differ",
-            regions.len(),
-            self.in_sync.len()
-        );
+    /// `regions`: where copies may differ; `None`: anywhere.
+    pub(super) fn begin_reconcile(&mut self, regions: Option<Vec<Region>>) {
+        let size = self.record.size;
+        let mut undecided = DirtyMap::new(size);
+        let count = match regions {
+            Some(regions) => {
+                regions.iter().for_each(|r| undecided.set_region(*r, size));
+                regions.len() as u64
+            }
+            None => {
+                undecided.set_all(size);
+                size.div_ceil(REGION)
+            }
+        };
+        let copies = self.in_sync.len();
+        let text = format!("{count} regions in which {copies} copies may differ");
         self.event("5.4 reconcile", text);
-        let mut undecided = DirtyMap::new(self.record.size);
-        for region in regions {
-            undecided.set_region(region, self.record.size);
-        }
         self.reconcile = Reconcile {
             undecided: Some(undecided),
             ..Reconcile::default()

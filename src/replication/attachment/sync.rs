@@ -24,6 +24,8 @@ const SESSIONS_MAX: usize = 2;
 const BACK_OFF: Nanos = Nanos::from_ms(250);
 /// The longest wait is 2^7 times the first: half a minute.
 const BACK_OFF_DOUBLINGS: u32 = 7;
+/// The wait of a sync that may not begin yet because others are under way: nothing broke off.
+const PUT_OFF: Nanos = Nanos::from_ms(250);
 /// A copy that was in sync for so long begins with the first wait again.
 const FORGIVEN: Nanos = Nanos::from_ms(60_000);
 /// How often the rate is measured.
@@ -134,6 +136,11 @@ impl Sync {
         }
     }
 
+    /// Whether the target was asked and has not answered.
+    pub(super) fn is_opening(&self) -> bool {
+        self.stage == Stage::Opening && self.lost.is_none()
+    }
+
     /// Whether it only waits to be taken in.
     pub(super) fn is_synced(&self) -> bool {
         self.stage == Stage::Synced && self.lost.is_none()
@@ -224,6 +231,8 @@ impl<D: Payload> Attachment<D> {
         let peer = &mut self.peers[copy];
         peer.link = Link::Up;
         (peer.heard, peer.taken_up) = (self.now, self.now);
+        // What its log holds is marked elsewhere before it hears of anything.
+        peer.begun_at = Seq(0);
         peer.lease = None;
         let message = Message::SyncBegin(self.configuration());
         self.send(CopySet::one(copy), message, None);
@@ -244,6 +253,8 @@ impl<D: Payload> Attachment<D> {
             format!("what it missed since epoch {}", disk.epoch)
         } else if disk.epoch.0 == 0 {
             "all of it: the copy is new".into()
+        } else if disk.regions.is_none() {
+            "all of it: its activity log cannot be read".into()
         } else {
             format!(
                 "all of it: its epoch {} is not one it is remembered by",
@@ -446,10 +457,14 @@ impl<D: Payload> Attachment<D> {
     fn mirror_under_way(&mut self, copy: usize) {
         self.peers[copy].taken_up = self.now;
         for seq in self.pending.in_order() {
-            let guests = |p: &&mut super::Pending<D>| {
-                p.kind.is_write() && matches!(p.origin, Origin::Guest(_) | Origin::Abandoned)
+            let ordinary = |p: &&mut super::Pending<D>| {
+                let ordinary = matches!(
+                    p.origin,
+                    Origin::Guest(_) | Origin::Abandoned | Origin::Scrub { .. }
+                );
+                p.kind.is_write() && ordinary
             };
-            let Some(p) = self.pending.get_mut(seq).filter(guests) else {
+            let Some(p) = self.pending.get_mut(seq).filter(ordinary) else {
                 continue;
             };
             p.waiting.insert(copy);
@@ -530,6 +545,39 @@ impl<D: Payload> Attachment<D> {
         }
     }
 
+    /// The sync of a copy that is not in sync is not begun now, because of others: it is tried again soon.
+    pub fn on_put_off(&mut self, now: Nanos, copy: usize, why: &str) {
+        self.now = now;
+        if !self.ended() && !self.in_sync.has(copy) && !self.syncs.contains_key(&copy) {
+            self.put_off(copy, why);
+        }
+    }
+
+    /// Nothing has begun yet on the target, so there is nothing to end but the connection.
+    pub(super) fn put_off(&mut self, copy: usize, why: &str) {
+        if self.syncs.remove(&copy).is_some() {
+            self.actions.push_back(Action::Hangup(copy));
+        }
+        // Why it was lost stays worth knowing: it may be waited for in vain.
+        let before = self.peers[copy].why.split("; it waits").next();
+        let why = match before.filter(|b| !b.is_empty() && !b.starts_with("it waits")) {
+            Some(before) => format!("{before}; {why}"),
+            None => why.to_string(),
+        };
+        self.unlink(copy, &why);
+        self.peers[copy].sync_after = self.now.after(PUT_OFF);
+    }
+
+    /// Whether the copy is, or may be, the target of a sync, so that a link to it is for one.
+    pub fn is_absent(&self, copy: usize) -> bool {
+        !self.in_sync.has(copy)
+    }
+
+    /// Whether a session with the copy goes on.
+    pub fn is_syncing(&self, copy: usize) -> bool {
+        self.syncs.contains_key(&copy)
+    }
+
     /// Puts the next sync of `copy` off, longer each time.
     pub(super) fn damp(&mut self, copy: usize) {
         let now = self.now;
@@ -584,12 +632,17 @@ impl<D: Payload> Attachment<D> {
     pub(super) fn tick_syncs(&mut self) {
         self.end_lost_sessions();
         self.dial_targets();
-        let syncing = !self.syncs.is_empty();
+        let scrubbing = |s: &super::scrub::Scrub| s.is_running();
+        let syncing = !self.syncs.is_empty() || self.scrub.as_ref().is_some_and(scrubbing);
         if let Some(average) = self.latency.period(self.now, syncing) {
             let limit = self.latency.limit();
             for sync in self.syncs.values_mut() {
                 sync.throttle.weigh(average, limit);
                 sync.measure(self.now);
+            }
+            if let Some(scrub) = &mut self.scrub {
+                scrub.throttle.weigh(average, limit);
+                scrub.measure(self.now);
             }
         }
         for copy in self.targets().iter() {
@@ -666,6 +719,7 @@ impl<D: Payload> Attachment<D> {
                 chunk,
             } => self.chunk_locked(copy, session, chunk),
             Work::Repair { copy, span } => self.repair(copy, span),
+            Work::Scrub { id, chunk } => self.held(id, chunk),
         }
     }
 }

@@ -3,6 +3,7 @@
 mod growing;
 mod mirroring;
 mod returning;
+mod turns;
 
 use super::*;
 use crate::replication::failure_mode::FailureMode;
@@ -114,7 +115,7 @@ impl Bench {
                 tag: Tag(1),
                 boot_id: boot(copy),
                 clean: state == State::Clean,
-                regions: regions.to_vec(),
+                regions: Some(regions.to_vec()),
             };
             b.says(copy, Message::PromiseAck(disk));
         }
@@ -242,7 +243,7 @@ fn an_attachment_that_ended_while_its_claim_was_under_way_stays_ended() {
         tag: Tag(1),
         boot_id: boot(0),
         clean: true,
-        regions: Vec::new(),
+        regions: Some(Vec::new()),
     };
     b.says(0, Message::PromiseAck(disk));
     assert_eq!(*b.a.phase(), Phase::Claiming);
@@ -687,7 +688,7 @@ fn a_record_older_than_a_disk_is_claimed_by_nobody_until_a_later_one_is_found() 
             tag: Tag(epoch),
             boot_id: boot(copy),
             clean: false,
-            regions: Vec::new(),
+            regions: Some(Vec::new()),
         })
     };
     for copy in 0..3 {

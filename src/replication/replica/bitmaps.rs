@@ -12,12 +12,12 @@ impl<D> Replica<D> {
         let me = self.state.copy_id;
         let absent = |copy: CopyId| config.absent.iter().find(|a| a.copy_id == copy);
         let target = matches!(self.role, Role::Target { .. });
-        let regions = self.log.regions();
+        let regions = self.log.named();
         // As large as there is room: a map never shrinks.
         let size = self.room();
         let mark = |map: &mut DirtyMap, due: Marks| match due {
             Marks::Nothing => {}
-            Marks::Log => regions.iter().for_each(|r| map.set_region(*r, size)),
+            Marks::Log => mark_regions(map, regions.as_deref(), size),
             Marks::All => map.set_all(size),
         };
         for slot in 0..BITMAPS_MAX {
@@ -190,6 +190,14 @@ impl<D> Replica<D> {
         for (session, seq) in asked {
             self.ack(*session, *seq, Status::Ok);
         }
+    }
+}
+
+/// Marks these regions, `None`: all.
+pub(super) fn mark_regions(map: &mut DirtyMap, regions: Option<&[Region]>, size: u64) {
+    match regions {
+        Some(regions) => regions.iter().for_each(|r| map.set_region(*r, size)),
+        None => map.set_all(size),
     }
 }
 

@@ -186,7 +186,7 @@ impl<D> Replica<D> {
             tag: self.state.tag,
             boot_id: self.boot_id,
             clean: self.state.clean,
-            regions: self.log.regions(),
+            regions: self.log.named(),
         }
     }
 

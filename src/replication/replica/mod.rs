@@ -285,10 +285,11 @@ pub struct Replica<D> {
 }
 
 impl<D> Replica<D> {
-    /// A copy as its disk had it. `regions` are those of its log; `maps` the bitmaps of the slots in use.
+    /// A copy as its disk had it. `regions` are those of its log, `None` when that cannot be read; `maps` the bitmaps of the slots
+    /// in use.
     pub fn new(
         state: CopyState,
-        regions: &[Region],
+        regions: Option<&[Region]>,
         maps: [Option<DirtyMap>; BITMAPS_MAX],
         boot_id: BootId,
         timing: Timing,
@@ -298,7 +299,7 @@ impl<D> Replica<D> {
         let mut maps = maps;
         // Bits of active regions may have been in memory only when the process ended.
         for map in maps.iter_mut().flatten() {
-            regions.iter().for_each(|r| map.set_region(*r, state.size));
+            bitmaps::mark_regions(map, regions, state.size);
         }
         Self {
             log,
@@ -363,6 +364,15 @@ impl<D> Replica<D> {
     /// The session whose requests are taken.
     pub fn bound(&self) -> Option<SessionId> {
         self.bound
+    }
+
+    /// It is being brought up to date by somebody who is connected.
+    pub fn is_target(&self) -> bool {
+        let changes = matches!(
+            self.serial,
+            Some(Serial::BeginSync { .. } | Serial::EndSync { .. })
+        );
+        changes || matches!(self.role, Role::Target { .. }) && self.bound.is_some()
     }
 
     /// Nothing is under way: no request, disk operation or change of state.

@@ -51,12 +51,15 @@ impl<D> Replica<D> {
 
     /// A region leaves the log only after the bits it protected are durable (PROTOCOL 5.5).
     pub(super) fn write_transaction(&mut self, txn: Transaction) {
-        if txn.retire.is_empty() || self.maps.iter().all(Option::is_none) {
+        let forgotten = match txn.anew {
+            true => self.all_regions(),
+            false => txn.retire.clone(),
+        };
+        if forgotten.is_empty() || self.maps.iter().all(Option::is_none) {
             let op = DiskOp::Log(txn.clone());
             self.start(Op::Log(txn), op);
         } else {
-            let op = DiskOp::Bitmaps(txn.retire.clone());
-            self.start(Op::BitmapsThenLog(txn), op);
+            self.start(Op::BitmapsThenLog(txn), DiskOp::Bitmaps(forgotten));
         }
     }
 

@@ -124,13 +124,9 @@ impl<D> Replica<D> {
                     node: promise.candidate,
                     instance: promise.instance,
                 };
-                if self
-                    .holder
-                    .as_ref()
-                    .is_none_or(|h| h.instance != holder.instance)
-                {
-                    self.log.renumber();
-                }
+                // S11: an attachment leaves, and one of the same process comes after it, with numbers from 1 on. Were what the
+                // former called stable to count, its writes would leave the log before any flush.
+                self.log.renumber();
                 self.holder = Some(holder.clone());
                 self.promised_to = Some((session, holder));
                 self.unclaimed = Some(promise.epoch);

@@ -19,7 +19,7 @@ fn replica() -> Replica<()> {
         bitmaps: [None; BITMAPS_MAX],
     };
     let maps = std::array::from_fn(|_| None);
-    Replica::new(state, &[], maps, BootId([3; 16]), Timing::DEFAULT, T0)
+    Replica::new(state, Some(&[]), maps, BootId([3; 16]), Timing::DEFAULT, T0)
 }
 
 /// Lets the disk do everything; gives what was said.
@@ -312,4 +312,55 @@ fn a_target_makes_room_before_its_sync_begins_and_ends_the_session_without_it() 
             }
         }
     }
+}
+
+#[test]
+fn what_a_former_attachment_of_the_same_process_called_stable_says_nothing_of_the_next_ones_writes()
+{
+    let mut r = replica();
+    let write = |r: &mut Replica<()>, epoch, seq| {
+        let request = Request {
+            epoch: Epoch(epoch),
+            seq: Seq(seq),
+            span: Span {
+                offset: 0,
+                len: 512,
+            },
+            fua: false,
+        };
+        r.on_message(r.now, SessionId(epoch), Message::Write(request), Some(()));
+        settle(r);
+    };
+    let beat = |r: &mut Replica<()>, epoch, stable| {
+        let message = Message::Heartbeat {
+            epoch: Epoch(epoch),
+            sent: r.now,
+            stable: Seq(stable),
+        };
+        r.on_message(r.now, SessionId(epoch), message, None);
+    };
+    let released = |e| Proof::Released(Epoch(e));
+    ask(&mut r, 2, 2, "x", released(1));
+    attach(&mut r, 2, 2);
+    write(&mut r, 2, 1_000);
+    beat(&mut r, 2, 1_000);
+    r.on_message(
+        r.now,
+        SessionId(2),
+        Message::Detach { epoch: Epoch(2) },
+        None,
+    );
+    settle(&mut r);
+    assert_eq!(r.active_regions(), 0);
+    ask(&mut r, 4, 4, "x", released(3));
+    attach(&mut r, 4, 4);
+    write(&mut r, 4, 5);
+    beat(&mut r, 4, 0);
+    r.on_tick(r.now.after(Nanos::from_ms(60_000)));
+    settle(&mut r);
+    assert_eq!(r.active_regions(), 1, "no flush of it");
+    beat(&mut r, 4, 5);
+    r.on_tick(r.now.after(Nanos::from_ms(1)));
+    settle(&mut r);
+    assert_eq!(r.active_regions(), 0);
 }

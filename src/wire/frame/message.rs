@@ -5,7 +5,7 @@ use super::{
     FLAG_UNMAP, Header, kind,
 };
 use crate::replication::ids::{
-    BootId, CopyId, Epoch, IO_MAX, Instance, Nanos, NodeName, Seq, Tag, ZERO_MAX,
+    BootId, CopyId, Epoch, IO_MAX, Instance, Nanos, NodeName, Region, Seq, Tag, ZERO_MAX,
 };
 use crate::replication::message::{
     Configuration, DiskState, MAP_CHUNKS, Message, Promise, Proof, Refusal, Status,
@@ -181,10 +181,13 @@ fn put_disk_state(d: &DiskState, header: &mut Header, out: &mut Vec<u8>) {
     header.epoch = d.epoch.0;
     header.set(FLAG_PROBE, d.probe);
     header.set(FLAG_CLEAN, d.clean);
+    header.set(FLAG_ALL, d.regions.is_none());
     out.extend_from_slice(&d.promised.0.to_le_bytes());
     out.extend_from_slice(&d.tag.0.to_le_bytes());
     out.extend_from_slice(&d.boot_id.0);
-    body::put_regions(out, &d.regions);
+    if let Some(regions) = &d.regions {
+        body::put_regions(out, regions);
+    }
 }
 
 fn put_configuration(kind: u8, c: &Configuration, header: &mut Header, out: &mut Vec<u8>) {
@@ -215,6 +218,7 @@ fn put_refusal(refusal: &Refusal, out: &mut Vec<u8>) {
             body::put_text(out, body::clip(text));
         }
         Refusal::NoRoom => out.push(7),
+        Refusal::Busy => out.push(8),
     }
 }
 
@@ -234,7 +238,7 @@ pub(super) fn read_message(header: &Header, body: &mut Reader<'_>) -> Result<Mes
         kind::PROMISE => (Message::Promise(read_promise(header, body)?), FLAG_PROBE),
         kind::PROMISE_ACK => (
             Message::PromiseAck(read_disk_state(header, body)?),
-            FLAG_PROBE | FLAG_CLEAN,
+            FLAG_PROBE | FLAG_CLEAN | FLAG_ALL,
         ),
         kind::ATTACH => (
             Message::Attach(read_configuration(header, body)?),
@@ -290,7 +294,8 @@ pub(super) fn read_message(header: &Header, body: &mut Reader<'_>) -> Result<Mes
         ),
         kind::SYNC_READY => {
             let (disk, ticket) = (read_disk_state(header, body)?, header.seq);
-            (Message::SyncReady { disk, ticket }, FLAG_PROBE | FLAG_CLEAN)
+            let flags = FLAG_PROBE | FLAG_CLEAN | FLAG_ALL;
+            (Message::SyncReady { disk, ticket }, flags)
         }
         kind::SYNC_BULK => {
             let ticket = header.seq;
@@ -330,11 +335,7 @@ pub(super) fn read_message(header: &Header, body: &mut Reader<'_>) -> Result<Mes
         }
         kind::MARK => {
             let copy = CopyId(body.array()?);
-            let regions = if header.flag(FLAG_ALL) {
-                None
-            } else {
-                Some(body.regions()?)
-            };
+            let regions = read_regions(header, body)?;
             (
                 Message::Mark {
                     epoch,
@@ -400,8 +401,13 @@ fn read_disk_state(header: &Header, body: &mut Reader<'_>) -> Result<DiskState, 
         tag: Tag(body.u64()?),
         boot_id: BootId(body.array()?),
         clean: header.flag(FLAG_CLEAN),
-        regions: body.regions()?,
+        regions: read_regions(header, body)?,
     })
+}
+
+/// Of an activity log; `None`: all.
+fn read_regions(header: &Header, body: &mut Reader<'_>) -> Result<Option<Vec<Region>>, WireError> {
+    (!header.flag(FLAG_ALL)).then(|| body.regions()).transpose()
 }
 
 fn read_configuration(header: &Header, body: &mut Reader<'_>) -> Result<Configuration, WireError> {
@@ -431,6 +437,7 @@ fn read_refusal(body: &mut Reader<'_>) -> Result<Refusal, WireError> {
         5 => Ok(Refusal::Failed),
         6 => Ok(Refusal::Protocol(body.text()?)),
         7 => Ok(Refusal::NoRoom),
+        8 => Ok(Refusal::Busy),
         _ => Err(WireError::Malformed("refusal")),
     }
 }

@@ -128,6 +128,7 @@ fn arb_refusal() -> impl Strategy<Value = Refusal> {
         Just(Refusal::Inconsistent),
         Just(Refusal::Failed),
         Just(Refusal::NoRoom),
+        Just(Refusal::Busy),
         "\\PC{0,64}".prop_map(Refusal::Protocol),
     ]
 }
@@ -157,6 +158,7 @@ fn arb_promise() -> impl Strategy<Value = Promise> {
 fn arb_disk_state() -> impl Strategy<Value = DiskState> {
     let numbers = (any::<u64>(), any::<u64>(), any::<u64>());
     let regions = prop::collection::vec(any::<u32>().prop_map(Region), 0..200);
+    let regions = prop::option::of(regions);
     (
         numbers,
         any::<[u8; 16]>(),
@@ -361,7 +363,7 @@ fn the_largest_of_everything_fits() {
         tag: Tag(1),
         boot_id: BootId([1; 16]),
         clean: true,
-        regions: (0..REGIONS_MAX).map(region).collect(),
+        regions: Some((0..REGIONS_MAX).map(region).collect()),
     };
     let acks = vec![(Seq(u64::MAX), Status::Stale); ACKS_MAX];
     let data = vec![3; IO_MAX as usize];
@@ -374,7 +376,7 @@ fn the_largest_of_everything_fits() {
                 epoch: Epoch(1),
                 seq: Seq(1),
                 copy,
-                regions: Some(state.regions.clone()),
+                regions: state.regions.clone(),
             },
             None,
         ),
@@ -563,7 +565,7 @@ fn counts_and_codes_out_of_range_are_refused() {
         ),
         (Message::Promise(promise.clone()), 0, &[3]),
         (Message::Promise(promise), 25, &long[1..]),
-        (Message::Nack(Refusal::Failed), 0, &[8]),
+        (Message::Nack(Refusal::Failed), 0, &[9]),
     ];
     for (message, at, bytes) in cases {
         let mut f = frame(&message, 1, None);

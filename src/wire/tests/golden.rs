@@ -328,6 +328,13 @@ const FRAMES: &[[&str; 4]] = &[
         "000000000000000000000000ba37b78600000000d46bc7f0",
         "07",
     ],
+    // Nack
+    [
+        "4c534600011200000403020101000000",
+        "000000000000000000000000000000000000000000000000",
+        "0000000000000000000000009e0ba4d8000000005957d48f",
+        "08",
+    ],
 ];
 
 #[test]
@@ -399,6 +406,7 @@ fn the_greeting_has_the_bytes_it_always_had() {
         versions,
         reason: Reason::Busy,
         text: "later".into(),
+        node: None,
     })
     .encode(&mut out);
     let frozen = [

@@ -70,7 +70,9 @@ fn greetings_come_back_and_leave_what_follows_alone() {
         Reason::Other(600),
     ];
     let refusals = reasons.map(|r| Answer::Refusal(HelloRefusal::new(r, "words")));
-    for answer in refusals.into_iter().chain([Answer::Ack(ack())]) {
+    let named = HelloRefusal::new(Reason::UnknownCopy, "words").by(&NodeName("n2".into()));
+    let others = [Answer::Ack(ack()), Answer::Refusal(named)];
+    for answer in refusals.into_iter().chain(others) {
         let sent = bytes(&answer);
         assert_eq!(Answer::decode(&sent), Ok(Some((answer, sent.len()))));
     }
@@ -127,6 +129,7 @@ fn greetings_of_later_versions_with_fields_to_come_are_read() {
         versions: Versions { min: 8, max: 9 },
         reason: Reason::NoCommonVersion,
         text: "too old".into(),
+        node: None,
     }));
     refusal.truncate(refusal.len() - 4);
     refusal.extend([0xbb; 30]);
@@ -135,6 +138,7 @@ fn greetings_of_later_versions_with_fields_to_come_are_read() {
         panic!()
     };
     assert_eq!((found.text.as_str(), found.versions.min), ("too old", 8));
+    assert_eq!(found.node, None, "what comes there is no name");
 }
 
 #[test]

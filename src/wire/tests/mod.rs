@@ -134,6 +134,7 @@ fn messages() -> Vec<(Message, Option<&'static [u8]>)> {
             [
                 Message::Grow { epoch, seq, size },
                 Message::Nack(Refusal::NoRoom),
+                Message::Nack(Refusal::Busy),
             ]
             .map(bare),
         )
@@ -211,6 +212,6 @@ fn disk_state(epoch: Epoch) -> DiskState {
         tag: Tag(9),
         boot_id: BootId(*b"boot of a kernel"),
         clean: true,
-        regions: vec![Region(1), Region(0x0a0b_0c0d)],
+        regions: Some(vec![Region(1), Region(0x0a0b_0c0d)]),
     }
 }

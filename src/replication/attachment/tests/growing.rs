@@ -111,7 +111,7 @@ fn a_wish_that_an_attachment_finds_is_fulfilled_by_it_once_copies_are_the_same()
         tag: Tag(1),
         boot_id: boot(0),
         clean: true,
-        regions: Vec::new(),
+        regions: Some(Vec::new()),
     };
     b.says(0, Message::PromiseAck(disk));
     b.swapped();

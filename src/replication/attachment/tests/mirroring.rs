@@ -38,7 +38,7 @@ fn mapping() -> Bench {
         tag: b.a.record().lineage[1].1,
         boot_id: boot(TARGET),
         clean: false,
-        regions: Vec::new(),
+        regions: Some(Vec::new()),
     };
     b.take();
     b.says(TARGET, Message::SyncReady { disk, ticket: 7 });

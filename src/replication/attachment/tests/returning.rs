@@ -62,6 +62,30 @@ fn a_write_that_another_copy_may_have_is_not_given_up_on_a_full_disk() {
 }
 
 #[test]
+fn a_write_that_the_copies_left_have_is_no_error_because_one_that_is_gone_was_full() {
+    let mut b = Bench::serving(2);
+    b.submit(1, write(SPAN));
+    let seq = writes(&b.take(), 0)[0].seq;
+    // Copy 1 has it, and is lost; the registry is away, and copy 0, the last one, is full.
+    b.acks(1, seq, Status::Ok);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.pass(500, &[0]);
+    b.acks(0, seq, Status::NoSpace);
+    // Its machine goes, and copy 1 is back before it could be put out.
+    b.a.on_disconnected(b.now, 0, "its machine was switched off");
+    b.a.on_cas(b.now, CasOutcome::Unavailable);
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    b.take();
+    b.pass(1_000, &[1]);
+    let proposed = b.proposed().unwrap();
+    assert_eq!(proposed.copies[0].status, CopyStatus::Missing);
+    b.swapped();
+    b.pass(50, &[1]);
+    assert_eq!(completed(&b.take()), [(1, Outcome::Ok)]);
+}
+
+#[test]
 fn a_copy_that_is_asked_instead_of_a_lost_one_is_not_late_at_once() {
     let mut b = Bench::serving(2);
     b.submit(1, Op::Read(SPAN));
@@ -134,4 +158,94 @@ fn what_a_former_attachment_completed_and_its_last_copy_lost_fails_the_next_flus
     let seq = sent(&actions, 0).iter().find_map(flush).unwrap();
     b.acks(0, seq, Status::Ok);
     assert_eq!(completed(&b.take()), [(1, Outcome::IoError)]);
+}
+
+#[test]
+fn a_copy_that_comes_back_hears_of_nothing_stable_before_a_flush_that_began_later() {
+    let mut b = Bench::serving(2);
+    let flush = |m: &Message| match m {
+        Message::Flush { seq, .. } => Some(*seq),
+        _ => None,
+    };
+    let stable = |actions: &[Action<Bytes>], copy| -> Vec<u64> {
+        let of = |m: Message| match m {
+            Message::Heartbeat { stable, .. } => Some(stable.0),
+            _ => None,
+        };
+        sent(actions, copy).into_iter().filter_map(of).collect()
+    };
+    b.submit(1, Op::Flush);
+    let seq = sent(&b.take(), 0).iter().find_map(flush).unwrap();
+    b.acks(0, seq, Status::Ok);
+    b.acks(1, seq, Status::Ok);
+    b.pass(300, &[0, 1]);
+    let actions = b.take();
+    assert!(
+        stable(&actions, 0)
+            .iter()
+            .chain(&stable(&actions, 1))
+            .all(|s| *s > 0)
+    );
+    // On copy 0 and not on copy 1, and newer than that flush.
+    b.submit(2, write(SPAN));
+    let written = writes(&b.take(), 0)[0].seq;
+    b.acks(0, written, Status::Ok);
+    b.a.on_disconnected(b.now, 0, "its process was restarted");
+    b.a.on_connected(b.now, 0, boot(0));
+    b.says(0, Message::AttachAck { epoch: Epoch(2) });
+    b.pass(600, &[0, 1]);
+    let actions = b.take();
+    assert!(stable(&actions, 0).iter().all(|s| *s == 0));
+    assert!(stable(&actions, 1).iter().all(|s| *s > 0));
+    // A flush of all began by itself.
+    let seq = sent(&actions, 0).iter().find_map(flush).unwrap();
+    b.acks(1, written, Status::Ok);
+    b.acks(0, seq, Status::Ok);
+    b.acks(1, seq, Status::Ok);
+    b.submit(3, Op::Flush);
+    let seq = sent(&b.take(), 0).iter().find_map(flush).unwrap();
+    b.acks(0, seq, Status::Ok);
+    b.acks(1, seq, Status::Ok);
+    b.pass(300, &[0, 1]);
+    assert!(stable(&b.take(), 0).iter().all(|s| *s >= written.0));
+}
+
+#[test]
+fn what_the_master_cannot_read_is_waited_for_while_another_member_is_lost_and_not_put_out() {
+    for back in [true, false] {
+        let mut b = Bench::serving(2);
+        b.a.on_disconnected(b.now, 1, "reset");
+        b.pass(500, &[0]);
+        b.submit(1, Op::Read(SPAN));
+        let read = |m: &Message| match m {
+            Message::Read(r) => Some(r.seq),
+            _ => None,
+        };
+        let seq = sent(&b.take(), 0).iter().find_map(read).unwrap();
+        let reply = |seq| Message::ReadReply {
+            seq,
+            status: Status::Io,
+        };
+        b.says(0, reply(seq));
+        assert!(completed(&b.take()).is_empty());
+        if back {
+            b.a.on_connected(b.now, 1, boot(1));
+            b.says(1, Message::AttachAck { epoch: Epoch(2) });
+            let again = sent(&b.take(), 1).iter().find_map(read);
+            assert_eq!(again, Some(seq));
+        } else {
+            b.swapped();
+            b.says(0, reply(seq));
+            assert_eq!(completed(&b.take()), [(1, Outcome::IoError)]);
+        }
+    }
+}
+
+#[test]
+fn a_read_that_completed_under_a_lease_is_not_shown_after_it() {
+    let mut b = Bench::serving(2);
+    b.pass(300, &[0, 1]);
+    let later = |b: &Bench, ms: u64| b.now.after(Nanos(ms * MS));
+    assert!(b.a.may_show_reads(later(&b, 1_000)));
+    assert!(!b.a.may_show_reads(later(&b, 2_000)));
 }
