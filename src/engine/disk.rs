@@ -349,8 +349,10 @@ impl Disk {
 
     /// How long ago the oldest operation that has not ended was asked for.
     pub fn age(&self) -> Nanos {
-        let started = self.running.iter().map(|(_, running)| running.started);
-        started
+        let waiting = self.backlog.iter().chain(&self.refused);
+        let all = self.running.iter().map(|(_, running)| running);
+        all.chain(waiting)
+            .map(|(running, _)| running.started)
             .min()
             .map_or(Nanos::default(), |oldest| self.now.since(oldest))
     }
