@@ -6,7 +6,7 @@ mod cluster_support;
 mod guest_driver;
 
 use std::io::Write;
-use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use guest_driver::*;
 use vhost::VhostBackend;
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The machine's memory: the ring and what must stay, and what it does its mischief with.
 const HERE: (u64, u64) = (0, 4 * MIB);
@@ -398,6 +398,31 @@ fn descriptors_that_are_none() {
 }
 
 #[test]
+fn descriptors_that_are_made_to_block() {
+    let mut street = Street::new();
+    // A call descriptor that is full, and of which the flag was taken away after it was handed over.
+    let mut vm = street.machine();
+    let call = EventFd::new(EFD_NONBLOCK).unwrap();
+    vm.frontend.set_vring_call(0, &call).unwrap();
+    vm.works(1);
+    let _ = call.read();
+    call.write(u64::MAX - 1).unwrap();
+    // SAFETY: takes no pointers, and the descriptor is open.
+    assert_eq!(
+        unsafe { libc::fcntl(call.as_raw_fd(), libc::F_SETFL, 0) },
+        0
+    );
+    vm.driver.set_used_event(vm.driver.used_idx());
+    let (header, chain) = read(8);
+    put(&mut vm, &header, &chain);
+    assert_eq!(answer(&mut vm), 0);
+    is_given_up(&mut vm);
+    drop(vm);
+    street.is_quiet("a call descriptor that blocks");
+    street.end();
+}
+
+#[test]
 fn sockets_that_stall_half_way_through_a_message() {
     let mut street = Street::new();
     let whole = guest_driver::vm::message(
@@ -548,7 +573,9 @@ fn memory_is_cut_short(mut street: Street) {
         street.is_quiet(what);
     }
     // The ring itself, which lies on the first page: the machine is gone by any measure.
-    let vm = street.machine();
+    let mut vm = street.machine();
+    // Mapped by now, and not refused for being short.
+    vm.settle();
     let kick = vm.driver.kick.try_clone().unwrap();
     cut(&vm, 0, 0);
     kick.write(1).unwrap();

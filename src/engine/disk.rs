@@ -24,6 +24,11 @@ use crate::replication::in_flight::InFlight;
 /// Entries of the submission queue, and operations that the kernel has at once; more wait here.
 const ENTRIES: u32 = 1024;
 
+/// How often an operation that the kernel did not begin is handed to it again, and the pause between two attempts: five
+/// seconds in all, after which a copy counts as late anyway.
+const ATTEMPTS: u8 = 200;
+const ATTEMPT_PAUSE: Nanos = Nanos::from_ms(25);
+
 /// Names an operation to whoever asked for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Token {
@@ -149,6 +154,7 @@ struct Running {
     short: i32,
     started: Nanos,
     file: Rc<File>,
+    attempts: u8,
 }
 
 /// A walk along a file's extents, under way.
@@ -162,7 +168,10 @@ struct Walking {
 /// The worker's disk queue.
 pub struct Disk {
     ring: IoUring,
-    running: InFlight<Running>,
+    running: InFlight<(Running, io_uring::squeue::Entry)>,
+    /// What the kernel did not begin, and when it is handed over again.
+    refused: Vec<(Running, io_uring::squeue::Entry)>,
+    again: Nanos,
     /// Prepared and not yet in the submission queue: any number, since all volumes share `running`.
     backlog: VecDeque<(Running, io_uring::squeue::Entry)>,
     unsubmitted: bool,
@@ -186,6 +195,8 @@ impl Disk {
         Ok(Self {
             ring,
             running: InFlight::default(),
+            refused: Vec::new(),
+            again: Nanos::default(),
             backlog: VecDeque::new(),
             unsubmitted: false,
             in_kernel: 0,
@@ -338,8 +349,10 @@ impl Disk {
 
     /// How long ago the oldest operation that has not ended was asked for.
     pub fn age(&self) -> Nanos {
-        let started = self.running.iter().map(|(_, running)| running.started);
-        started
+        let waiting = self.backlog.iter().chain(&self.refused);
+        let all = self.running.iter().map(|(_, running)| running);
+        all.chain(waiting)
+            .map(|(running, _)| running.started)
             .min()
             .map_or(Nanos::default(), |oldest| self.now.since(oldest))
     }
@@ -406,6 +419,7 @@ impl Disk {
                 short: libc::ENOSPC,
                 started,
                 file,
+                attempts: 0,
             },
             entry,
         );
@@ -468,6 +482,7 @@ impl Disk {
             short,
             started,
             file: Rc::clone(file),
+            attempts: 0,
         };
         self.run(running, entry);
     }
@@ -487,6 +502,9 @@ impl Disk {
 
     /// Hands everything prepared to the kernel, in as few calls as the queue's size allows.
     pub fn submit(&mut self) -> io::Result<()> {
+        if self.now >= self.again {
+            self.backlog.extend(self.refused.drain(..));
+        }
         while self.unsubmitted || (!self.backlog.is_empty() && self.in_kernel < ENTRIES) {
             {
                 let mut queue = self.ring.submission();
@@ -494,7 +512,7 @@ impl Disk {
                     && !queue.is_full()
                     && let Some((running, entry)) = self.backlog.pop_front()
                 {
-                    let id = self.running.insert(running);
+                    let id = self.running.insert((running, entry.clone()));
                     let entry = entry.user_data(id.expect("no more than the kernel has").0);
                     // SAFETY: the memory that the entry names is owned by `running` until its
                     // completion was taken from the ring.
@@ -572,13 +590,29 @@ impl Disk {
             .collect();
         self.in_kernel -= entries.len() as u32;
         for (id, result) in entries {
-            match self.running.remove(Seq(id)) {
-                Some(running) if running.doubts(result) => self.again(running),
-                Some(running) => self.ended(running, result),
-                None => {}
-            }
+            self.reaped(id, result);
         }
         self.done.pop_front()
+    }
+
+    /// The kernel reported an operation.
+    fn reaped(&mut self, id: u64, result: i32) {
+        match self.running.remove(Seq(id)) {
+            Some((running, entry)) if running.was_not_begun(result) => {
+                let attempts = running.attempts + 1;
+                self.refused.push((
+                    Running {
+                        attempts,
+                        ..running
+                    },
+                    entry,
+                ));
+                self.again = self.now.after(ATTEMPT_PAUSE);
+            }
+            Some((running, _)) if running.doubts(result) => self.again(running),
+            Some((running, _)) => self.ended(running, result),
+            None => {}
+        }
     }
 }
 
@@ -604,7 +638,11 @@ impl Disk {
 impl Drop for Disk {
     /// The kernel must not write into memory that is given back.
     fn drop(&mut self) {
-        while !self.running.is_empty() || !self.backlog.is_empty() {
+        loop {
+            self.backlog.extend(self.refused.drain(..));
+            if self.running.is_empty() && self.backlog.is_empty() {
+                return;
+            }
             if self.submit().is_err() || self.ring.submit_and_wait(1).is_err() {
                 // Nothing is known of the rest: keep its memory for ever.
                 std::mem::take(&mut self.running).leak();
@@ -616,6 +654,12 @@ impl Drop for Disk {
 }
 
 impl Running {
+    /// The kernel had no thread or no memory for it (a limit on processes, say): that is no answer of the disk, and must not
+    /// be the end of a copy. It was not begun, so that also a flush can be asked for again.
+    fn was_not_begun(&self, result: i32) -> bool {
+        matches!(-result, libc::ECANCELED | libc::EAGAIN) && self.attempts < ATTEMPTS
+    }
+
     /// The guest's memory may be to blame, not the disk: the front-end took it away, or it is not of a kind that a disk
     /// can work with. Or the request was failed before it began, and has none.
     fn doubts(&self, result: i32) -> bool {
@@ -899,6 +943,44 @@ mod tests {
         };
         let done = Bench::new().one(|disk, token| disk.zero(token, &full, span, true, false));
         assert_eq!(done.unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    }
+
+    #[test]
+    fn what_the_kernel_did_not_begin_is_handed_over_again_and_not_for_ever() {
+        let null = DataFile::new(File::open("/dev/null").unwrap(), 1, false);
+        let mut bench = Bench::new();
+        let token = Token {
+            volume: 3,
+            ticket: Seq(9),
+            work: Work::Flush,
+        };
+        for refusals in [3, usize::from(ATTEMPTS) + 1] {
+            // Given a flush that the kernel, out of threads, cancels a number of times,
+            bench.disk.sync(token, &null);
+            for _ in 0..refusals {
+                let prepared = bench.disk.backlog.pop_front().unwrap();
+                let id = bench.disk.running.insert(prepared).unwrap();
+                bench.disk.reaped(id.0, -libc::ECANCELED);
+                bench.disk.submit().unwrap();
+                assert!(bench.disk.running.is_empty(), "not before its time");
+                bench.disk.now = bench.disk.now.after(ATTEMPT_PAUSE);
+                bench.disk.backlog.extend(bench.disk.refused.drain(..));
+            }
+            let error = |bench: &mut Bench| {
+                let done = bench.disk.completed().unwrap();
+                done.result.unwrap_err().raw_os_error()
+            };
+            if refusals > usize::from(ATTEMPTS) {
+                // then it has failed at last;
+                assert_eq!(error(&mut bench), Some(libc::ECANCELED));
+                continue;
+            }
+            // then it is handed over again, and what the file says counts.
+            assert!(bench.disk.completed().is_none());
+            bench.disk.submit().unwrap();
+            bench.event.read().unwrap();
+            assert_eq!(error(&mut bench), Some(libc::EINVAL));
+        }
     }
 
     #[test]

@@ -783,8 +783,6 @@ impl Rings {
     /// Answers stops whose rings are empty or whose time is over; names them, so that their kicks are not watched.
     pub fn stopped(&mut self, now: Nanos) -> Vec<(u16, Ring)> {
         let mut out = Vec::new();
-        let long = self.long.iter().map(|long| &long.guest);
-        let waiting: Vec<_> = long.chain(self.zeroes.guests()).cloned().collect();
         for (at, queue) in self.queues.iter_mut().enumerate() {
             let Some(slot) = &queue.slot else {
                 continue;
@@ -797,6 +795,8 @@ impl Rings {
                 continue;
             }
             if left > 0 {
+                let long = self.long.iter().map(|long| &long.guest);
+                let waiting: Vec<_> = long.chain(self.zeroes.guests()).cloned().collect();
                 let failed = queue.give_up(&self.parts, &waiting, &self.limits);
                 log::error!(
                     "volume {}: queue {at} stopped with {left} requests unanswered, of which {failed} were failed now",

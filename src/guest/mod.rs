@@ -22,6 +22,7 @@
 //! | `table` | the front-end's memory table: regions mapped, its addresses translated |
 //! | `plane` | the contract between the two sides |
 //! | `fault` | guest memory that goes away under us |
+//! | `blocking` | descriptors that block although they should not |
 //! | `memory` | guest memory as host pointers, looked up fast and never beyond a region |
 //! | `ring` | the checked split-ring reader and writer |
 //! | `inflight` | which requests are in flight, in memory that survives this process |
@@ -33,6 +34,7 @@
 //! Everything that a guest or a front-end says is input: it is checked here once, and what leaves this room points
 //! only into guest memory and only at sectors of the volume.
 
+mod blocking;
 mod capacity;
 mod chain;
 mod config;

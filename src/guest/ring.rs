@@ -16,6 +16,7 @@
 //!
 //! A broken ring reports its error once. From then on it gives out nothing, but still takes completions.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,6 +27,7 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 use thiserror::Error;
 use vm_memory::GuestAddress;
 
+use super::blocking;
 use super::chain::{Chain, DESC_SIZE, Used, Walk};
 use super::dirty::RingLog;
 use super::inflight::{Resumed, Tracker, before_store};
@@ -162,6 +164,9 @@ pub enum RingError {
         /// The entry.
         head: u16,
     },
+    /// The front-end has a kick or call descriptor block.
+    #[error("a notification descriptor blocks: its front-end took O_NONBLOCK away")]
+    Blocking,
     /// The front-end cut short the file behind memory that it had shared.
     #[error("guest memory is gone: its file was made shorter under the running machine")]
     MemoryLost,
@@ -269,6 +274,8 @@ pub struct Ring {
     resubmit: Vec<u16>,
     discarded: u16,
     broken: bool,
+    /// A notification descriptor blocked, and neither is touched any more.
+    blocks: Cell<bool>,
     /// Descriptors looked at so far.
     walked: u64,
     /// Empty vectors for the next chains.
@@ -312,6 +319,7 @@ impl Ring {
             resubmit: Vec::new(),
             discarded: 0,
             broken: false,
+            blocks: Cell::new(false),
             walked: 0,
             spare: Vec::new(),
         };
@@ -499,6 +507,9 @@ impl Ring {
         if self.parts.mem.is_lost() {
             return Err(RingError::MemoryLost);
         }
+        if self.blocks.get() {
+            return Err(RingError::Blocking);
+        }
         let ahead = idx.wrapping_sub(self.next_avail);
         if ahead > self.size() {
             return Err(RingError::AvailableIndex {
@@ -625,7 +636,7 @@ impl Ring {
         if let Some(mut call) = self.call.as_ref() {
             // A full counter means that a signal is already pending, and any other error is of a descriptor that the
             // front-end chose: there is nobody to tell who does not know.
-            let _ = call.write(&1u64.to_ne_bytes());
+            self.touch(|| call.write(&1u64.to_ne_bytes()));
         }
     }
 
@@ -693,7 +704,14 @@ impl Ring {
 
     /// Empties the kick descriptor, which an edge-triggered poll needs. One read takes all kicks of an eventfd.
     pub fn drain_kick(&self) {
-        let _ = (&self.kick).read(&mut [0u8; 8]);
+        self.touch(|| (&self.kick).read(&mut [0u8; 8]));
+    }
+
+    /// Reads or writes a descriptor of the front-end's.
+    fn touch(&self, call: impl FnOnce() -> std::io::Result<usize>) {
+        if !self.blocks.get() && blocking::blocks(call) {
+            self.blocks.set(true);
+        }
     }
 
     /// Replaces the kick descriptor and returns the old one, to be taken out of epoll before it is closed.

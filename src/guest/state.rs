@@ -35,6 +35,9 @@ impl Incoming {
         if unsafe { libc::poll(&raw mut poll, 1, PATIENCE_MS) } != 1 {
             return Err("the front-end does not end the device state that it sends".into());
         }
+        // The front-end may have read it itself meanwhile, and whoever detaches the volume waits for this thread.
+        // SAFETY: takes no pointers, and the descriptor is open.
+        unsafe { libc::fcntl(self.0.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
         match self.0.read(&mut [0; 1]) {
             Ok(0) => Ok(()),
             Ok(_) => Err("the device state is of another device: a volume has none".into()),
