@@ -104,9 +104,11 @@ impl World {
         offer(&mut self.vm, 0, T_OUT, 8, 2);
         offer(&mut self.vm, 3, T_OUT, 16, 3);
         offer(&mut self.vm, 6, T_FLUSH, 0, 0);
-        // Looked at once more, they have been taken when the next message is.
-        self.vm.frontend.set_vring_enable(0, true).unwrap();
-        self.vm.settle();
+        let cluster = &self.cluster;
+        eventually("all three have been taken", || {
+            let volume = cluster.volume(1, "vm1");
+            (volume["attachment"]["inflight"] == 3).then_some(())
+        });
     }
 
     fn all_goes_on(&mut self) {
