@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster_support::oracle::Random;
-use cluster_support::qemu::{Qemu, programs};
+use cluster_support::qemu::{Qemu, cpus, programs};
 use cluster_support::{Cluster, eventually, lockstep};
 use guest_driver::tracked::*;
 use guest_driver::vm::Vm;
@@ -89,7 +89,7 @@ fn survives(program: &Path, all_kills: usize) {
         "--size 64MiB --replicas 1 --master n1",
         "--node n1 --num-queues 1",
     );
-    let arguments = ["--run", "writers", "--cpus", "2"];
+    let arguments = ["--run", "writers", "--cpus", cpus(program)];
     let mut guest = Qemu::start(program, cluster.dir.path(), 0, &socket, &arguments);
     guest.works(4);
     cluster.kill(1);

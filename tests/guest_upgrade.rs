@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use cluster_support::client::{Load, Plan};
 use cluster_support::oracle::Oracle;
-use cluster_support::qemu::{Qemu, programs};
+use cluster_support::qemu::{Qemu, cpus, programs};
 use cluster_support::{Cluster, binary, eventually};
 use guest_driver::tracked::*;
 use guest_driver::vm::{LINUX, Vm};
@@ -426,7 +426,14 @@ fn does_not_notice(program: &Path) {
         "--size 64MiB --replicas 1 --master n1",
         "--node n1 --num-queues 1",
     );
-    let arguments = ["--run", "writers", "--cpus", "2", "--set", "waits=100"];
+    let arguments = [
+        "--run",
+        "writers",
+        "--cpus",
+        cpus(program),
+        "--set",
+        "waits=100",
+    ];
     let mut guest = Qemu::start(program, cluster.dir.path(), 0, &socket, &arguments);
     guest.works(4);
     let before = waits(&guest);
