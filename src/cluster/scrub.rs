@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::control_tend::turn;
 use super::events::What;
 use super::fault::Fault;
-use super::host::ScrubStatus;
+use super::host::{ScrubState, ScrubStatus};
 use super::join::random;
 use super::live::{Live, gather};
 use super::model::{ScrubWish, VolumeName, VolumeSpec};
@@ -72,6 +72,19 @@ fn is_alive(wish: &ScrubWish, live: &Live) -> bool {
     status.is_some_and(|s| s.identity.instance == wish.instance)
 }
 
+/// Whether the process that was asked says that it has ended. A moment later it takes the wish away, too; whoever has seen the
+/// end of one scrub and asks for another one must not meet the first.
+fn has_ended(wish: &ScrubWish, live: &Live) -> bool {
+    let ended = |s: &ScrubStatus| {
+        s.id == wish.id && matches!(s.state, ScrubState::Done | ScrubState::BrokenOff)
+    };
+    live.node(&wish.node).is_some_and(|status| {
+        let attached = status.attachments.iter();
+        attached.filter_map(|a| a.scrub.as_ref()).any(ended)
+            || status.scrubs.iter().any(|s| ended(&s.status))
+    })
+}
+
 /// Has all copies of the volume compared. One that goes on is followed if it is of the same kind.
 pub fn ask(plane: &Plane, name: &VolumeName, request: ScrubRequest) -> Result<ScrubAsked, Fault> {
     let snapshot = plane.store.snapshot()?;
@@ -88,7 +101,8 @@ pub fn ask(plane: &Plane, name: &VolumeName, request: ScrubRequest) -> Result<Sc
                 followed: wish.id != id,
             };
             let before = found.spec.0.scrub.as_ref();
-            if let Some(wish) = before.filter(|w| w.id == id || is_alive(w, &live)) {
+            let goes_on = |w: &&ScrubWish| is_alive(w, &live) && !has_ended(w, &live);
+            if let Some(wish) = before.filter(|w| w.id == id || goes_on(w)) {
                 return match wish.repair == request.repair {
                     true => Ok(asked(wish)), // under way, or our own unknown outcome
                     false => Err(Race::Fault(of_another_kind(name, wish))),
@@ -257,8 +271,10 @@ pub fn inspect(plane: &Plane, name: &VolumeName) -> Result<ScrubView, Fault> {
 mod tests {
     use super::*;
     use crate::cluster::fixture::{node, spec, status};
-    use crate::cluster::host::ScrubState::{self, BrokenOff, Done, Running, Waiting};
+    use crate::cluster::host::ScrubState::{BrokenOff, Done, Running, Waiting};
+    use crate::cluster::host::{AttachmentStatus, Phase};
     use crate::cluster::plane::EndedScrub;
+    use crate::replication::ids::Epoch;
 
     /// A scrub's state on a node.
     fn scrub(id: u64, state: ScrubState) -> ScrubStatus {
@@ -339,5 +355,53 @@ mod tests {
         let later = (wall_ms() + 1) << CHANCE;
         assert!(later > id || new_id().unwrap() > id);
         assert_eq!(asked_at(1_000 << CHANCE), "1970-01-01T00:00:01.000Z");
+    }
+
+    #[test]
+    fn a_scrub_whose_process_says_that_it_has_ended_stands_in_nobodys_way() {
+        let wish = ScrubWish {
+            id: 5,
+            repair: true,
+            node: node("n1"),
+            instance: Instance([1; 16]),
+        };
+        for (on, id, state, ended) in [
+            ("n1", 5, Done, true),
+            ("n1", 5, BrokenOff, true),
+            ("n1", 5, Running, false),
+            ("n1", 5, Waiting, false),
+            ("n1", 4, Done, false),
+            ("n2", 5, Done, false),
+        ] {
+            for attached in [false, true] {
+                let mut live = Live::default();
+                let mut status = status(on);
+                if attached {
+                    status.attachments.push(AttachmentStatus {
+                        volume: VolumeId([1; 16]),
+                        phase: Phase::Serving,
+                        why: String::new(),
+                        socket: None,
+                        connected: false,
+                        epoch: Epoch(5),
+                        copies: Vec::new(),
+                        inflight: 0,
+                        writeback: false,
+                        scrub: Some(scrub(id, state)),
+                    });
+                } else {
+                    status.scrubs.push(EndedScrub {
+                        volume: VolumeId([1; 16]),
+                        status: scrub(id, state),
+                    });
+                }
+                live.0.insert(node(on), Ok(status));
+                assert_eq!(
+                    has_ended(&wish, &live),
+                    ended,
+                    "{on} {id} {state:?} {attached}"
+                );
+            }
+        }
     }
 }
