@@ -220,7 +220,9 @@ fn a_connection_that_has_only_begun_goes_on_where_it_was() {
     vm.start_like_qemu(LINUX, 0);
     vm.works(1);
     vm.frontend.set_vring_enable(0, false).unwrap();
-    assert_eq!(world.events().last(), Some(&"enable 0 false".into()));
+    until("it is paused", || {
+        world.events().last() == Some(&"enable 0 false".into())
+    });
 }
 
 #[test]
