@@ -196,24 +196,17 @@ impl Control {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::fixture::node;
-    use crate::replication::ids::{Epoch, Instance};
+    use crate::cluster::fixture::{self, node};
+    use crate::replication::ids::Instance;
 
     fn attachment(phase: Phase, scrub: Option<(u64, ScrubState)>) -> AttachmentStatus {
         AttachmentStatus {
-            volume: VolumeId([1; 16]),
-            phase,
             why: "no reason".into(),
-            socket: None,
-            connected: false,
-            epoch: Epoch(5),
-            copies: Vec::new(),
-            inflight: 0,
-            writeback: false,
             scrub: scrub.map(|(id, state)| ScrubStatus {
                 state,
                 ..ScrubStatus::waiting(id, false, 0)
             }),
+            ..fixture::attachment(phase)
         }
     }
 

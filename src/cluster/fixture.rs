@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::host::Capacity;
+use super::host::{AttachmentStatus, Capacity, Phase};
 use super::live::{Identity, LocalStatus};
 use super::model::{Creator, Labels, VolumeSpec};
 use super::settings::Wishes;
@@ -106,5 +106,21 @@ pub fn status(name: &str) -> LocalStatus {
         reports: Vec::new(),
         scrubs: Vec::new(),
         ways: Vec::new(),
+    }
+}
+
+/// What a node says of the volume it serves when nothing is special.
+pub fn attachment(phase: Phase) -> AttachmentStatus {
+    AttachmentStatus {
+        volume: VolumeId([1; 16]),
+        phase,
+        why: String::new(),
+        socket: None,
+        connected: false,
+        epoch: Epoch(5),
+        copies: Vec::new(),
+        inflight: 0,
+        writeback: false,
+        scrub: None,
     }
 }

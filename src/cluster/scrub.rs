@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::control_tend::turn;
 use super::events::What;
 use super::fault::Fault;
-use super::host::{ScrubState, ScrubStatus};
+use super::host::ScrubStatus;
 use super::join::random;
 use super::live::{Live, gather};
 use super::model::{ScrubWish, VolumeName, VolumeSpec};
@@ -75,9 +75,7 @@ fn is_alive(wish: &ScrubWish, live: &Live) -> bool {
 /// Whether the process that was asked says that it has ended. A moment later it takes the wish away, too; whoever has seen the
 /// end of one scrub and asks for another one must not meet the first.
 fn has_ended(wish: &ScrubWish, live: &Live) -> bool {
-    let ended = |s: &ScrubStatus| {
-        s.id == wish.id && matches!(s.state, ScrubState::Done | ScrubState::BrokenOff)
-    };
+    let ended = |s: &ScrubStatus| s.id == wish.id && !s.is_open();
     live.node(&wish.node).is_some_and(|status| {
         let attached = status.attachments.iter();
         attached.filter_map(|a| a.scrub.as_ref()).any(ended)
@@ -270,11 +268,10 @@ pub fn inspect(plane: &Plane, name: &VolumeName) -> Result<ScrubView, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::fixture::{node, spec, status};
-    use crate::cluster::host::ScrubState::{BrokenOff, Done, Running, Waiting};
+    use crate::cluster::fixture::{attachment, node, spec, status};
+    use crate::cluster::host::ScrubState::{self, BrokenOff, Done, Running, Waiting};
     use crate::cluster::host::{AttachmentStatus, Phase};
     use crate::cluster::plane::EndedScrub;
-    use crate::replication::ids::Epoch;
 
     /// A scrub's state on a node.
     fn scrub(id: u64, state: ScrubState) -> ScrubStatus {
@@ -378,16 +375,8 @@ mod tests {
                 let mut status = status(on);
                 if attached {
                     status.attachments.push(AttachmentStatus {
-                        volume: VolumeId([1; 16]),
-                        phase: Phase::Serving,
-                        why: String::new(),
-                        socket: None,
-                        connected: false,
-                        epoch: Epoch(5),
-                        copies: Vec::new(),
-                        inflight: 0,
-                        writeback: false,
                         scrub: Some(scrub(id, state)),
+                        ..attachment(Phase::Serving)
                     });
                 } else {
                     status.scrubs.push(EndedScrub {
