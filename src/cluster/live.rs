@@ -81,12 +81,12 @@ impl LocalStatus {
     /// This node's.
     pub fn of(plane: &Plane) -> Self {
         let copies = plane.host.local_copies();
+        let copies_held = copies.len();
         Self {
-            copies_held: copies.len(),
             copies,
             attachments: plane.host.attachments(),
             reports: plane.reports(),
-            ..Self::brief(plane)
+            ..Self::holding(plane, copies_held)
         }
     }
 
@@ -104,6 +104,10 @@ impl LocalStatus {
 
     /// The same without its copies, attachments and reports.
     pub fn brief(plane: &Plane) -> Self {
+        Self::holding(plane, plane.host.copies_here().len())
+    }
+
+    fn holding(plane: &Plane, copies_held: usize) -> Self {
         Self {
             identity: Identity {
                 cluster: plane.cluster,
@@ -116,7 +120,7 @@ impl LocalStatus {
             now: wall_ms(),
             run_dir: plane.run_dir.clone(),
             capacity: plane.host.capacity(),
-            copies_held: plane.host.copies_here().len(),
+            copies_held,
             copies: Vec::new(),
             attachments: Vec::new(),
             reports: Vec::new(),
