@@ -64,6 +64,14 @@ impl DirtyMap {
         (first..end).for_each(|c| self.set(Chunk(c as u32)));
     }
 
+    /// Marks these regions; without any named (`None`), all.
+    pub fn set_regions(&mut self, regions: Option<&[Region]>, size: u64) {
+        match regions {
+            Some(regions) => regions.iter().for_each(|r| self.set_region(*r, size)),
+            None => self.set_all(size),
+        }
+    }
+
     /// Takes the mark off `chunk`; whether there was one.
     pub fn clear(&mut self, chunk: Chunk) -> bool {
         let word = &mut self.words[chunk.0 as usize / 64];

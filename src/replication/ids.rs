@@ -201,6 +201,16 @@ pub struct Span {
     pub len: u32,
 }
 
+impl Chunk {
+    /// Its bytes; the last chunk's reach beyond a volume that ends within it.
+    pub fn span(self) -> Span {
+        Span {
+            offset: u64::from(self.0) * CHUNK,
+            len: CHUNK as u32,
+        }
+    }
+}
+
 impl Span {
     /// First byte after the span.
     pub fn end(self) -> u64 {

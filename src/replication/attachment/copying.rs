@@ -3,7 +3,7 @@
 
 use super::sync::{Stage, Step};
 use super::{Attachment, CopySet, Kind, Origin, Payload, Work};
-use crate::replication::ids::{CHUNK, Chunk, Nanos, Seq, Span};
+use crate::replication::ids::{Chunk, Nanos, Seq, Span};
 use crate::replication::message::{Message, RUNS_MAX, Status};
 use crate::replication::mutants::{self, Mutant};
 
@@ -27,20 +27,13 @@ pub(super) enum ChunkState {
     Copying,
 }
 
-fn whole(chunk: Chunk) -> Span {
-    Span {
-        offset: u64::from(chunk.0) * CHUNK,
-        len: CHUNK as u32,
-    }
-}
-
 impl<D: Payload> Attachment<D> {
     pub(super) fn advance_syncs(&mut self) {
         for copy in self.targets().iter() {
             while let Some((session, chunk)) = self.next_chunk(copy) {
                 // All of it, though the volume may end in it: it may grow meanwhile, and a write to the new rest of a chunk that
                 // is being copied would be neither in the copy nor mirrored.
-                let span = whole(chunk);
+                let span = chunk.span();
                 let work = Work::Chunk {
                     copy,
                     session,

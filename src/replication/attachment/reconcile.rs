@@ -90,16 +90,8 @@ impl<D: Payload> Attachment<D> {
     pub(super) fn begin_reconcile(&mut self, regions: Option<Vec<Region>>) {
         let size = self.record.size;
         let mut undecided = DirtyMap::new(size);
-        let count = match regions {
-            Some(regions) => {
-                regions.iter().for_each(|r| undecided.set_region(*r, size));
-                regions.len() as u64
-            }
-            None => {
-                undecided.set_all(size);
-                size.div_ceil(REGION)
-            }
-        };
+        undecided.set_regions(regions.as_deref(), size);
+        let count = regions.map_or(size.div_ceil(REGION), |named| named.len() as u64);
         let copies = self.in_sync.len();
         let text = format!("{count} regions in which {copies} copies may differ");
         self.event("5.4 reconcile", text);

@@ -365,7 +365,7 @@ impl<D: Payload> Attachment<D> {
             return self.held(id, chunk);
         }
         let work = Work::Scrub { id, chunk };
-        if let Some(work) = self.overlaps.claim(whole(chunk), work) {
+        if let Some(work) = self.overlaps.claim(chunk.span(), work) {
             self.start_work(work);
         }
     }
@@ -673,13 +673,6 @@ impl<D: Payload> Attachment<D> {
     }
 }
 
-fn whole(chunk: Chunk) -> Span {
-    Span {
-        offset: u64::from(chunk.0) * CHUNK,
-        len: CHUNK as u32,
-    }
-}
-
 /// One sentence about a place.
 fn tell(place: &Place) -> String {
     let list = |nodes: &[NodeName]| {
@@ -743,7 +736,7 @@ mod tests {
         let mut s = with_data(200, &data);
         let mut taken = Vec::new();
         while let Next::Hold(chunk) = s.next(size) {
-            s.looks.insert(chunk, Look::new(whole(chunk)));
+            s.looks.insert(chunk, Look::new(chunk.span()));
             taken.push(u64::from(chunk.0));
         }
         // The window that every throttle begins with.
@@ -755,7 +748,7 @@ mod tests {
         assert_eq!(s.next(size), Next::Hold(Chunk(130)));
         s.looks.clear();
         assert_eq!(s.next(size), Next::Hold(Chunk(199)));
-        s.looks.insert(Chunk(199), Look::new(whole(Chunk(199))));
+        s.looks.insert(Chunk(199), Look::new(Chunk(199).span()));
         assert_eq!(s.next(size), Next::Wait);
         assert_eq!(s.done_bytes(), 199 * CHUNK);
         s.looks.clear();

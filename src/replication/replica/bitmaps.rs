@@ -17,7 +17,7 @@ impl<D> Replica<D> {
         let size = self.room();
         let mark = |map: &mut DirtyMap, due: Marks| match due {
             Marks::Nothing => {}
-            Marks::Log => mark_regions(map, regions.as_deref(), size),
+            Marks::Log => map.set_regions(regions.as_deref(), size),
             Marks::All => map.set_all(size),
         };
         for slot in 0..BITMAPS_MAX {
@@ -190,14 +190,6 @@ impl<D> Replica<D> {
         for (session, seq) in asked {
             self.ack(*session, *seq, Status::Ok);
         }
-    }
-}
-
-/// Marks these regions, `None`: all.
-pub(super) fn mark_regions(map: &mut DirtyMap, regions: Option<&[Region]>, size: u64) {
-    match regions {
-        Some(regions) => regions.iter().for_each(|r| map.set_region(*r, size)),
-        None => map.set_all(size),
     }
 }
 

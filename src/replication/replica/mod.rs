@@ -299,7 +299,7 @@ impl<D> Replica<D> {
         let mut maps = maps;
         // Bits of active regions may have been in memory only when the process ended.
         for map in maps.iter_mut().flatten() {
-            bitmaps::mark_regions(map, regions, state.size);
+            map.set_regions(regions, state.size);
         }
         Self {
             log,
