@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use cluster_support::client::{Disk, Load, Plan};
 use cluster_support::disks::{self, BadDisk, SmallDisk, own_mounts, scribble, truncate};
-use cluster_support::oracle::{Oracle, SECTOR};
+use cluster_support::oracle::Oracle;
 use cluster_support::{Cluster, copies, eventually};
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
@@ -52,13 +52,7 @@ fn in_sync(volume: &Value) -> Vec<String> {
 fn filled(socket: &Path) -> Oracle {
     let mut oracle = Oracle::new(SIZE);
     let mut disk = Disk::open(socket, 1, 1);
-    for offset in (0..SIZE).step_by(MIB as usize) {
-        let data = disk.buffer(0, MIB as usize);
-        let ticket = oracle.begin(offset as usize / SECTOR, data);
-        disk.write(0, offset, MIB as usize);
-        assert_eq!(disk.finish(), 0);
-        oracle.end(ticket, true);
-    }
+    disk.fill(&mut oracle);
     oracle
 }
 

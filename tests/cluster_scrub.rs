@@ -12,7 +12,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use cluster_support::client::{Disk, Load, Plan};
-use cluster_support::oracle::{Oracle, SECTOR};
+use cluster_support::oracle::Oracle;
 use cluster_support::{Cluster, Done, copies, lockstep};
 use rusqlite::Connection;
 use serde_json::Value;
@@ -31,13 +31,7 @@ fn filled(cluster: &Cluster) -> (PathBuf, Oracle) {
     });
     let mut oracle = Oracle::new(SIZE);
     let mut disk = Disk::open(&socket, 1, 1);
-    for offset in (0..SIZE).step_by(MIB as usize) {
-        let data = disk.buffer(0, MIB as usize);
-        let ticket = oracle.begin(offset as usize / SECTOR, data);
-        disk.write(0, offset, MIB as usize);
-        assert_eq!(disk.finish(), 0);
-        oracle.end(ticket, true);
-    }
+    disk.fill(&mut oracle);
     disk.flush(0);
     assert_eq!(disk.finish(), 0);
     (socket, oracle)

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::mpsc::channel;
 
 use cluster_support::{Cluster, eventually};
+use guest_driver::tracked::{buffers, submit};
 use guest_driver::vm::{LINUX, PATIENCE, Vm};
 use guest_driver::*;
 use rusqlite::Connection;
@@ -32,25 +33,6 @@ struct World {
     vm: Vm,
     region: Option<(VhostUserInflight, File)>,
     registry: Option<Connection>,
-}
-
-fn buffers(head: u16) -> u64 {
-    MIB + 0x4000 * u64::from(head)
-}
-
-fn offer(vm: &mut Vm, head: u16, kind: u32, sector: u64, fill: u8) {
-    let at = buffers(head);
-    vm.driver.write(at, &header(kind, sector));
-    vm.driver.write(at + 0x1000, &[fill; 4096]);
-    vm.driver.write(at + 0x800, &[0xff]);
-    let direction = if kind == T_IN { WRITE } else { 0 };
-    let mut chain = vec![desc(at, 16, 0, 0)];
-    if kind != T_FLUSH {
-        chain.push(desc(at + 0x1000, 4096, direction, 0));
-    }
-    chain.push(desc(at + 0x800, 1, WRITE, 0));
-    vm.driver.offer_chain(head, &chain);
-    vm.driver.kick.write(1).unwrap();
 }
 
 /// Waits for so many answers: heads and status.
@@ -85,7 +67,7 @@ impl World {
             (info, file)
         });
         vm.start_like_qemu(LINUX, 0);
-        offer(&mut vm, 30, T_OUT, 0, 1);
+        submit(&mut vm, (30, T_OUT, 0, 1));
         assert_eq!(answers(&mut vm, 1), [(30, 0)]);
         World {
             cluster,
@@ -101,9 +83,9 @@ impl World {
         registry.execute_batch("BEGIN IMMEDIATE").unwrap();
         self.registry = Some(registry);
         self.cluster.freeze(2);
-        offer(&mut self.vm, 0, T_OUT, 8, 2);
-        offer(&mut self.vm, 3, T_OUT, 16, 3);
-        offer(&mut self.vm, 6, T_FLUSH, 0, 0);
+        submit(&mut self.vm, (0, T_OUT, 8, 2));
+        submit(&mut self.vm, (3, T_OUT, 16, 3));
+        submit(&mut self.vm, (6, T_FLUSH, 0, 0));
         let cluster = &self.cluster;
         eventually("all three have been taken", || {
             let volume = cluster.volume(1, "vm1");
@@ -135,7 +117,7 @@ impl World {
     }
 
     fn reads(&mut self, sector: u64) -> u8 {
-        offer(&mut self.vm, 40, T_IN, sector, 0xee);
+        submit(&mut self.vm, (40, T_IN, sector, 0xee));
         assert_eq!(answers(&mut self.vm, 1), [(40, 0)]);
         self.vm.driver.read(buffers(40) + 0x1000, 1)[0]
     }
@@ -164,7 +146,7 @@ fn requests_that_nobody_would_remember_fail_when_their_ring_stops() {
     world.vm.start_like_qemu(LINUX, 4);
     world.all_goes_on();
     // A sector whose write failed has what is written to it next.
-    offer(&mut world.vm, 0, T_OUT, 8, 4);
+    submit(&mut world.vm, (0, T_OUT, 8, 4));
     assert_eq!(answers(&mut world.vm, 1), [(0, 0)]);
     assert_eq!(world.reads(8), 4);
 }
@@ -217,7 +199,7 @@ fn a_paused_ring_takes_nothing_and_answers_what_it_had() {
         });
     };
     pause(&mut world, false);
-    offer(&mut world.vm, 9, T_OUT, 24, 5);
+    submit(&mut world.vm, (9, T_OUT, 24, 5));
     world.all_goes_on();
     assert_eq!(answers(&mut world.vm, 3), [(0, 0), (3, 0), (6, 0)]);
     pause(&mut world, false);

@@ -141,6 +141,17 @@ impl World {
         assert_eq!(self.rings.start(start), Ok(0));
     }
 
+    /// Writes the descriptors from `head` on, each one's next behind it: (address, length, flags).
+    fn chain(&self, head: u16, buffers: &[(u64, u32, u16)]) {
+        for (index, (addr, len, flags)) in (head..).zip(buffers) {
+            let desc = DESC + 16 * u64::from(index);
+            self.put(desc, &addr.to_le_bytes());
+            self.put(desc + 8, &len.to_le_bytes());
+            self.put(desc + 12, &flags.to_le_bytes());
+            self.put(desc + 14, &(index + 1).to_le_bytes());
+        }
+    }
+
     /// Makes a write of one sector available on the two descriptors from `head` on.
     fn offer(&mut self, head: u16) {
         let put = |at: u64, bytes: &[u8]| self.mem.write_slice(bytes, GuestAddress(at)).unwrap();
@@ -148,15 +159,7 @@ impl World {
         put(at, &1u32.to_le_bytes());
         put(at + 8, &u64::from(head).to_le_bytes());
         put(at + 0x300, &[0xff]);
-        for (index, addr, len, flags) in
-            [(head, at, 16 + 512u32, 1u16), (head + 1, at + 0x300, 1, 2)]
-        {
-            let desc = DESC + 16 * u64::from(index);
-            put(desc, &addr.to_le_bytes());
-            put(desc + 8, &len.to_le_bytes());
-            put(desc + 12, &flags.to_le_bytes());
-            put(desc + 14, &(index + 1).to_le_bytes());
-        }
+        self.chain(head, &[(at, 16 + 512, 1), (at + 0x300, 1, 2)]);
         put(
             AVAIL + 4 + 2 * u64::from(self.avail % SIZE),
             &head.to_le_bytes(),
@@ -540,12 +543,7 @@ fn what_an_earlier_process_took_fails_when_the_machine_moves_before_it_is_taken_
 fn make_read(world: &World, head: u16) {
     let at = DATA + 0x400 * u64::from(head);
     world.put(at, &0u32.to_le_bytes());
-    for (index, addr, len, flags) in [(head, at, 16u32, 1u16), (head + 1, at + 0x100, 513, 2)] {
-        let desc = DESC + 16 * u64::from(index);
-        world.put(desc, &addr.to_le_bytes());
-        world.put(desc + 8, &len.to_le_bytes());
-        world.put(desc + 12, &flags.to_le_bytes());
-    }
+    world.chain(head, &[(at, 16, 1), (at + 0x100, 513, 2)]);
 }
 
 #[test]
@@ -629,17 +627,8 @@ fn offer_long(world: &mut World, head: u16) {
     world.offer(head);
     let at = DATA + 0x400 * u64::from(head);
     world.put(at, &0u32.to_le_bytes());
-    for (index, addr, len, flags) in [
-        (head, at, 16u32, 1u16),
-        (head + 1, 1 << 20, 60 << 20, 1 | 2),
-        (head + 2, at + 0x300, 1, 2),
-    ] {
-        let desc = DESC + 16 * u64::from(index);
-        world.put(desc, &addr.to_le_bytes());
-        world.put(desc + 8, &len.to_le_bytes());
-        world.put(desc + 12, &flags.to_le_bytes());
-        world.put(desc + 14, &(index + 1).to_le_bytes());
-    }
+    let data = (1 << 20, 60 << 20, 1 | 2);
+    world.chain(head, &[(at, 16, 1), data, (at + 0x300, 1, 2)]);
 }
 
 #[test]

@@ -29,6 +29,8 @@ impl Payload for Bytes {
 }
 
 const MS: u64 = 1_000_000;
+/// Of three copies, the one that a sync is for.
+const TARGET: usize = 2;
 const SPAN: Span = Span {
     offset: 0,
     len: 512,
@@ -131,6 +133,22 @@ impl Bench {
         assert_eq!(*b.a.phase(), Phase::Serving);
         b.tick(0);
         b.take();
+        b
+    }
+
+    /// Two copies in sync and the third ejected, for so long that it is time to dial it again.
+    fn without_target() -> Self {
+        let mut b = Self::serving(3);
+        b.a.on_disconnected(b.now, TARGET, "reset");
+        for _ in 0..10 {
+            b.tick(50);
+        }
+        assert!(b.proposed().is_some());
+        b.swapped();
+        for copy in 0..2 {
+            b.says(copy, Message::EpochAck { epoch: Epoch(3) });
+        }
+        b.tick(1_000);
         b
     }
 

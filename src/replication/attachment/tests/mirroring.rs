@@ -3,7 +3,6 @@
 use super::*;
 use crate::replication::ids::COPIES_MAX;
 
-const TARGET: usize = 2;
 const BULK: usize = TARGET + COPIES_MAX;
 
 fn chunk(n: u64) -> Span {
@@ -19,17 +18,7 @@ fn seq_of(actions: &[Action<Bytes>], link: usize, which: impl Fn(&Message) -> Op
 
 /// Two in-sync copies, and the third ejected and about to be synced; marks and holes are asked for.
 fn mapping() -> Bench {
-    let mut b = Bench::serving(3);
-    b.a.on_disconnected(b.now, TARGET, "reset");
-    for _ in 0..10 {
-        b.tick(50);
-    }
-    assert!(b.proposed().is_some());
-    b.swapped();
-    for copy in 0..2 {
-        b.says(copy, Message::EpochAck { epoch: Epoch(3) });
-    }
-    b.tick(1_000);
+    let mut b = Bench::without_target();
     b.a.on_connected(b.now, TARGET, boot(TARGET));
     let disk = DiskState {
         promised: Epoch(3),

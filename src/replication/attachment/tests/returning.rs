@@ -23,6 +23,14 @@ fn lost(actions: &[Action<Bytes>]) -> Vec<String> {
     actions.iter().filter_map(of).collect()
 }
 
+fn flush_seq(actions: &[Action<Bytes>], copy: usize) -> Seq {
+    let flush = |m: &Message| match m {
+        Message::Flush { seq, .. } => Some(*seq),
+        _ => None,
+    };
+    sent(actions, copy).iter().find_map(flush).unwrap()
+}
+
 #[test]
 fn a_write_that_another_copy_may_have_is_not_given_up_on_a_full_disk() {
     let mut b = Bench::serving(2);
@@ -123,11 +131,7 @@ fn nothing_begins_behind_the_flush_that_ends_an_attachment() {
     let mut b = Bench::serving(2);
     b.a.detach(b.now);
     let actions = b.take();
-    let flush = |m: &Message| match m {
-        Message::Flush { seq, .. } => Some(*seq),
-        _ => None,
-    };
-    let seq = sent(&actions, 0).iter().find_map(flush).unwrap();
+    let seq = flush_seq(&actions, 0);
     b.submit(1, write(SPAN));
     b.acks(0, seq, Status::Ok);
     b.acks(1, seq, Status::Ok);
@@ -151,11 +155,7 @@ fn what_a_former_attachment_completed_and_its_last_copy_lost_fails_the_next_flus
     b.submit(1, Op::Flush);
     b.pass(50, &[0]);
     let actions = b.take();
-    let flush = |m: &Message| match m {
-        Message::Flush { seq, .. } => Some(*seq),
-        _ => None,
-    };
-    let seq = sent(&actions, 0).iter().find_map(flush).unwrap();
+    let seq = flush_seq(&actions, 0);
     b.acks(0, seq, Status::Ok);
     assert_eq!(completed(&b.take()), [(1, Outcome::IoError)]);
 }
@@ -163,10 +163,6 @@ fn what_a_former_attachment_completed_and_its_last_copy_lost_fails_the_next_flus
 #[test]
 fn a_copy_that_comes_back_hears_of_nothing_stable_before_a_flush_that_began_later() {
     let mut b = Bench::serving(2);
-    let flush = |m: &Message| match m {
-        Message::Flush { seq, .. } => Some(*seq),
-        _ => None,
-    };
     let stable = |actions: &[Action<Bytes>], copy| -> Vec<u64> {
         let of = |m: Message| match m {
             Message::Heartbeat { stable, .. } => Some(stable.0),
@@ -175,7 +171,7 @@ fn a_copy_that_comes_back_hears_of_nothing_stable_before_a_flush_that_began_late
         sent(actions, copy).into_iter().filter_map(of).collect()
     };
     b.submit(1, Op::Flush);
-    let seq = sent(&b.take(), 0).iter().find_map(flush).unwrap();
+    let seq = flush_seq(&b.take(), 0);
     b.acks(0, seq, Status::Ok);
     b.acks(1, seq, Status::Ok);
     b.pass(300, &[0, 1]);
@@ -198,12 +194,12 @@ fn a_copy_that_comes_back_hears_of_nothing_stable_before_a_flush_that_began_late
     assert!(stable(&actions, 0).iter().all(|s| *s == 0));
     assert!(stable(&actions, 1).iter().all(|s| *s > 0));
     // A flush of all began by itself.
-    let seq = sent(&actions, 0).iter().find_map(flush).unwrap();
+    let seq = flush_seq(&actions, 0);
     b.acks(1, written, Status::Ok);
     b.acks(0, seq, Status::Ok);
     b.acks(1, seq, Status::Ok);
     b.submit(3, Op::Flush);
-    let seq = sent(&b.take(), 0).iter().find_map(flush).unwrap();
+    let seq = flush_seq(&b.take(), 0);
     b.acks(0, seq, Status::Ok);
     b.acks(1, seq, Status::Ok);
     b.pass(300, &[0, 1]);

@@ -2,8 +2,6 @@
 
 use super::*;
 
-const TARGET: usize = 2;
-
 impl Bench {
     /// Time passes, and the copies that are in sync are heard.
     fn beat(&mut self, ms: u64) -> Vec<Action<Bytes>> {
@@ -22,17 +20,7 @@ fn dials(actions: &[Action<Bytes>]) -> bool {
 
 /// Two in-sync copies, and the third ejected and dialed again.
 fn dialing() -> Bench {
-    let mut b = Bench::serving(3);
-    b.a.on_disconnected(b.now, TARGET, "reset");
-    for _ in 0..10 {
-        b.tick(50);
-    }
-    assert!(b.proposed().is_some());
-    b.swapped();
-    for copy in 0..2 {
-        b.says(copy, Message::EpochAck { epoch: Epoch(3) });
-    }
-    b.tick(1_000);
+    let mut b = Bench::without_target();
     assert!(dials(&b.take()));
     b
 }
