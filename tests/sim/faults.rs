@@ -284,6 +284,7 @@ impl World {
         let all = (self.registry.record.size / SECTOR) as usize;
         let end = (start + self.rng.between(1, 4) as usize).min(all);
         self.nodes[n].disk.as_mut().unwrap().bad.extend(start..end);
+        self.scrubs.spoiled.extend(start..end);
         self.seen.count("unreadable sectors");
     }
 

@@ -17,8 +17,9 @@ const ROT: u64 = 1 << 60;
 #[derive(Default)]
 pub struct Scrubs {
     last: u64,
-    /// Sectors that ever rotted, on any copy.
+    /// Sectors that ever rotted, on any copy, and those that could not be read.
     pub rotted: BTreeSet<usize>,
+    pub spoiled: BTreeSet<usize>,
 }
 
 impl World {
@@ -84,14 +85,18 @@ impl World {
         }
     }
 
-    /// S21: each block that is said to differ did: it rotted somewhere. Nothing else makes copies differ for good.
+    /// S21: each block that is said to differ did: it rotted somewhere. Nothing else makes copies differ for good. And what is
+    /// said to be unreadable was, on some copy.
     fn check_places(&self, view: &View) {
-        for place in differing(view) {
+        for place in view.report.places() {
+            let (what, known) = match place.outcome {
+                Outcome::Differs => ("that copies differ", &self.scrubs.rotted),
+                _ => ("that a disk cannot read", &self.scrubs.spoiled),
+            };
             for block in blocks(place) {
-                let rotted = self.scrubs.rotted.range(block.clone()).next().is_some();
                 assert!(
-                    rotted,
-                    "S21: a scrub says that copies differ in sectors {block:?}, where nothing ever rotted: {place:?}"
+                    known.range(block.clone()).next().is_some(),
+                    "S21: a scrub says {what} in sectors {block:?}, where nothing ever was: {place:?}"
                 );
             }
         }
