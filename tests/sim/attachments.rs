@@ -241,7 +241,9 @@ impl World {
                 asked.unreadable |= *status == Status::Io;
                 if *status == Status::NoSpace {
                     asked.full = true;
-                    att.full.get_or_insert(now);
+                    // It may have been suspended for something else before, without a moment in between.
+                    let for_long = att.machine.status().suspended_for.unwrap_or(Nanos(0));
+                    att.full.get_or_insert(Nanos(now.0 - for_long.0));
                 }
             }
         }
