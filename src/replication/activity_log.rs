@@ -10,9 +10,6 @@ use super::mutants::{self, Mutant};
 pub const TRANSACTION_MAX: usize = 128;
 /// The log asks for a flush of all copies when fewer slots than this are free, so that retiring keeps ahead of need.
 const PRESSURE: usize = REGIONS_MAX / 8;
-/// A region nobody wrote for this long leaves the log once it is stable: what is not in the log needs no comparison
-/// after a crash.
-const IDLE: Nanos = Nanos::from_ms(30_000);
 const NONE: u16 = u16::MAX;
 /// Below every request's number and above "nothing is stable yet".
 const BEFORE_ANY: Seq = Seq(1);
@@ -63,6 +60,8 @@ pub struct ActivityLog {
     free: Vec<u16>,
     wanted: Vec<u16>,
     running: bool,
+    /// A region nobody wrote for this long leaves once it is stable.
+    idle: Nanos,
     /// Requests up to here are durable on all in-sync copies.
     stable: Seq,
     /// The log on disk cannot be read: there every region is active, whatever the slots say.
@@ -81,14 +80,16 @@ pub enum Touch {
 }
 
 impl ActivityLog {
-    /// A log for a volume of `size` bytes in which `regions` are active already; `None`: on disk it cannot be read.
-    pub fn new(size: u64, regions: Option<&[Region]>, now: Nanos) -> Self {
+    /// A log for a volume of `size` bytes in which `regions` are active already; `None`: on disk it cannot be read. What nobody
+    /// wrote for `idle` leaves it.
+    pub fn new(size: u64, regions: Option<&[Region]>, idle: Nanos, now: Nanos) -> Self {
         let mut log = Self {
             index: Vec::new(),
             slots: vec![None; REGIONS_MAX],
             free: (0..REGIONS_MAX as u16).rev().collect(),
             wanted: Vec::new(),
             running: false,
+            idle,
             stable: Seq(0),
             unreadable: regions.is_none(),
         };
@@ -271,7 +272,7 @@ impl ActivityLog {
             .filter_map(|(at, slot)| {
                 let s = slot.as_ref()?;
                 let early = mutants::on(Mutant::RetireBeforeFlush);
-                let due = pressure || early || now.since(s.touched) >= IDLE;
+                let due = pressure || early || now.since(s.touched) >= self.idle;
                 let stable = early || s.last <= self.stable;
                 let may = s.state == SlotState::Active && s.in_flight == 0 && stable;
                 (due && may).then_some((s.touched, at))
@@ -348,11 +349,13 @@ impl ActivityLog {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::replication::timing::Timing;
 
     const T0: Nanos = Nanos(0);
+    const IDLE: Nanos = Timing::DEFAULT.idle;
 
     fn log() -> ActivityLog {
-        ActivityLog::new(64 * REGION, Some(&[]), T0)
+        ActivityLog::new(64 * REGION, Some(&[]), IDLE, T0)
     }
 
     #[test]
@@ -400,7 +403,7 @@ mod tests {
 
     #[test]
     fn a_region_touched_while_it_retires_comes_back_before_data_is_written() {
-        let mut l = ActivityLog::new(64 * REGION, Some(&[Region(5)]), T0);
+        let mut l = ActivityLog::new(64 * REGION, Some(&[Region(5)]), IDLE, T0);
         l.stable(Seq(1 << 16));
         let later = T0.after(IDLE);
         let out = l.transaction(later, true, true).unwrap();
@@ -416,7 +419,7 @@ mod tests {
     #[test]
     fn a_full_log_says_so_and_recovers_by_retiring_the_longest_untouched() {
         let regions: Vec<Region> = (0..REGIONS_MAX as u32).map(Region).collect();
-        let mut l = ActivityLog::new((REGIONS_MAX as u64 + 10) * REGION, Some(&regions), T0);
+        let mut l = ActivityLog::new((REGIONS_MAX as u64 + 10) * REGION, Some(&regions), IDLE, T0);
         assert!(l.pressure());
         assert_eq!(l.touch(Region(REGIONS_MAX as u32), Seq(1), T0), Touch::Full);
         assert!(
@@ -436,7 +439,7 @@ mod tests {
     #[test]
     fn emptying_takes_several_transactions_and_leaves_nothing() {
         let regions: Vec<Region> = (0..300).map(Region).collect();
-        let mut l = ActivityLog::new(400 * REGION, Some(&regions), T0);
+        let mut l = ActivityLog::new(400 * REGION, Some(&regions), IDLE, T0);
         let mut parts = 0;
         while let Some(txn) = l.empty() {
             l.committed(&txn);
@@ -451,7 +454,7 @@ mod tests {
     {
         // More regions than it has slots.
         let size = (REGIONS_MAX as u64 + 10) * REGION;
-        let mut l = ActivityLog::new(size, None, T0);
+        let mut l = ActivityLog::new(size, None, IDLE, T0);
         assert_eq!(l.named(), None);
         // Writes go their ordinary way meanwhile.
         assert_eq!(l.touch(Region(3), Seq(2), T0), Touch::Waits);
@@ -477,7 +480,7 @@ mod tests {
 
     #[test]
     fn a_log_that_cannot_be_read_is_empty_after_a_clean_end() {
-        let mut l = ActivityLog::new(64 * REGION, None, T0);
+        let mut l = ActivityLog::new(64 * REGION, None, IDLE, T0);
         let txn = l.empty().unwrap();
         assert_eq!((txn.add.len(), txn.retire.len(), txn.anew), (0, 0, true));
         l.committed(&txn);

@@ -26,6 +26,9 @@ pub struct Timing {
     pub registry_retry: Nanos,
     /// With unflushed writes and no flush from the guest, all copies are flushed this often, so that regions retire.
     pub background_flush: Nanos,
+    /// A region that nobody wrote for this long leaves the activity log once it is durable on all copies: what is not in the log
+    /// needs no comparison after a crash.
+    pub idle: Nanos,
 }
 
 impl Timing {
@@ -41,5 +44,6 @@ impl Timing {
         redial: Nanos::from_ms(50),
         registry_retry: Nanos::from_ms(200),
         background_flush: Nanos::from_ms(5_000),
+        idle: Nanos::from_ms(30_000),
     };
 }

@@ -6,7 +6,6 @@ use lockstep::replication::attachment::{Action, Attachment, CasOutcome, Phase, R
 use lockstep::replication::ids::{COPIES_MAX, Epoch, LINKS_MAX, Nanos, Seq};
 use lockstep::replication::message::{Message, Proof, Status};
 use lockstep::replication::record::{self, CopyEntry, CopyStatus, Record};
-use lockstep::replication::timing::Timing;
 
 use super::disk::Stamps;
 use super::guest::Asked;
@@ -96,7 +95,7 @@ impl World {
             record,
             revision,
             proof,
-            Timing::DEFAULT,
+            self.timing,
             seed,
             self.clock(n),
         );
@@ -255,6 +254,20 @@ impl World {
         {
             let first = att.asked.iter().find(|(_, q)| q.op == op);
             self.answered = first.map(|(id, _)| (a, *id));
+        }
+    }
+
+    /// So many regions left a log. At a detach all do: that is no risk.
+    pub fn note_left_log(&mut self, regions: u64) {
+        let serves = |a: &Att| !a.over && *a.machine.phase() == Phase::Serving;
+        if regions == 0 || !self.atts.iter().any(serves) {
+            return;
+        }
+        self.seen.times("region left the log", regions);
+        let mut copies = self.registry.record.present();
+        if copies.any(|c| c.status != CopyStatus::InSync) {
+            self.seen
+                .times("region left the log while a copy was missing", regions);
         }
     }
 

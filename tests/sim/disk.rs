@@ -156,6 +156,8 @@ pub struct Disk {
     /// Chunks that became holes.
     pub given_back: u64,
     pub written_anew: u64,
+    /// Regions that left the log by themselves or at a detach.
+    pub left_log: u64,
     maps: Vec<Vec<bool>>,
     pub running: HashMap<Ticket, (Running, Fate)>,
     /// Full until this moment.
@@ -184,6 +186,7 @@ impl Disk {
             repaired: 0,
             given_back: 0,
             written_anew: 0,
+            left_log: 0,
             forgot: None,
             superblock,
             log: BTreeSet::new(),
@@ -514,6 +517,7 @@ impl Disk {
                     self.written_anew += 1;
                     self.log_lost = false;
                 }
+                self.left_log += retire.len() as u64;
                 self.log.extend(add);
                 self.log.retain(|r| !retire.contains(r));
             }

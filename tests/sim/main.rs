@@ -27,7 +27,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use seen::{DEMANDED, Seen};
+use seen::{DEMANDED, OFTEN, Seen};
 use world::World;
 
 /// Runs by default: a minute of one core.
@@ -124,5 +124,13 @@ fn whatever_fails_no_rule_of_the_protocol_is_broken() {
     if count >= SEEDS {
         let unseen: Vec<_> = DEMANDED.iter().filter(|what| seen.of(what) == 0).collect();
         assert!(unseen.is_empty(), "the runs were too mild: no {unseen:?}");
+        let seldom: Vec<_> = OFTEN
+            .iter()
+            .filter(|(what, n)| seen.of(what) < *n)
+            .collect();
+        assert!(
+            seldom.is_empty(),
+            "the runs were too mild: less than {seldom:?}"
+        );
     }
 }

@@ -7,7 +7,6 @@ use lockstep::replication::ids::{BootId, Instance, Nanos, NodeName, Seq};
 use lockstep::replication::message::{Message, Status};
 use lockstep::replication::record::{CopyEntry, CopyStatus};
 use lockstep::replication::replica::{Action as CopyAction, DiskOp, Replica, Ticket};
-use lockstep::replication::timing::Timing;
 
 use super::disk::{Disk, Stamps};
 use super::oracle::Moment;
@@ -128,7 +127,7 @@ impl World {
                 found.regions.as_deref(),
                 found.maps,
                 node.boot,
-                Timing::DEFAULT,
+                self.timing,
                 now,
             ));
         }

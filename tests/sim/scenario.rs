@@ -5,9 +5,10 @@ use std::collections::{BinaryHeap, HashMap, VecDeque};
 use lockstep::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
 use lockstep::replication::failure_mode::FailureMode;
 use lockstep::replication::ids::{
-    BootId, CHUNK, CopyId, Epoch, Instance, NodeName, REGION, SECTOR, Tag, VolumeId,
+    BootId, CHUNK, CopyId, Epoch, Instance, Nanos, NodeName, REGION, SECTOR, Tag, VolumeId,
 };
 use lockstep::replication::record::{Base, CopyEntry, CopyStatus, Record, State};
+use lockstep::replication::timing::Timing;
 
 use super::control::Made;
 use super::disk::Disk;
@@ -139,6 +140,11 @@ impl World {
             })
             .map(|s| s.saturating_sub(4).min(all - 16))
             .collect();
+        let timing = Timing {
+            // What is in no log is what S11 is about: as long as regions stay there, no other rule can fail it.
+            idle: Nanos::from_ms(rng.pick(&[300, 300, 1_000, 4_000, 30_000])),
+            ..Timing::DEFAULT
+        };
         let mut world = Self {
             now: MS,
             moment: 1,
@@ -158,6 +164,7 @@ impl World {
             isolated: (0, 0),
             all_cut: 0,
             oracle: Oracle::default(),
+            timing,
             budget: rng.between(100, 800),
             fua: !weather.writeback,
             weather,

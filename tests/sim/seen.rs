@@ -47,6 +47,12 @@ impl fmt::Display for Seen {
     }
 }
 
+/// Each of these so often at least.
+pub const OFTEN: &[(&str, u64)] = &[
+    ("region left the log", 300),
+    ("region left the log while a copy was missing", 100),
+];
+
 /// Without each of these the suite has proved little.
 pub const DEMANDED: &[&str] = &[
     "promotion",

@@ -9,6 +9,7 @@ use lockstep::replication::ids::{CopyId, Nanos, NodeName, Seq};
 use lockstep::replication::message::{Message, Status};
 use lockstep::replication::record::Record;
 use lockstep::replication::replica::{DiskResult, Replica, SessionId, Ticket};
+use lockstep::replication::timing::Timing;
 
 use super::attachments::{Att, brief};
 use super::control::Made;
@@ -104,6 +105,7 @@ pub struct World {
     /// When every in-sync copy had lost power last.
     pub all_cut: Moment,
     pub oracle: Oracle,
+    pub timing: Timing,
     pub weather: Weather,
     pub faults: bool,
     pub calm_since: u64,
@@ -308,10 +310,14 @@ impl World {
                     return;
                 }
                 let disk = node.disk.as_mut().unwrap();
+                let before = disk.left_log;
                 let Some(result) = disk.end(ticket) else {
                     return;
                 };
-                match disk.forgot.take() {
+                let left = disk.left_log - before;
+                let forgot = disk.forgot.take();
+                self.note_left_log(left);
+                match forgot {
                     Some(Forgot::Regions) => self.check_differences(n, "S11"),
                     Some(Forgot::Bits) => self.check_differences(n, "S12"),
                     None => {}

@@ -295,7 +295,7 @@ impl<D> Replica<D> {
         timing: Timing,
         now: Nanos,
     ) -> Self {
-        let log = ActivityLog::new(state.size, regions, now);
+        let log = ActivityLog::new(state.size, regions, timing.idle, now);
         let mut maps = maps;
         // Bits of active regions may have been in memory only when the process ended.
         for map in maps.iter_mut().flatten() {
