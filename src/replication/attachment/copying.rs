@@ -23,8 +23,8 @@ pub(super) enum ChunkState {
         master: Option<Option<u128>>,
         target: Option<Option<u128>>,
     },
-    /// Read, then written to the target.
-    Copying,
+    /// Read, then written to the target; `logged`: like any other write, its log first.
+    Copying { logged: bool },
 }
 
 impl<D: Payload> Attachment<D> {
@@ -133,10 +133,16 @@ impl<D: Payload> Attachment<D> {
                 target: Some(Some(b)),
             } if a == b => self.chunk_copied(copy, session, chunk),
             ChunkState::Comparing {
-                master: Some(_),
-                target: Some(_),
+                master: Some(master),
+                target: Some(target),
             } => {
-                sync.chunks.insert(chunk, ChunkState::Copying);
+                // S15: hashes that differ are of a chunk in which the target differs from every in-sync copy; so each of them has
+                // it in its bitmap or its log (S11). Where a disk could not read, nothing says that. C cannot read a sector, A
+                // had one repaired there: the region is in A's log alone, B's retired it long ago. C is ejected, A marks the chunk,
+                // B has no reason to. Were C written to without its log, A ejected and the sync begun anew from B, nobody would
+                // know of that write.
+                let logged = master.is_none() || target.is_none();
+                sync.chunks.insert(chunk, ChunkState::Copying { logged });
                 let origin = Origin::Sync {
                     copy,
                     session,
@@ -159,9 +165,11 @@ impl<D: Payload> Attachment<D> {
         span: Span,
         data: Option<D>,
     ) {
-        if self.sync_of(copy, session).is_none() {
+        let Some(sync) = self.sync_of(copy, session) else {
             return;
-        }
+        };
+        let state = sync.chunks.get(&chunk);
+        let logged = state == Some(&ChunkState::Copying { logged: true });
         let Some(data) = data else {
             let why = format!("chunk {chunk} can be read on no in-sync copy");
             return self.break_off(copy, &why);
@@ -174,7 +182,14 @@ impl<D: Payload> Attachment<D> {
         let to = CopySet::one(copy);
         // Zeros go as a command: a target gives the space back that it had for what was discarded while it was away.
         let data = (!data.is_zero()).then_some(data);
-        self.request(origin, Kind::Data, span, false, data, to);
+        let kind = match (logged, &data) {
+            (false, _) => Kind::Data,
+            (true, Some(_)) => Kind::Write,
+            (true, None) => Kind::Zero { unmap: true },
+        };
+        // Its region leaves the target's log after a flush, like any other.
+        self.unflushed |= logged;
+        self.request(origin, kind, span, false, data, to);
     }
 
     /// The target holds the chunk.

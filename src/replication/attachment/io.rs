@@ -185,10 +185,10 @@ impl<D: Payload> Attachment<D> {
             span,
             fua,
         };
-        // What a sync asks of its target goes over the bulk link.
+        // What a sync asks of its target goes over the bulk link; but a write, which is logged, where writes go.
         let bulk = match p.origin {
             Origin::Sync { copy, step, .. }
-                if step != Step::LastFlush && Some(copy) != self.local =>
+                if step != Step::LastFlush && !p.kind.is_write() && Some(copy) != self.local =>
             {
                 CopySet::one(copy).and(to)
             }
@@ -319,7 +319,8 @@ impl<D: Payload> Attachment<D> {
         } else {
             Outcome::Ok
         };
-        if p.kind.is_write() && !p.fua {
+        // What a target holds of a sync is no guest's to lose.
+        if p.kind.is_write() && !p.fua && !matches!(p.origin, Origin::Sync { .. }) {
             self.newest = self.newest.max(seq);
         }
         if matches!(p.origin, Origin::Guest(_)) && p.kind.is_write() {

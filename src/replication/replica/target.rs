@@ -98,7 +98,7 @@ impl<D> Replica<D> {
     }
 
     /// A change of epoch, or of the size, goes over the other connection, so that a request here may be of the one before or
-    /// after. The ticket has shown whose they are, and what they write is marked on every in-sync copy until a flush (S12).
+    /// after. The ticket has shown whose they are, and every in-sync copy knows until a flush where they write (S11, S12).
     pub(super) fn bulk_request(&mut self, session: SessionId, message: Message, data: Option<D>) {
         match (message, data) {
             (Message::SyncHash(request), None) => {
@@ -129,8 +129,9 @@ impl<D> Replica<D> {
         }
     }
 
-    /// A chunk of the sync. It is marked on every in-sync copy, so it needs no place in the log; and it needs none to be
-    /// free there, so that a sync goes on while the log is full.
+    /// A chunk of the sync that differs: every in-sync copy has it in its bitmap for this one or in its log (S11), so it needs no
+    /// place in the log here; and it needs none to be free there, so that a sync goes on while the log is full. What could not be
+    /// compared comes as an ordinary write instead.
     pub(super) fn sync_data(
         &mut self,
         session: SessionId,
