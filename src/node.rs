@@ -241,7 +241,9 @@ impl NodeHost {
         };
         let records = RegistryRecords(Arc::clone(&membership.store) as Arc<dyn Registrar>);
         let cannot = |e: std::io::Error| Fault::internal(format!("the engine cannot start: {e}"));
-        let (engine, events) = Engine::start(&me, workers(), Box::new(records)).map_err(cannot)?;
+        let security = &membership.security;
+        let (engine, events) =
+            Engine::start(&me, security, workers(), Box::new(records)).map_err(cannot)?;
         let log = Arc::clone(&membership.events);
         let names = Arc::clone(&membership.store);
         thread::Builder::new()

@@ -42,10 +42,12 @@ pub(super) struct Flags {
     /// A file with USER:PASSWORD for etcd
     #[arg(long, value_name = "FILE")]
     etcd_credentials: Option<PathBuf>,
-    /// For etcd over https: etcd-ca.pem (or ca.pem), and etcd.pem with etcd-key.pem if etcd asks for a certificate
+    /// Certificates: ca.pem, node.pem and node-key.pem for replication; etcd-ca.pem (or ca.pem), and etcd.pem with etcd-key.pem if
+    /// etcd asks for them, for etcd over https
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<PathBuf>,
-    /// Let replication cross the network unencrypted, where others could read and change it
+    /// Let replication cross the network unencrypted, where others could read and change it; with certificates in --tls-dir,
+    /// take both while a running cluster changes to TLS
     #[arg(long)]
     insecure_plaintext: bool,
     /// A label of the node; may be repeated

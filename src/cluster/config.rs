@@ -11,6 +11,7 @@ use super::settings::{check_num_queues, check_size, parse_failure_mode};
 use super::units::parse_size;
 use crate::registry::{Access, Location};
 use crate::replication::ids::NodeName;
+use crate::wire::tls::{Security, has_keys};
 
 /// Default of `--data-dir`.
 pub const DATA_DIR: &str = "/var/lib/lockstep";
@@ -65,13 +66,27 @@ impl NodeConfig {
                 "listen on a loopback address (127.0.0.1, 127.0.0.2, …), or use etcd: --registry etcd:http://HOST:2379",
             ));
         }
-        if is_public && !self.insecure_plaintext {
+        let has_keys = self.access.tls_dir.as_deref().is_some_and(has_keys);
+        if let Some(dir) = &self.access.tls_dir
+            && !has_keys
+            && !self.registry.is_tls()
+        {
+            // Whoever names a directory means to be encrypted.
             return Err(Fault::input(format!(
-                "--listen {} can be reached from other machines, and replication is not encrypted (--tls-dir is for \
-                 the connection to etcd only)",
+                "--tls-dir {} has neither node.pem nor node-key.pem",
+                dir.display()
+            ))
+            .hint("put this node's certificate and key there, and ca.pem (docs/OPERATIONS.md), or leave --tls-dir out"));
+        }
+        if is_public && !has_keys && !self.insecure_plaintext {
+            return Err(Fault::input(format!(
+                "--listen {} can be reached from other machines, and replication would not be encrypted",
                 self.listen
             ))
-            .hint("give --insecure-plaintext if nobody else is on the network between the nodes"));
+            .hint(
+                "give --tls-dir with ca.pem, node.pem and node-key.pem, or --insecure-plaintext if nobody else is on the \
+                 network between the nodes",
+            ));
         }
         if let Some(advertise) = &self.advertise {
             let port = advertise
@@ -92,6 +107,17 @@ impl NodeConfig {
             }
         }
         Ok(self)
+    }
+
+    /// How connections with other nodes are secured.
+    ///
+    /// # Errors
+    ///
+    /// Files of `--tls-dir` are missing, cannot be read, or do not fit each other or the node.
+    pub fn security(&self) -> Result<Security, Fault> {
+        let dir = self.access.tls_dir.as_deref();
+        Security::load(dir, self.insecure_plaintext, &self.name)
+            .map_err(|why| Fault::input(format!("--tls-dir: {why}")))
     }
 
     /// Where the management API listens.
@@ -244,5 +270,29 @@ mod tests {
             ..etcd("10.0.0.1:5703")
         };
         assert!(told.check().is_ok());
+    }
+
+    #[test]
+    fn with_a_certificate_a_node_listens_to_others_and_a_directory_without_one_is_a_mistake() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |registry: &str| NodeConfig {
+            registry: registry.parse().unwrap(),
+            access: Access {
+                tls_dir: Some(dir.path().into()),
+                ..Access::default()
+            },
+            ..config("10.0.0.1:5703")
+        };
+        let (plain, tls) = ("etcd:http://10.0.0.9:2379", "etcd:https://10.0.0.9:2379");
+        let fault = with(plain).check().unwrap_err();
+        assert!(fault.message.contains("neither node.pem"), "{fault}");
+        // It may be there for etcd alone.
+        let fault = with(tls).check().unwrap_err();
+        assert!(fault.message.contains("--listen"), "{fault}");
+        std::fs::write(dir.path().join("node.pem"), "").unwrap();
+        assert!(with(plain).check().is_ok());
+        // What is in it is looked at when it is used.
+        let fault = with(plain).security().unwrap_err();
+        assert!(fault.message.contains("ca.pem"), "{fault}");
     }
 }

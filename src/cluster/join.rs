@@ -20,6 +20,7 @@ use super::units::wall_ms;
 use crate::api::client::{ClientError, Target, ask, runtime};
 use crate::registry::{Registry, RegistryError};
 use crate::replication::ids::{BootId, ClusterId, Instance, NodeName};
+use crate::wire::tls::Security;
 
 /// How long a running process of the same name has to answer. A node answers in milliseconds; a stopped or hung one
 /// still accepts connections and is taken for alive.
@@ -49,6 +50,8 @@ pub struct Membership {
     pub events: Arc<EventLog>,
     /// What it was told.
     pub config: NodeConfig,
+    /// What connections with other nodes are secured by.
+    pub security: Security,
     /// `--listen`, bound, for replication.
     pub replication: TcpListener,
     pub(super) http: TcpListener,
@@ -131,6 +134,7 @@ pub fn join(
     doors: Doors,
 ) -> Result<Membership, Fault> {
     let mut config = config.check()?;
+    let security = config.security()?;
     // Sockets are handed to other processes, whose working directory is another.
     config.run_dir = absolute(&config.run_dir)?;
     config.data_dir = absolute(&config.data_dir)?;
@@ -175,6 +179,7 @@ pub fn join(
         store,
         events,
         config,
+        security,
         replication,
         http,
         api,

@@ -88,6 +88,7 @@ pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> 
         http,
         api,
         config,
+        security,
         replication,
         ..
     } = joined;
@@ -115,7 +116,7 @@ pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> 
         let (plane, stop) = (plane.clone(), stop.clone());
         threads.push(spawn(
             "reach",
-            Box::new(move || reach::run(&plane, port, &stop)),
+            Box::new(move || reach::run(&plane, &security, port, &stop)),
         )?);
     }
     if !config.serve.is_empty() {

@@ -6,15 +6,18 @@
 //! end. What comes of it is shown to people and decides nothing about data.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
 
 use super::events::What;
 use super::plane::Plane;
@@ -23,6 +26,7 @@ use crate::replication::ids::{ClusterId, CopyId, NodeName, VolumeId};
 use crate::wire::hello::{
     Answer, FEATURES, GREETING_MAX, Hello, HelloRefusal, Purpose, Reason, VERSIONS,
 };
+use crate::wire::tls::{ENDED, Security, server_name};
 
 /// How often each node is greeted. With ten nodes each answers two greetings a second.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -203,7 +207,7 @@ impl Reach {
 /// Greets the other nodes until the node stops.
 ///
 /// `port` is where this one takes replication connections.
-pub(super) fn run(plane: &Plane, port: u16, stop: &AtomicBool) {
+pub(super) fn run(plane: &Plane, security: &Security, port: u16, stop: &AtomicBool) {
     let runtime = match runtime() {
         Ok(runtime) => runtime,
         Err(e) => return log::error!("other nodes are not greeted: {e}"),
@@ -227,9 +231,10 @@ pub(super) fn run(plane: &Plane, port: u16, stop: &AtomicBool) {
         let mut under_way = JoinSet::new();
         while !stop.load(Ordering::Acquire) {
             for (name, address) in plane.reach.take_due(Instant::now()) {
-                let (hello, cluster) = (hello.clone(), plane.cluster);
+                let (hello, cluster, security) = (hello.clone(), plane.cluster, security.clone());
                 under_way.spawn(async move {
-                    let greeted = timeout(PATIENCE, greet(address, &hello, cluster, &name));
+                    let greeted = greet(address, &security, &hello, cluster, &name);
+                    let greeted = timeout(PATIENCE, greeted);
                     let late = |_| Err(format!("no answer within {}s", PATIENCE.as_secs()));
                     let result = greeted.await.unwrap_or_else(late);
                     (name, address, result)
@@ -303,22 +308,36 @@ fn spread(span: Duration) -> Duration {
 
 async fn greet(
     address: SocketAddr,
+    security: &Security,
     hello: &[u8],
     cluster: ClusterId,
     name: &NodeName,
 ) -> Result<(), String> {
-    let stream = TcpStream::connect(address)
-        .await
-        .map_err(|e| e.to_string())?;
-    let mut sent = 0;
-    while sent < hello.len() {
-        stream.writable().await.map_err(|e| e.to_string())?;
-        match stream.try_write(&hello[sent..]) {
-            Ok(n) => sent += n,
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e.to_string()),
+    let connect = || async move {
+        let stream = TcpStream::connect(address).await;
+        stream.map_err(|e| e.to_string())
+    };
+    if let Some(config) = security.client() {
+        let connector = TlsConnector::from(config);
+        let session = connector.connect(server_name(name)?, connect().await?);
+        match session.await {
+            Ok(stream) => return answer(stream, hello, cluster, name).await,
+            Err(_) if security.takes_plaintext() => {}
+            Err(e) if e.kind() == ErrorKind::UnexpectedEof => return Err(ENDED.into()),
+            Err(e) => return Err(format!("no TLS: {e}")),
         }
     }
+    answer(connect().await?, hello, cluster, name).await
+}
+
+async fn answer(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    hello: &[u8],
+    cluster: ClusterId,
+    name: &NodeName,
+) -> Result<(), String> {
+    stream.write_all(hello).await.map_err(|e| e.to_string())?;
+    stream.flush().await.map_err(|e| e.to_string())?;
     let (mut input, mut received) = ([0; GREETING_MAX], 0);
     loop {
         match Answer::decode(&input[..received]) {
@@ -326,12 +345,10 @@ async fn greet(
             Ok(None) => {}
             Err(e) => return Err(format!("its answer is not understood: {e}")),
         }
-        stream.readable().await.map_err(|e| e.to_string())?;
-        match stream.try_read(&mut input[received..]) {
-            // A greeting is never longer than what there is room for.
+        // A greeting is never longer than what there is room for.
+        match stream.read(&mut input[received..]).await {
             Ok(0) => return Err("it closed the connection without an answer".into()),
             Ok(n) => received += n,
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(e) => return Err(e.to_string()),
         }
     }

@@ -1,10 +1,11 @@
 //! What the rest of the node asks of a worker, and how it reaches it.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
+use super::conn::Moved;
 use crate::cluster::metrics::VolumeMetrics;
 use crate::copy::{GrowthError, Metadata, Store};
 use crate::guest::{Capacity, GuestMem, ParkedRing, RingLog, RingStart};
@@ -199,7 +200,7 @@ pub enum Command {
     /// Where nodes are reached.
     Peers(Vec<(NodeName, SocketAddr)>),
     /// A connection that greeted and belongs to this worker; with what came behind the greeting.
-    Adopt(TcpStream, Box<Hello>, Vec<u8>),
+    Adopt(Box<Moved>, Box<Hello>),
     /// Report the attached volumes.
     Attached(SyncSender<Vec<VolumeStatus>>),
     /// Report the copies, with a look at the files of each.

@@ -1,12 +1,15 @@
 //! One TCP connection: what was received and not yet understood, what is to be sent. Never blocks.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice};
+use std::os::fd::{FromRawFd, IntoRawFd};
 use std::rc::Rc;
 
 use mio::net::TcpStream;
+use rustls::pki_types::CertificateDer;
 
 use super::buffer::Buffer;
+use super::channel::Channel;
 
 /// What is read at once when nothing larger is awaited.
 const READ_MIN: usize = 64 << 10;
@@ -39,6 +42,7 @@ impl Piece {
 pub struct Conn {
     /// The socket.
     pub stream: TcpStream,
+    channel: Channel,
     input: Vec<u8>,
     /// Bytes of `input` that were understood already, and that were received.
     start: usize,
@@ -51,11 +55,19 @@ pub struct Conn {
     blocked: bool,
 }
 
+/// A connection on its way to another thread, that has nothing to send.
+pub struct Moved {
+    stream: std::net::TcpStream,
+    channel: Channel,
+    input: Vec<u8>,
+}
+
 impl Conn {
     /// Takes over a socket; TCP_NODELAY is set, since what goes out is batched already.
-    pub fn new(stream: TcpStream) -> Self {
+    pub fn new(stream: TcpStream, channel: Channel) -> Self {
         Self {
             stream,
+            channel,
             input: vec![0; READ_MIN],
             start: 0,
             end: 0,
@@ -66,12 +78,22 @@ impl Conn {
         }
     }
 
-    /// Puts bytes before what will be read: they were received by somebody else.
-    pub fn preload(&mut self, bytes: &[u8]) {
-        debug_assert!(self.end == 0, "before the first read");
-        self.input.resize(bytes.len().max(READ_MIN), 0);
-        self.input[..bytes.len()].copy_from_slice(bytes);
-        self.end = bytes.len();
+    /// Gives the connection up, with what was received and not yet taken.
+    pub fn leave(self) -> Moved {
+        debug_assert!(self.out.is_empty(), "what is to be sent does not move");
+        let input = self.input().to_vec();
+        // SAFETY: `into_raw_fd` gives up the only owner of this descriptor.
+        let stream = unsafe { std::net::TcpStream::from_raw_fd(self.stream.into_raw_fd()) };
+        Moved {
+            stream,
+            channel: self.channel,
+            input,
+        }
+    }
+
+    /// Certificates that the peer proved to have, its own first; `None`: it speaks no TLS.
+    pub fn proof(&self) -> Option<&[CertificateDer<'static>]> {
+        self.channel.proof()
     }
 
     /// What was received and not yet taken.
@@ -105,17 +127,9 @@ impl Conn {
             }
         }
         loop {
-            match self.stream.read(&mut self.input[self.end..]) {
-                Ok(0) => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::UnexpectedEof,
-                        "closed by the peer",
-                    ));
-                }
-                Ok(n) => {
-                    self.end += n;
-                    return Ok(n);
-                }
+            let (stream, input) = (&mut self.stream, &mut self.input);
+            match self.channel.read(stream, input, &mut self.end) {
+                Ok(n) => return Ok(n),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(0),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
@@ -134,10 +148,15 @@ impl Conn {
         self.queued
     }
 
+    /// Whether there is something to send, of ours or of the session's.
+    pub fn waits(&self) -> bool {
+        !self.out.is_empty() || self.channel.holds()
+    }
+
     /// The socket is writable again. Returns whether something waits for that.
     pub fn unblock(&mut self) -> bool {
         self.blocked = false;
-        !self.out.is_empty()
+        self.waits()
     }
 
     /// Sends what is queued, as far as the socket takes it.
@@ -146,7 +165,7 @@ impl Conn {
     ///
     /// When the connection is broken.
     pub fn flush(&mut self) -> io::Result<()> {
-        while !self.blocked && !self.out.is_empty() {
+        while !self.blocked && self.waits() {
             let mut slices: [IoSlice<'_>; PIECES] = std::array::from_fn(|_| IoSlice::new(&[]));
             let mut n = 0;
             for (slice, piece) in slices.iter_mut().zip(&self.out) {
@@ -154,7 +173,11 @@ impl Conn {
                 *slice = IoSlice::new(&piece.bytes()[skip..]);
                 n += 1;
             }
-            let wrote = match self.stream.write_vectored(&slices[..n]) {
+            let wrote = match n {
+                0 => self.channel.flush(&mut self.stream).map(|()| 0),
+                n => self.channel.write(&mut self.stream, &slices[..n]),
+            };
+            let wrote = match wrote {
                 Ok(wrote) => wrote,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.blocked = true;
@@ -175,5 +198,16 @@ impl Conn {
             }
         }
         Ok(())
+    }
+}
+
+impl Moved {
+    /// The connection, in its new thread.
+    pub fn arrive(self) -> Conn {
+        let mut conn = Conn::new(TcpStream::from_std(self.stream), self.channel);
+        conn.end = self.input.len();
+        conn.input.resize(conn.end.max(READ_MIN), 0);
+        conn.input[..conn.end].copy_from_slice(&self.input);
+        conn
     }
 }

@@ -12,6 +12,7 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
 use super::buffer::{Buffer, Bytes};
+use super::channel::Channel;
 use super::command::{Event, Mailbox, RegistryRequest};
 use super::conn::{Conn, OUT_MAX, Piece};
 use super::disk::Disk;
@@ -26,6 +27,7 @@ use crate::replication::replica::SessionId;
 use crate::wire::frame::{self, Payload};
 use crate::wire::hello::{Hello, Purpose, VERSIONS};
 use crate::wire::lz4::{self, Compressor};
+use crate::wire::tls::Security;
 
 /// Answers in one AckVec; `wire` takes no more.
 const ACKS: usize = 512;
@@ -55,9 +57,14 @@ pub enum Role {
         volume: usize,
         link: usize,
         hello: Box<Hello>,
+        node: NodeName,
     },
     /// The same; the answer to the greeting has not come.
-    Greeting { volume: usize, link: usize },
+    Greeting {
+        volume: usize,
+        link: usize,
+        node: NodeName,
+    },
     /// The same.
     Copy { volume: usize, link: usize },
     /// From an attachment, with the answers of this turn.
@@ -95,6 +102,10 @@ pub struct Context {
     pub sessions: HashMap<SessionId, usize>,
     /// Where nodes are reached.
     pub addresses: HashMap<NodeName, SocketAddr>,
+    /// What connections with them are secured by.
+    pub security: Security,
+    /// While a cluster changes to TLS: nodes that did not speak it when they were last dialed.
+    plaintext: HashSet<NodeName>,
     /// Connections with something to send.
     pub unsent: HashSet<usize>,
     /// Rings by token: volume and queue.
@@ -132,6 +143,7 @@ impl Context {
     /// For a worker whose poll is `poll`; tokens below `first` are the worker's own.
     pub fn new(
         me: Identity,
+        security: Security,
         disk: Disk,
         poll: Registry,
         first: usize,
@@ -145,6 +157,8 @@ impl Context {
             peers: HashMap::new(),
             sessions: HashMap::new(),
             addresses: HashMap::new(),
+            security,
+            plaintext: HashSet::new(),
             unsent: HashSet::new(),
             kicks: HashMap::new(),
             mailbox: None,
@@ -228,17 +242,17 @@ impl Context {
     // ---- connections
 
     /// Takes a connection in.
-    pub fn add(&mut self, mut stream: TcpStream, role: Role) -> std::io::Result<usize> {
+    pub fn add(&mut self, mut conn: Conn, role: Role) -> std::io::Result<usize> {
         let token = self.number();
         self.poll.register(
-            &mut stream,
+            &mut conn.stream,
             Token(token),
             Interest::READABLE | Interest::WRITABLE,
         )?;
         self.peers.insert(
             token,
             Peer {
-                conn: Conn::new(stream),
+                conn,
                 role,
                 since: self.now,
             },
@@ -288,17 +302,30 @@ impl Context {
                 Purpose::Bulk
             },
         };
+        let session = match self.plaintext.contains(node) {
+            true => None,
+            false => self.security.connect(node)?,
+        };
         let stream =
             TcpStream::connect(address).map_err(|e| format!("cannot connect to {address}: {e}"))?;
         self.add(
-            stream,
+            Conn::new(stream, Channel::dialed(session)),
             Role::Dialing {
                 volume,
                 link,
                 hello: Box::new(hello),
+                node: node.clone(),
             },
         )
         .map_err(|e| format!("cannot watch the connection to {address}: {e}"))
+    }
+
+    /// A node was reached and did not greet. While both are allowed it may speak the one of TLS and plaintext that was not
+    /// tried.
+    pub fn not_greeted(&mut self, node: NodeName) {
+        if matches!(self.security, Security::Either(_)) && !self.plaintext.remove(&node) {
+            self.plaintext.insert(node);
+        }
     }
 
     /// Queues bytes on a connection.
@@ -444,8 +471,7 @@ impl Context {
         if peer.conn.queued() > OUT_MAX {
             return Err(format!("the peer leaves more than {OUT_MAX} bytes unread"));
         }
-        let done = peer.conn.queued() == 0;
-        if done && matches!(peer.role, Role::Closing) {
+        if !peer.conn.waits() && matches!(peer.role, Role::Closing) {
             self.remove(token);
         }
         Ok(())
@@ -516,7 +542,15 @@ mod tests {
         };
         let disk = Disk::new(EventFd::new(0).unwrap().as_raw_fd()).unwrap();
         let registry = poll.registry().try_clone().unwrap();
-        Context::new(me, disk, registry, 16, channel().0, channel().0)
+        Context::new(
+            me,
+            Security::Plaintext,
+            disk,
+            registry,
+            16,
+            channel().0,
+            channel().0,
+        )
     }
 
     /// Waits until the connection stands; mio says so once, and this test has no loop.

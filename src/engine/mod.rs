@@ -3,6 +3,7 @@
 //! `volume` carries out what `replication` decides; `plane` brings the vhost-user control threads' calls to the worker.
 
 pub mod buffer;
+mod channel;
 pub mod command;
 mod conn;
 mod context;
@@ -25,6 +26,7 @@ use std::sync::mpsc::{Receiver, SyncSender, channel};
 use crate::replication::attachment::Revision;
 use crate::replication::ids::{CopyId, Nanos, NodeName, VolumeId};
 use crate::replication::record::Record;
+use crate::wire::tls::Security;
 use command::GuestCommand;
 use syncs::{End, Places};
 
@@ -75,6 +77,7 @@ impl Engine {
     /// The system refuses a thread or a poll.
     pub fn start(
         me: &Identity,
+        security: &Security,
         workers: usize,
         records: Box<dyn Records>,
     ) -> std::io::Result<(Self, Receiver<Event>)> {
@@ -84,11 +87,12 @@ impl Engine {
         let mut all = Vec::new();
         for index in 0..workers {
             let (registry, events) = (registry.clone(), events.clone());
-            let me = me.clone();
+            let (me, security) = (me.clone(), security.clone());
             all.push(worker::Worker::spawn(worker::Setup {
                 index,
                 workers,
                 me,
+                security,
                 registry,
                 events,
                 places: Arc::clone(&places),

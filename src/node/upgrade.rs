@@ -64,6 +64,7 @@ const CLAIMED: Duration = Duration::from_secs(30);
 /// Why not, and what to do.
 pub fn can_take_over(config: &NodeConfig, format: u32) -> Result<(), Fault> {
     handover::reads(format).map_err(Fault::state)?;
+    config.security()?;
     NodeDir::is_readable(&config.data_dir, &config.name).map_err(super::dir_fault)
 }
 

@@ -6,9 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::ClientConfig;
+
+use crate::wire::tls::{authorities, identity};
 
 /// etcd's own default for its clients.
 const PORT: u16 = 2379;
@@ -186,12 +186,7 @@ pub(super) fn tls(dir: &Path) -> Result<ClientConfig, String> {
                 CA_FILES[1]
             )
         })?;
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(&ca)? {
-        roots
-            .add(certificate)
-            .map_err(|e| format!("{}: {e}", ca.display()))?;
-    }
+    let roots = authorities(&ca)?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -201,9 +196,9 @@ pub(super) fn tls(dir: &Path) -> Result<ClientConfig, String> {
     let mut config = match (certificate.exists(), key.exists()) {
         (false, false) => builder.with_no_client_auth(),
         (true, true) => {
-            let secret = PrivateKeyDer::from_pem_file(&key).map_err(|e| unreadable(&key, &e))?;
+            let (chain, secret) = identity(&certificate, &key)?;
             builder
-                .with_client_auth_cert(certificates(&certificate)?, secret)
+                .with_client_auth_cert(chain, secret)
                 .map_err(|e| format!("{} and {}: {e}", certificate.display(), key.display()))?
         }
         _ => {
@@ -215,20 +210,6 @@ pub(super) fn tls(dir: &Path) -> Result<ClientConfig, String> {
     };
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let all = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|e| unreadable(path, &e))?;
-    if all.is_empty() {
-        return Err(format!("{} holds no certificate in PEM", path.display()));
-    }
-    Ok(all)
-}
-
-fn unreadable(path: &Path, error: &pem::Error) -> String {
-    format!("{} cannot be read: {error}", path.display())
 }
 
 /// User and password from a file that nobody else may read. Read anew at each log-in, so that the password can be

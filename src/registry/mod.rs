@@ -341,6 +341,14 @@ impl Location {
         }
     }
 
+    /// Whether it is reached over TLS, with files from a `--tls-dir`.
+    pub fn is_tls(&self) -> bool {
+        match self {
+            Self::Sqlite(_) => false,
+            Self::Etcd(location) => location.is_tls(),
+        }
+    }
+
     /// Opens it, creating it when it is absent and can be.
     pub fn open(&self, access: &Access) -> Result<Arc<dyn Registry>, RegistryError> {
         match self {

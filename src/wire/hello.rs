@@ -138,6 +138,8 @@ pub enum Reason {
     NotThisNode,
     /// Too many connections, or the node is starting or stopping: try again later.
     Busy,
+    /// The connection does not prove that it comes from the node that it names.
+    Unproven,
     /// One that only later versions know, by its number.
     Other(u16),
 }
@@ -150,6 +152,7 @@ impl Reason {
             Reason::UnknownCopy => 3,
             Reason::NotThisNode => 4,
             Reason::Busy => 5,
+            Reason::Unproven => 6,
             Reason::Other(code) => code,
         }
     }
@@ -161,6 +164,7 @@ impl Reason {
             3 => Reason::UnknownCopy,
             4 => Reason::NotThisNode,
             5 => Reason::Busy,
+            6 => Reason::Unproven,
             other => Reason::Other(other),
         }
     }

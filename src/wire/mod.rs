@@ -1,5 +1,5 @@
 //! What travels between nodes: the greeting that opens a connection ([`hello`]), then frames ([`frame`]), whose payload may be
-//! compressed ([`lz4`]). PROTOCOL 8. Bytes in, meaning out, and back; no socket inside.
+//! compressed ([`lz4`]), all of it perhaps over TLS ([`tls`]). PROTOCOL 8. Bytes in, meaning out, and back; no socket inside.
 //!
 //! Everything that arrives is a peer's claim. A length is held against its limit before anything is allocated or waited
 //! for, and what does not fit is a [`WireError`], after which the connection ends: in a stream of bytes nothing that follows
@@ -11,6 +11,7 @@ pub mod hello;
 pub mod lz4;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 
 /// Why a connection's bytes cannot be taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -2,13 +2,14 @@
 //! that owns the volume.
 
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd};
 
 use mio::Interest;
-use mio::net::{TcpListener, TcpStream};
+use mio::net::TcpListener;
 
 use super::{DOOR, Loop, owner};
+use crate::engine::channel::Channel;
 use crate::engine::command::Command;
+use crate::engine::conn::{Conn, Moved};
 use crate::engine::context::{Peer, Role};
 use crate::replication::replica::REQUESTS_MAX;
 use crate::wire::hello::{Answer, Hello, HelloAck, HelloRefusal, Reason, VERSIONS};
@@ -48,7 +49,8 @@ impl Loop {
                         continue;
                     }
                     let _ = stream.set_nodelay(true);
-                    if let Err(e) = self.ctx.add(stream, Role::Stranger) {
+                    let channel = Channel::accepted(self.ctx.security.server());
+                    if let Err(e) = self.ctx.add(Conn::new(stream, channel), Role::Stranger) {
                         log::warn!("a connection cannot be watched: {e}");
                     }
                 }
@@ -67,6 +69,11 @@ impl Loop {
 
     /// A greeting: answered here, or by the worker that owns the volume.
     pub(super) fn welcome(&mut self, token: usize, hello: Hello) {
+        let proof = self.ctx.peers.get(&token).and_then(|p| p.conn.proof());
+        if let Err(text) = self.ctx.security.admit(proof, &hello.node) {
+            log::warn!("node {} was refused: {text}", hello.node);
+            return self.refuse(token, HelloRefusal::new(Reason::Unproven, text));
+        }
         let me = &self.setup.me;
         if hello.cluster != me.cluster {
             let text = format!(
@@ -83,11 +90,9 @@ impl Loop {
         let Some(peer) = self.ctx.remove(token) else {
             return;
         };
-        let rest = peer.conn.input().to_vec();
-        // SAFETY: `into_raw_fd` gives up the only owner of this descriptor.
-        let stream = unsafe { std::net::TcpStream::from_raw_fd(peer.conn.stream.into_raw_fd()) };
         if let Some(sibling) = self.siblings.get(owner) {
-            sibling.send(Command::Adopt(stream, Box::new(hello), rest));
+            let moved = Box::new(peer.conn.leave());
+            sibling.send(Command::Adopt(moved, Box::new(hello)));
         }
     }
 
@@ -134,12 +139,9 @@ impl Loop {
         }
     }
 
-    pub(super) fn adopt(&mut self, stream: std::net::TcpStream, hello: &Hello, rest: &[u8]) {
-        match self.ctx.add(TcpStream::from_std(stream), Role::Stranger) {
+    pub(super) fn adopt(&mut self, moved: Moved, hello: &Hello) {
+        match self.ctx.add(moved.arrive(), Role::Stranger) {
             Ok(token) => {
-                if let Some(peer) = self.ctx.peers.get_mut(&token) {
-                    peer.conn.preload(rest);
-                }
                 self.admit(token, hello);
                 if let Err(why) = self.understand(token) {
                     self.end(token, &why);

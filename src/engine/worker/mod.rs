@@ -25,6 +25,7 @@ use crate::replication::ids::{Nanos, VolumeId};
 use crate::wire::WireError;
 use crate::wire::frame;
 use crate::wire::hello::{Answer, Hello, HelloRefusal, Reason};
+use crate::wire::tls::Security;
 
 const MAIL: Token = Token(0);
 const DISK: Token = Token(1);
@@ -66,6 +67,8 @@ pub struct Setup {
     pub workers: usize,
     /// Who we are.
     pub me: Identity,
+    /// What connections with other nodes are secured by.
+    pub security: Security,
     /// To the registry's thread.
     pub registry: Sender<RegistryRequest>,
     /// To the node's log of events.
@@ -155,6 +158,7 @@ impl Loop {
         let registry = poll.registry().try_clone()?;
         let mut ctx = Context::new(
             setup.me.clone(),
+            setup.security.clone(),
             disk,
             registry,
             FIRST,
@@ -331,9 +335,10 @@ impl Loop {
                 volume,
                 link,
                 hello,
+                node,
             } = &peer.role
             {
-                let (volume, link) = (*volume, *link);
+                let (volume, link, node) = (*volume, *link, node.clone());
                 match peer
                     .conn
                     .stream
@@ -345,7 +350,7 @@ impl Loop {
                         let _ = peer.conn.stream.set_nodelay(true);
                         let mut bytes = Vec::new();
                         hello.encode(&mut bytes);
-                        peer.role = Role::Greeting { volume, link };
+                        peer.role = Role::Greeting { volume, link, node };
                         self.ctx.push(token, bytes);
                     }
                     Err(e) if e.kind() == io::ErrorKind::NotConnected => return,
@@ -381,7 +386,13 @@ impl Loop {
                 0
             };
             match peer.conn.read(need) {
-                Ok(0) => return false,
+                Ok(0) => {
+                    // A handshake says things of its own.
+                    if peer.conn.waits() {
+                        self.ctx.unsent.insert(token);
+                    }
+                    return false;
+                }
                 Ok(_) => {}
                 Err(e) => {
                     self.end(token, &e.to_string());
@@ -437,7 +448,7 @@ impl Loop {
                     peer.conn.take(taken);
                     self.welcome(token, hello);
                 }
-                Role::Greeting { volume, link } => {
+                Role::Greeting { volume, link, .. } => {
                     let (volume, link) = (*volume, *link);
                     let Some((answer, taken)) =
                         Answer::decode(peer.conn.input()).map_err(|e| e.to_string())?
@@ -476,9 +487,12 @@ impl Loop {
         let Some(peer) = self.ctx.remove(token) else {
             return;
         };
+        if let Role::Greeting { node, .. } = &peer.role {
+            self.ctx.not_greeted(node.clone());
+        }
         match peer.role {
             Role::Dialing { volume, link, .. }
-            | Role::Greeting { volume, link }
+            | Role::Greeting { volume, link, .. }
             | Role::Copy { volume, link } => {
                 self.volumes[volume].copy_link(&mut self.ctx, link, token, Err(why));
                 self.touch(volume);
@@ -582,7 +596,7 @@ impl Loop {
                 }
             }
             Command::Peers(peers) => self.ctx.addresses = peers.into_iter().collect(),
-            Command::Adopt(stream, hello, rest) => self.adopt(stream, &hello, &rest),
+            Command::Adopt(moved, hello) => self.adopt(*moved, &hello),
             Command::Attached(reply) => {
                 let all = self.volumes.iter().filter_map(Volume::status);
                 let _ = reply.try_send(all.collect());

@@ -67,6 +67,7 @@ fn greetings_come_back_and_leave_what_follows_alone() {
         Reason::UnknownCopy,
         Reason::NotThisNode,
         Reason::Busy,
+        Reason::Unproven,
         Reason::Other(600),
     ];
     let refusals = reasons.map(|r| Answer::Refusal(HelloRefusal::new(r, "words")));
