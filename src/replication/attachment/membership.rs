@@ -710,6 +710,7 @@ impl<D: Payload> Attachment<D> {
                 );
                 let message = Message::EpochChange(self.configuration());
                 self.send(self.ready.or(self.targets()), message, None);
+                self.tick_heartbeats();
                 // One that detached already refuses it, is configured on a new session and told to detach again: it
                 // must know who is missing.
                 self.peers.iter_mut().for_each(|p| p.detached = false);
@@ -739,7 +740,8 @@ impl<D: Payload> Attachment<D> {
         peer.in_sync_since = self.now;
         (peer.gap, peer.accepted, peer.died) = (false, None, false);
         (peer.refused, peer.unknown) = (false, false);
-        peer.lease = None;
+        // Reads wait for its first answer in this epoch: it is asked at once.
+        (peer.lease, peer.beat) = (None, Nanos(0));
         if lost.is_none() {
             self.ready.insert(copy);
             self.peers[copy].why.clear();
