@@ -25,7 +25,7 @@ const SLACK: Nanos = Nanos::from_ms(1);
 pub struct Latency {
     sum: u64,
     count: u64,
-    /// The average while no sync ran, each period weighing an eighth; 0 = not known.
+    /// The average while no sync took more than the floor, each period weighing an eighth; 0 = not known.
     quiet: u64,
     since: Nanos,
 }
@@ -37,15 +37,17 @@ impl Latency {
         self.count += 1;
     }
 
-    /// At the end of a period: its average, if the guest asked for anything. `syncing` says whether a sync ran in it.
-    pub fn period(&mut self, now: Nanos, syncing: bool) -> Option<Option<Nanos>> {
+    /// At the end of a period: its average, if the guest asked for anything. `disturbed` says whether a sync took more than the
+    /// floor in it. One at the floor counts as none: an attachment may begin with a sync and know nothing else, and a guest that
+    /// asks for other things than before would be held against its past for as long as the sync takes.
+    pub fn period(&mut self, now: Nanos, disturbed: bool) -> Option<Option<Nanos>> {
         if now.since(self.since) < PERIOD {
             return None;
         }
         self.since = now;
         let average = self.sum.checked_div(self.count);
         (self.sum, self.count) = (0, 0);
-        if let (Some(average), false) = (average, syncing) {
+        if let (Some(average), false) = (average, disturbed) {
             self.quiet = match self.quiet {
                 0 => average,
                 quiet => quiet - quiet / 8 + average / 8,
@@ -54,7 +56,7 @@ impl Latency {
         Some(average.map(Nanos))
     }
 
-    /// What the guest's requests may take while a sync runs; `None` when it was never seen without one.
+    /// What the guest's requests may take while a sync runs; `None` when they were never seen undisturbed.
     pub fn limit(&self) -> Option<Nanos> {
         (self.quiet > 0).then(|| Nanos((self.quiet * FACTOR).max(self.quiet + SLACK.0)))
     }
@@ -75,18 +77,25 @@ impl Default for Throttle {
 }
 
 impl Throttle {
+    /// It takes as little as it can.
+    pub fn is_at_floor(&self) -> bool {
+        self.window == WINDOW_MIN
+    }
+
     /// Chunks that may be under way.
     pub fn window(&self) -> u32 {
         self.window
     }
 
     /// A period ended in which the guest's requests took `average` (`None`: there were none) where `limit` is what they may
-    /// take: halved when they took longer, and one more when not; doubled when nobody asks for anything.
+    /// take: halved when they took longer, and one more when not; doubled when nobody asks for anything. At the floor until it is
+    /// known what they may take.
     pub fn weigh(&mut self, average: Option<Nanos>, limit: Option<Nanos>) {
         self.window = match (average, limit) {
             (None, _) => self.window * 2,
             (Some(took), Some(limit)) if took > limit => self.window / 2,
-            (Some(_), _) => self.window + 1,
+            (Some(_), Some(_)) => self.window + 1,
+            (Some(_), None) => WINDOW_MIN,
         }
         .clamp(WINDOW_MIN, WINDOW_MAX);
     }
@@ -107,15 +116,35 @@ mod tests {
             (Some(ms(3)), Some(ms(2)), 2),
             (Some(ms(3)), Some(ms(2)), 1),
             (Some(ms(30)), Some(ms(2)), 1),
-            (Some(ms(3)), None, 2),
-            (None, Some(ms(2)), 4),
-            (None, None, 8),
+            (None, Some(ms(2)), 2),
+            (None, None, 4),
+            (Some(ms(3)), None, 1),
         ] {
             t.weigh(average, limit);
             assert_eq!(t.window(), window, "{average:?} of {limit:?}");
         }
         (0..10).for_each(|_| t.weigh(None, None));
         assert_eq!(t.window(), WINDOW_MAX);
+    }
+
+    #[test]
+    fn an_attachment_that_begins_with_a_sync_yields_too() {
+        // Each chunk under way makes the guest's requests so much slower; it was never seen without a sync.
+        let (mut t, mut l) = (Throttle::default(), Latency::default());
+        let mut windows = Vec::new();
+        for n in 1..=200 {
+            let slower = if n <= 100 { 1 } else { 5 };
+            l.add(Nanos::from_ms(slower * u64::from(t.window())));
+            let average = l.period(Nanos::from_ms(100 * n), !t.is_at_floor());
+            t.weigh(average.unwrap(), l.limit());
+            windows.push(t.window());
+        }
+        assert_eq!(windows[0], WINDOW_MIN, "nothing is known");
+        // A request takes 1 ms at the floor, so it may take 2, which a third chunk exceeds.
+        let (least, most) = (windows[2..100].iter().min(), windows[2..100].iter().max());
+        assert_eq!((least, most), (Some(&1), Some(&3)));
+        // The guest asks for larger things: that is learnt at the floor, and the sync goes on as before.
+        assert_eq!(windows[150..].iter().max(), Some(&2));
     }
 
     #[test]

@@ -41,8 +41,7 @@ impl<D: Payload> Attachment<D> {
 
     /// An answer of `copy`.
     pub(super) fn room_answered(&mut self, copy: usize, seq: Seq, to: u64, status: Status) {
-        let others = self.in_sync.without(self.failing);
-        let only = others.without(CopySet::one(copy)).is_empty();
+        let last = self.is_last(copy);
         let node = &self.record.copies[copy].node;
         match status {
             Status::Stale => return self.outbid_by(copy),
@@ -54,7 +53,7 @@ impl<D: Payload> Attachment<D> {
                 );
                 self.no_room = Some((to, why));
             }
-            Status::Io if only => {
+            Status::Io if last => {
                 self.no_room = Some((to, format!("the disk of node {node} failed")));
             }
             Status::Io => return self.lose(copy, "its disk failed a write or flush"),

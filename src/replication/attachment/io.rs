@@ -247,11 +247,8 @@ impl<D: Payload> Attachment<D> {
     // ---- answers
 
     pub(super) fn acked(&mut self, copy: usize, seq: Seq, status: Status) {
-        let only = self
-            .in_sync
-            .without(self.failing)
-            .without(CopySet::one(copy))
-            .is_empty();
+        let others = self.in_sync.without(CopySet::one(copy));
+        let (only, last) = (others.without(self.failing).is_empty(), self.is_last(copy));
         let Some(p) = self.pending.get_mut(seq) else {
             return;
         };
@@ -264,22 +261,32 @@ impl<D: Payload> Attachment<D> {
         if status != Status::Ok && self.syncs.contains_key(&copy) {
             return self.target_failed(copy, status);
         }
+        // Whatever it says of its disk from now on (PROTOCOL 3).
+        self.peers[copy].died |= status == Status::Io;
         match status {
             Status::Ok => p.waiting.remove(copy),
             Status::Stale => return self.outbid_by(copy),
-            // Nobody can take over from the last copy: the guest is told (EIO), or waits for space (PROTOCOL 7).
-            Status::Io | Status::NoSpace if only => {
+            // Nobody can take over: the guest waits for space (PROTOCOL 7), or is told (EIO).
+            Status::NoSpace if only => {
+                p.failed = Some(status);
+                return self.disk_full(copy, seq);
+            }
+            Status::Io if last => {
                 p.failed = Some(status);
                 p.waiting.remove(copy);
-                if status == Status::NoSpace {
-                    self.disk_full(copy, seq);
-                    return;
-                }
             }
+            // S3, S17: A is lost and not put out yet, and this disk fails. A may have the write, or be back and get it, and this copy
+            // is put out: so its bit stays, for A's answer alone completes nothing, and the guest is told nothing before the
+            // deadline.
             Status::Io => return self.lose(copy, "its disk failed a write or flush"),
             Status::NoSpace => return self.lose(copy, "its disk is full"),
         }
         self.settle(seq);
+    }
+
+    /// Whether `copy` is the only member, and none is about to be: what its disk cannot do nobody else can do, or has done.
+    pub(super) fn is_last(&self, copy: usize) -> bool {
+        self.in_sync.without(CopySet::one(copy)).is_empty() && !self.taking_in()
     }
 
     fn target_failed(&mut self, copy: usize, status: Status) {
@@ -293,7 +300,6 @@ impl<D: Payload> Attachment<D> {
     /// The only copy is full. The write stays pending; it is tried again at each tick until the deadline.
     fn disk_full(&mut self, copy: usize, seq: Seq) {
         if let Some(p) = self.pending.get_mut(seq) {
-            p.waiting.insert(copy);
             // What a scrub wants to write there suspends nobody: it is given up (`retry_full`).
             p.full = !matches!(p.origin, Origin::Scrub { .. });
         }

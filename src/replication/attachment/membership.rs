@@ -29,6 +29,7 @@ impl Peer {
             lease: None,
             gap: false,
             accepted: None,
+            died: false,
             refused: false,
             unknown: false,
             vote: None,
@@ -116,13 +117,7 @@ impl<D: Payload> Attachment<D> {
             .or(self.record.copies[copy].boot_id);
         let gap = known.is_some_and(|b| b != boot_id);
         self.peers[copy].gap = gap;
-        // One whose disk failed or was wiped is no better, it never comes back: waited for, it would keep the last copy out
-        // for ever.
-        let whole = |c: usize| {
-            let peer = &self.peers[c];
-            c != copy && !peer.gap && !peer.refused && !peer.unknown
-        };
-        if gap && self.in_sync.iter().any(whole) {
+        if gap && self.has_whole_other(copy) {
             // What no flush covered may be gone from its page cache (PROTOCOL 5): it comes back by a delta.
             return self.lose(copy, "its machine was restarted");
         }
@@ -141,12 +136,32 @@ impl<D: Payload> Attachment<D> {
         self.send(CopySet::one(copy), message, None);
     }
 
+    /// Whether another member lacks nothing, as far as is known. One whose disk failed or was wiped is no better than one with a
+    /// gap, it never comes back: waited for, it would keep the last copy out for ever.
+    fn has_whole_other(&self, copy: usize) -> bool {
+        let whole = |c: usize| {
+            let p = &self.peers[c];
+            c != copy && !p.gap && !p.died && !p.refused && !p.unknown
+        };
+        self.in_sync.iter().any(whole)
+    }
+
     /// No in-sync copy without a gap is left (PROTOCOL 5): the first one back serves on, the others, which may have lost
     /// other writes than it, are ejected in its favour. Were all of them waited for, none would ever be taken.
     fn accept_gap(&mut self, copy: usize, boot_id: BootId) {
-        self.peers[copy].gap = false;
         self.peers[copy].accepted = Some(boot_id);
-        // S3: what it acknowledged before the power cut says nothing now.
+        self.forgets(copy);
+        let node = self.record.copies[copy].node.clone();
+        self.event(
+            "5 power cut",
+            format!("the copy on {node} serves on without what no flush had covered"),
+        );
+    }
+
+    /// `copy` is used on, and may have lost what no flush covered.
+    fn forgets(&mut self, copy: usize) {
+        (self.peers[copy].gap, self.peers[copy].died) = (false, false);
+        // S3: what it acknowledged before says nothing now.
         for seq in self.pending.in_order() {
             if let Some(p) = self.pending.get_mut(seq)
                 && (p.kind.is_write() || matches!(p.kind, Kind::Flush { .. }))
@@ -156,11 +171,6 @@ impl<D: Payload> Attachment<D> {
             }
         }
         self.lost_unflushed |= self.newest > self.stable;
-        let node = self.record.copies[copy].node.clone();
-        self.event(
-            "5 power cut",
-            format!("the copy on {node} serves on without what no flush had covered"),
-        );
     }
 
     /// The link broke, or could not be made.
@@ -320,6 +330,18 @@ impl<D: Payload> Attachment<D> {
             // The configuration changed while this answer was on its way: the newer one follows it on the session.
             let message = Message::Attach(self.configuration());
             return self.send(CopySet::one(copy), message, None);
+        }
+        if self.peers[copy].died {
+            // S5: its disk failed a flush, and then the note of that; its process was restarted and knows nothing of it. What the
+            // flush was to cover may be gone from its page cache, as after a power cut.
+            if self.has_whole_other(copy) {
+                return self.lose(copy, "its disk has failed, and does not say so");
+            }
+            self.forgets(copy);
+            let node = self.record.copies[copy].node.clone();
+            let text =
+                format!("the copy on {node} serves on without what its disk failed to flush");
+            self.event("3 failed disk", text);
         }
         self.ready.insert(copy);
         self.has_room(copy);
@@ -688,6 +710,7 @@ impl<D: Payload> Attachment<D> {
                 );
                 let message = Message::EpochChange(self.configuration());
                 self.send(self.ready.or(self.targets()), message, None);
+                self.tick_heartbeats();
                 // One that detached already refuses it, is configured on a new session and told to detach again: it
                 // must know who is missing.
                 self.peers.iter_mut().for_each(|p| p.detached = false);
@@ -715,9 +738,10 @@ impl<D: Payload> Attachment<D> {
         let lost = self.syncs.remove(&copy).and_then(|s| s.lost);
         let peer = &mut self.peers[copy];
         peer.in_sync_since = self.now;
-        (peer.gap, peer.accepted) = (false, None);
+        (peer.gap, peer.accepted, peer.died) = (false, None, false);
         (peer.refused, peer.unknown) = (false, false);
-        peer.lease = None;
+        // Reads wait for its first answer in this epoch: it is asked at once.
+        (peer.lease, peer.beat) = (None, Nanos(0));
         if lost.is_none() {
             self.ready.insert(copy);
             self.peers[copy].why.clear();

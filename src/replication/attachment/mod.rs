@@ -209,6 +209,9 @@ struct Peer {
     gap: bool,
     /// The boot under which it is used in spite of that.
     accepted: Option<BootId>,
+    /// Its disk failed a write or a flush since it was taken in. The node notes that on the disk, which may fail, too: restarted,
+    /// such a copy calls itself whole.
+    died: bool,
     /// It answered that its disk has failed, and has taken no configuration since.
     refused: bool,
     /// Its node answered that it has no such copy, and it has taken no configuration since.

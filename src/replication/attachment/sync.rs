@@ -632,9 +632,12 @@ impl<D: Payload> Attachment<D> {
     pub(super) fn tick_syncs(&mut self) {
         self.end_lost_sessions();
         self.dial_targets();
-        let scrubbing = |s: &super::scrub::Scrub| s.is_running();
-        let syncing = !self.syncs.is_empty() || self.scrub.as_ref().is_some_and(scrubbing);
-        if let Some(average) = self.latency.period(self.now, syncing) {
+        let scrub = self.scrub.iter().filter(|s| s.is_running());
+        let copying = self.syncs.values().map(|s| &s.throttle);
+        let floor = copying
+            .chain(scrub.map(|s| &s.throttle))
+            .all(Throttle::is_at_floor);
+        if let Some(average) = self.latency.period(self.now, !floor) {
             let limit = self.latency.limit();
             for sync in self.syncs.values_mut() {
                 sync.throttle.weigh(average, limit);

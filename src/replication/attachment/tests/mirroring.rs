@@ -98,3 +98,43 @@ fn a_write_to_a_chunk_that_is_still_to_be_copied_goes_to_the_target() {
     b.submit(1, write(chunk(63)));
     assert_eq!(writes(&b.take(), TARGET).len(), 1);
 }
+
+#[test]
+fn a_copy_that_is_taken_in_is_asked_for_its_lease_at_once() {
+    let mut b = mapping();
+    mirrored(&mut b, 0);
+    // The flush of all, then the target's last one.
+    for to in [&[0, 1, TARGET][..], &[TARGET]] {
+        let flush = |m: &Message| match m {
+            Message::Flush { seq, .. } => Some(*seq),
+            _ => None,
+        };
+        let seq = seq_of(&b.take(), TARGET, flush);
+        to.iter().for_each(|copy| b.acks(*copy, seq, Status::Ok));
+    }
+    let epoch = Epoch(3);
+    b.says(TARGET, Message::SyncDoneAck { epoch });
+    assert!(b.proposed().is_some());
+    b.take();
+    b.swapped();
+    let told = sent(&b.take(), TARGET);
+    let at = |which: fn(&Message) -> bool| told.iter().position(which);
+    let configured = at(|m| matches!(m, Message::EpochChange(_))).unwrap();
+    let asked = at(|m| {
+        matches!(
+            m,
+            Message::Heartbeat {
+                epoch: Epoch(4),
+                ..
+            }
+        )
+    });
+    assert!(asked.is_some_and(|at| at > configured), "{told:?}");
+    // Reads are shown again as soon as it has answered.
+    assert!(!b.a.may_show_reads(b.now));
+    for copy in [1, TARGET] {
+        let (epoch, sent) = (Epoch(4), b.now);
+        b.says(copy, Message::HeartbeatAck { epoch, sent });
+    }
+    assert!(b.a.may_show_reads(b.now));
+}

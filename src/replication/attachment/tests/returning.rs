@@ -93,6 +93,172 @@ fn a_write_that_the_copies_left_have_is_no_error_because_one_that_is_gone_was_fu
     assert_eq!(completed(&b.take()), [(1, Outcome::Ok)]);
 }
 
+/// Of the write or flush that copy 0 was asked for.
+fn first_seq(actions: &[Action<Bytes>]) -> Seq {
+    let asked = |m: Message| match m {
+        Message::Write(r) => Some(r.seq),
+        Message::Flush { seq, .. } => Some(seq),
+        _ => None,
+    };
+    sent(actions, 0).into_iter().find_map(asked).unwrap()
+}
+
+/// Copy 1 is lost, and the swap that puts it out is answered so. Whether copy 1 had the request or not, the disk of copy 0 fails it.
+fn failed_after_the_other_was_lost(op: Op, had_it: bool, answer: CasOutcome) -> (Bench, Seq) {
+    let mut b = Bench::serving(2);
+    b.submit(1, op);
+    let seq = first_seq(&b.take());
+    if had_it {
+        b.acks(1, seq, Status::Ok);
+    }
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.pass(500, &[0]);
+    assert!(b.proposed().is_some());
+    b.a.on_cas(b.now, answer);
+    b.acks(0, seq, Status::Io);
+    (b, seq)
+}
+
+impl Bench {
+    /// Copy 1 is back, and copy 0 says what became of it; whether the request went to copy 1 again.
+    fn other_is_back(&mut self, seq: Seq) -> bool {
+        self.a.on_connected(self.now, 0, boot(0));
+        self.says(0, Message::Nack(Refusal::Failed));
+        self.take();
+        self.a.on_connected(self.now, 1, boot(1));
+        self.says(1, Message::AttachAck { epoch: Epoch(2) });
+        let again = sent(&self.take(), 1).into_iter().any(|m| match m {
+            Message::Write(r) => r.seq == seq,
+            Message::Flush { seq: s, .. } => s == seq,
+            _ => false,
+        });
+        self.acks(1, seq, Status::Ok);
+        again
+    }
+
+    /// What the guest is told in the next 40 s, in which the disk of copy 0 stays dead.
+    fn told_in_the_end(&mut self) -> Vec<(u64, Outcome)> {
+        let mut told = completed(&self.take());
+        for _ in 0..800 {
+            self.pass(50, &[1]);
+            let actions = self.take();
+            told.extend(completed(&actions));
+            for action in actions {
+                match action {
+                    Action::Dial { copy: 0, .. } => {
+                        self.a.on_connected(self.now, 0, boot(0));
+                        self.says(0, Message::Nack(Refusal::Failed));
+                    }
+                    Action::Cas { .. } => self.a.on_cas(self.now, CasOutcome::Unavailable),
+                    _ => {}
+                }
+            }
+        }
+        told
+    }
+}
+
+#[test]
+fn what_the_disk_of_the_copy_left_failed_is_done_by_the_one_that_is_back_in_time() {
+    for op in [write(SPAN), Op::Flush] {
+        for had_it in [false, true] {
+            let (mut b, seq) = failed_after_the_other_was_lost(op, had_it, CasOutcome::Unavailable);
+            assert_eq!(completed(&b.take()), [], "{op:?}: copy 1 may be back");
+            assert_eq!(b.other_is_back(seq), !had_it);
+            assert_eq!(
+                completed(&b.take()),
+                [],
+                "{op:?}: copy 0 is in sync, and has it not"
+            );
+            b.pass(300, &[1]);
+            let out = b.proposed().unwrap();
+            assert_eq!(out.copies[0].status, CopyStatus::Missing);
+            assert_eq!(out.copies[1].status, CopyStatus::InSync);
+            b.swapped();
+            b.pass(50, &[1]);
+            assert_eq!(completed(&b.take()), [(1, Outcome::Ok)], "{op:?}");
+        }
+    }
+}
+
+#[test]
+fn what_a_dead_disk_failed_does_not_complete_because_a_copy_that_is_out_has_it() {
+    for op in [write(SPAN), Op::Flush] {
+        let (mut b, seq) = failed_after_the_other_was_lost(op, false, CasOutcome::Ambiguous);
+        let revision = b.a.revision + 1;
+        let swapped = b.proposed().unwrap();
+        assert!(b.other_is_back(seq));
+        assert_eq!(completed(&b.take()), [], "{op:?}");
+        // It had been swapped: copy 0 alone is in sync.
+        b.a.on_record(b.now, Some((swapped, revision)));
+        assert_eq!(b.a.in_sync, CopySet::one(0));
+        assert_eq!(b.told_in_the_end(), [(1, Outcome::IoError)], "{op:?}");
+    }
+}
+
+#[test]
+fn what_a_dead_disk_failed_ends_at_the_deadline_when_nobody_else_comes_back() {
+    for op in [write(SPAN), Op::Flush] {
+        for had_it in [false, true] {
+            let (mut b, _) = failed_after_the_other_was_lost(op, had_it, CasOutcome::Unavailable);
+            assert_eq!(b.told_in_the_end(), [(1, Outcome::IoError)], "{op:?}");
+        }
+    }
+}
+
+#[test]
+fn what_the_only_copy_failed_is_told_at_once() {
+    for op in [write(SPAN), Op::Flush] {
+        let mut b = Bench::serving(1);
+        b.submit(1, op);
+        let seq = first_seq(&b.take());
+        b.acks(0, seq, Status::Io);
+        assert_eq!(completed(&b.take()), [(1, Outcome::IoError)], "{op:?}");
+    }
+}
+
+#[test]
+fn a_copy_whose_disk_failed_is_not_whole_because_it_forgot_that() {
+    let mut b = Bench::serving(2);
+    b.submit(1, Op::Flush);
+    let seq = flush_seq(&b.take(), 1);
+    b.acks(0, seq, Status::Ok);
+    b.acks(1, seq, Status::Io);
+    assert!(b.proposed().is_some());
+    b.a.on_cas(b.now, CasOutcome::Unavailable);
+    // Its process is restarted before it could be put out; the note that its disk has failed was not to be written either.
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    let actions = b.take();
+    assert!(actions.iter().any(|a| matches!(a, Action::Hangup(1))));
+    assert!(writes(&actions, 1).is_empty() && completed(&actions).is_empty());
+    b.pass(300, &[0]);
+    assert_eq!(b.proposed().unwrap().copies[1].status, CopyStatus::Missing);
+    b.swapped();
+    assert_eq!(completed(&b.take()), [(1, Outcome::Ok)]);
+}
+
+#[test]
+fn an_only_copy_whose_disk_failed_a_flush_and_forgot_that_fails_the_next_one_too() {
+    let mut b = Bench::serving(1);
+    b.submit(1, write(SPAN));
+    let seq = first_seq(&b.take());
+    b.acks(0, seq, Status::Ok);
+    b.take();
+    b.submit(2, Op::Flush);
+    let seq = flush_seq(&b.take(), 0);
+    b.acks(0, seq, Status::Io);
+    b.a.on_disconnected(b.now, 0, "its process ended");
+    assert_eq!(completed(&b.take()), [(2, Outcome::IoError)]);
+    b.a.on_connected(b.now, 0, boot(0));
+    b.says(0, Message::AttachAck { epoch: Epoch(2) });
+    b.submit(3, Op::Flush);
+    b.pass(50, &[0]);
+    let seq = flush_seq(&b.take(), 0);
+    b.acks(0, seq, Status::Ok);
+    assert_eq!(completed(&b.take()), [(3, Outcome::IoError)]);
+}
+
 #[test]
 fn a_copy_that_is_asked_instead_of_a_lost_one_is_not_late_at_once() {
     let mut b = Bench::serving(2);
