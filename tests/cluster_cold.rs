@@ -54,8 +54,19 @@ fn a_volume_comes_back_by_itself_in_whatever_order_its_nodes_do() {
         // When all processes end at once in the middle of everything,
         cluster.kill_all();
         oracle = load.abandon().oracle;
-        // and are started in this order, each when the one before it answers,
-        for n in order {
+        // and are started in this order, each when the one before it answers; the first one says what is waited for,
+        let [first, rest @ ..] = order;
+        cluster.start_node(first);
+        let waits_for = match first {
+            1 => ["it waits for the copy on n2 (", "the copy on n3 ("],
+            _ => ["attached on n1", "cannot be reached"],
+        };
+        let volume = cluster.wait_for(first, "vm1", &format!("says {waits_for:?}"), |v| {
+            let why = v["why"].as_str().unwrap_or_default();
+            waits_for.iter().all(|w| why.contains(w))
+        });
+        assert_eq!(volume["health"], "offline", "{volume:#}");
+        for n in rest {
             cluster.start_node(n);
         }
         // then the volume is served again, whole, with everything that was acknowledged.
