@@ -34,7 +34,7 @@ pub fn own_mounts() {
     );
 }
 
-fn mount(source: &str, target: &Path, kind: &str, flags: u64, options: &str) {
+pub(super) fn mount(source: &str, target: &Path, kind: &str, flags: u64, options: &str) {
     let c = |text: &str| CString::new(text).unwrap();
     let (source, kind, options) = (c(source), c(kind), c(options));
     let place = c(target.to_str().unwrap());
@@ -53,7 +53,7 @@ fn mount(source: &str, target: &Path, kind: &str, flags: u64, options: &str) {
 }
 
 /// Something mounted. Dropped, it is out of sight at once and goes when the last file on it is closed.
-struct Mount(PathBuf);
+pub(super) struct Mount(pub(super) PathBuf);
 
 impl Drop for Mount {
     fn drop(&mut self) {
@@ -149,7 +149,7 @@ fn path_of(file: &File) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
 }
 
-fn mount_ext4(image: &str, place: &Path) -> Mount {
+pub(super) fn mount_ext4(image: &str, place: &Path) -> Mount {
     let device = run("losetup", &["--find", "--show", image]);
     let device = device.trim();
     mount(device, place, "ext4", 0, "");
@@ -168,7 +168,7 @@ pub fn boot_anew(dir: &Path) {
     mount(file.to_str().unwrap(), kernels, "", libc::MS_BIND, "");
 }
 
-fn run(program: &str, arguments: &[&str]) -> String {
+pub(super) fn run(program: &str, arguments: &[&str]) -> String {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null());
     let output = command
