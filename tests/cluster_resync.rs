@@ -105,7 +105,7 @@ fn a_volume_of_one_copy_gets_a_second_one_under_load() {
 // ---- syncs that take their time
 
 /// More than is copied between two looks, and before a test that has seen half of it done can act.
-const LARGE: u64 = 384 << 20;
+const LARGE: u64 = 256 << 20;
 
 /// Writes all of a large volume, so that each chunk of it is to be copied.
 fn filled(socket: &Path) -> Oracle {
@@ -119,6 +119,7 @@ fn beside_a_sync() -> Plan {
     Plan {
         depth: 2,
         part: 16,
+        zeroes: 0,
         ..Plan::small()
     }
 }
@@ -136,7 +137,7 @@ fn sync_of(volume: &Value, n: usize) -> Option<Value> {
 fn a_sync_says_how_far_it_is_how_fast_and_how_long_it_will_take() {
     // Given a large volume that gets a second copy under load,
     let cluster = Cluster::start_in(Path::new("/dev/shm"), 2);
-    let create = "--size 384MiB --replicas 0 --master n1";
+    let create = "--size 256MiB --replicas 0 --master n1";
     let socket = cluster.serve("vm1", create, "--node n1");
     let load = Load::start(&socket, beside_a_sync(), filled(&socket));
     cluster.ok(1, "volume update vm1 --replicas 1 --async");
@@ -224,7 +225,7 @@ fn a_sync_that_is_interrupted_half_way_at_each_end_ends_with_equal_copies() {
     for n in [3, 4] {
         cluster.ok(1, &format!("node cordon n{n}"));
     }
-    let create = "--size 384MiB --replicas 1 --master n1 --failure-mode alwayson";
+    let create = "--size 256MiB --replicas 1 --master n1 --failure-mode alwayson";
     let socket = cluster.serve("vm1", create, "--node n4");
     cluster.ok(1, "node uncordon n3");
     let load = Load::start(&socket, beside_a_sync(), filled(&socket));
