@@ -227,6 +227,48 @@ fn the_master_is_lost_under_an_attachment_elsewhere() {
 }
 
 #[test]
+fn another_copy_becomes_the_master_when_somebody_asks_and_no_request_notices() {
+    // Given a volume under load, read from the copy on the node that serves it,
+    let cluster = in_memory(3);
+    let create = "--size 32MiB --replicas 2 --master n1";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    let reads = |layer: &str| {
+        let metric = format!("lockstep_volume_{layer}_read_total");
+        cluster.figure(1, &metric, "vm1")
+    };
+    // when another copy is made the master, and then the first one again,
+    for (master, from, not_from) in [("n2", "network", "backend"), ("n1", "backend", "network")] {
+        load.goes_on();
+        cluster.ok(3, &format!("volume promote vm1 --node {master}"));
+        let volume = cluster.volume(1, "vm1");
+        assert_eq!(volume["master"]["node"], master);
+        // then reads come from it, those that were under way apart,
+        load.goes_on();
+        let before = (reads(from), reads(not_from));
+        load.goes_on();
+        assert!(reads(from) > before.0, "no read from {master}");
+        assert_eq!(
+            reads(not_from),
+            before.1,
+            "a read from elsewhere than {master}"
+        );
+        // and all copies count all the time.
+        assert_eq!(cluster.volume(1, "vm1")["health"], "healthy");
+    }
+    assert_eq!(load.finish().failed, 0);
+    let rules = cluster.rules(1, "vm1");
+    let count = |rule: &str| rules.iter().filter(|r| *r == rule).count();
+    assert_eq!(
+        (count("5 promote"), count("2.6 eject")),
+        (2, 0),
+        "{rules:?}"
+    );
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 3);
+}
+
+#[test]
 fn a_node_that_is_stopped_or_killed_serves_again_what_it_served() {
     let mut cluster = in_memory(3);
     let create = "--size 32MiB --replicas 2 --master n1";
