@@ -8,6 +8,9 @@
 //! Real node processes on this machine, each case with a cluster of its own; after each run what was lost comes back and is
 //! in sync before the next. The load is closed (eight requests of 4 KiB, seven of ten are writes), so a gap is what each of
 //! its requests waits at most. `nothing` is the same without a fault: what this machine does to a load by itself.
+//! Where others go on meanwhile, no gap shows what one request waited: so the longest of these is printed, too.
+//!
+//! Cases that cut a way give each node a network namespace: they need root, iproute2 and iptables.
 
 #[path = "../tests/cluster_support/mod.rs"]
 mod cluster_support;
@@ -21,8 +24,10 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use cluster_support::client::Disk;
+use cluster_support::net::{Cut, How};
 use cluster_support::oracle::Random;
 use cluster_support::{Cluster, copies, eventually};
+use rusqlite::Connection;
 use serde_json::Value;
 
 const DEPTH: usize = 8;
@@ -30,6 +35,8 @@ const BLOCK: usize = 4096;
 const SIZE: u64 = 64 << 20;
 /// How long a run goes on after the volume has got over it.
 const AFTERWARDS: Duration = Duration::from_millis(1500);
+/// How long the registry takes no change in the case that it is away, too.
+const REGISTRY_AWAY: Duration = Duration::from_secs(5);
 /// A front-end tries to connect again this often.
 const RECONNECT: Duration = Duration::from_millis(10);
 
@@ -65,10 +72,19 @@ enum Case {
     AttachmentKilled,
     AttachmentStopped,
     Upgraded,
+    /// What goes to and from a replica vanishes; its connections stand.
+    WayCut,
+    MasterWayCut,
+    /// The same while the registry takes no change.
+    WayAndRegistryCut,
+    /// The copy on one node is moved to another one.
+    Drained,
+    /// A copy that was away is brought up to date and counts again.
+    TakenIn,
 }
 
 impl Case {
-    const ALL: [(Case, &str); 9] = [
+    const ALL: [(Case, &str); 14] = [
         (Case::Nothing, "nothing"),
         (Case::ReplicaKilled, "replica killed"),
         (Case::MasterKilled, "remote master killed"),
@@ -78,46 +94,67 @@ impl Case {
         (Case::AttachmentKilled, "attachment killed, restarted"),
         (Case::AttachmentStopped, "SIGTERM and started again"),
         (Case::Upgraded, "upgraded under the guest"),
+        (Case::WayCut, "way to a replica cut"),
+        (Case::MasterWayCut, "way to a remote master cut"),
+        (Case::WayAndRegistryCut, "way cut, registry away for 5 s"),
+        (Case::Drained, "drain under load"),
+        (Case::TakenIn, "copy taken in"),
     ];
 
     /// The node that serves the volume; n1 to n3 have copies, n1 the master.
     fn server(self) -> usize {
         match self {
-            Case::MasterKilled | Case::MasterSilent | Case::Promoted => 4,
+            Case::MasterKilled | Case::MasterSilent | Case::Promoted | Case::MasterWayCut => 4,
             _ => 1,
         }
+    }
+
+    fn cuts(self) -> bool {
+        matches!(
+            self,
+            Case::WayCut | Case::MasterWayCut | Case::WayAndRegistryCut
+        )
     }
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     println!(
-        "{:30} {:>8} {:>8} {:>8}   ms, longest gap between completions",
-        "", "least", "median", "most"
+        "{:30} {:>8} {:>8} {:>8} {:>12} {:>8} {:>8}   ms",
+        "", "least", "median", "most", "least", "median", "most"
+    );
+    println!(
+        "{:30} {:26} {:>30}",
+        "", "longest gap between completions", "longest wait of a request"
     );
     for (case, name) in Case::ALL {
         if name.contains(&args.only) {
-            let mut gaps = measure(case, &args);
-            gaps.sort_unstable();
-            let ms = |gap: Duration| format!("{:.0}", gap.as_secs_f64() * 1e3);
-            let (least, most) = (gaps[0], gaps[gaps.len() - 1]);
-            let median = gaps[gaps.len() / 2];
-            println!(
-                "{name:30} {:>8} {:>8} {:>8}",
-                ms(least),
-                ms(median),
-                ms(most)
-            );
+            let (gaps, waits) = measure(case, &args).into_iter().unzip();
+            let ([a, b, c], [x, y, z]) = (spread(gaps), spread(waits));
+            println!("{name:30} {a:>8} {b:>8} {c:>8} {x:>12} {y:>8} {z:>8}");
         }
     }
     ExitCode::SUCCESS
 }
 
-fn measure(case: Case, args: &Args) -> Vec<Duration> {
+/// The least, the median and the most, in milliseconds.
+fn spread(mut spans: Vec<Duration>) -> [String; 3] {
+    spans.sort_unstable();
+    [0, spans.len() / 2, spans.len() - 1].map(|i| format!("{:.0}", spans[i].as_secs_f64() * 1e3))
+}
+
+fn measure(case: Case, args: &Args) -> Vec<(Duration, Duration)> {
     let server = case.server();
-    let mut cluster = Cluster::start_in(&args.dir, 3);
+    let mut cluster = match case.cuts() {
+        true => Cluster::empty_on_a_network(&args.dir, 4),
+        false => Cluster::empty(&args.dir),
+    };
+    for n in 1..=3 {
+        cluster.start_node(n);
+    }
+    cluster.know_each_other();
     cluster.ok(1, "volume create vm1 --size 64MiB --replicas 2 --master n1");
-    if server == 4 {
+    if server == 4 || case == Case::Drained {
         cluster.start_node(4);
         cluster.know_each_other();
     }
@@ -127,12 +164,12 @@ fn measure(case: Case, args: &Args) -> Vec<Duration> {
     let load = Load::start(Path::new(socket));
     (0..args.runs)
         .map(|_| {
-            let gap = one(case, &mut cluster, &load);
+            let seen = one(case, &mut cluster, &load);
             if args.events {
-                println!("    {} ms:", gap.as_millis());
+                println!("    {} ms:", seen.0.as_millis());
                 print_events(&cluster, server);
             }
-            gap
+            seen
         })
         .collect()
 }
@@ -144,7 +181,8 @@ fn whole(cluster: &Cluster, server: usize) -> Value {
     })
 }
 
-fn one(case: Case, cluster: &mut Cluster, load: &Load) -> Duration {
+/// The longest gap, and the longest wait of a request.
+fn one(case: Case, cluster: &mut Cluster, load: &Load) -> (Duration, Duration) {
     let server = case.server();
     let volume = whole(cluster, server);
     let master = node_of(&volume["master"]["node"]);
@@ -153,6 +191,31 @@ fn one(case: Case, cluster: &mut Cluster, load: &Load) -> Duration {
             v["health"] == "degraded" && v["attachment"]["phase"] == "serving"
         })
     };
+    let both_ways = |a, b| {
+        let how = How::Drop;
+        let (there, back) = (
+            Cut {
+                from: a,
+                to: b,
+                how,
+            },
+            Cut {
+                from: b,
+                to: a,
+                how,
+            },
+        );
+        [there, back]
+    };
+    // All that is cut: the node and each other one.
+    let away = if server == 4 { master } else { 3 };
+    let others = (1..=4).filter(|n| *n != away);
+    let cuts: Vec<Cut> = others.flat_map(|n| both_ways(away, n)).collect();
+    let drained = copies(&volume, "in_sync").iter().map(|n| number(n)).max();
+    if case == Case::TakenIn {
+        cluster.kill(3);
+        degraded(cluster);
+    }
     load.goes_on();
     load.reset();
     match case {
@@ -196,10 +259,32 @@ fn one(case: Case, cluster: &mut Cluster, load: &Load) -> Duration {
         }
         // By a program that happens to be the same; the load keeps its connection.
         Case::Upgraded => drop(cluster.ok(1, "node upgrade")),
+        Case::WayCut | Case::MasterWayCut => {
+            cut(cluster, &cuts);
+            degraded(cluster);
+        }
+        Case::WayAndRegistryCut => {
+            let held = Connection::open(cluster.registry()).expect("the registry");
+            held.execute_batch("BEGIN IMMEDIATE").expect("a lock");
+            cut(cluster, &cuts);
+            std::thread::sleep(REGISTRY_AWAY);
+            drop(held);
+            degraded(cluster);
+        }
+        Case::Drained => {
+            let n = drained.expect("copies");
+            cluster.ok(1, &format!("node drain n{n}"));
+            whole(cluster, server);
+            cluster.ok(1, &format!("node undrain n{n}"));
+        }
+        Case::TakenIn => {
+            cluster.start_node(3);
+            whole(cluster, server);
+        }
     }
     load.goes_on();
     std::thread::sleep(AFTERWARDS);
-    let gap = load.longest();
+    let seen = (load.longest_gap(), load.longest_wait());
     match case {
         Case::ReplicaKilled => cluster.start_node(3),
         Case::MasterKilled => cluster.start_node(master),
@@ -209,13 +294,27 @@ fn one(case: Case, cluster: &mut Cluster, load: &Load) -> Duration {
         | Case::Promoted
         | Case::AttachmentKilled
         | Case::AttachmentStopped
-        | Case::Upgraded => {}
+        | Case::Upgraded
+        | Case::Drained
+        | Case::TakenIn => {}
+        Case::WayCut | Case::MasterWayCut | Case::WayAndRegistryCut => {
+            let network = cluster.network.as_ref().expect("a network");
+            cuts.iter().for_each(|c| network.heal(*c));
+        }
     }
-    gap
+    seen
+}
+
+fn cut(cluster: &Cluster, cuts: &[Cut]) {
+    let network = cluster.network.as_ref().expect("a network");
+    cuts.iter().for_each(|c| network.cut(*c));
 }
 
 fn node_of(name: &Value) -> usize {
-    let name = name.as_str().unwrap_or_default();
+    number(name.as_str().unwrap_or_default())
+}
+
+fn number(name: &str) -> usize {
     name[1..].parse().expect("nodes are called n1, n2, …")
 }
 
@@ -239,6 +338,8 @@ struct Shared {
     /// Nanoseconds since the load began.
     last: AtomicU64,
     longest: AtomicU64,
+    /// Of one request, from its submission on.
+    longest_wait: AtomicU64,
 }
 
 /// A load that keeps eight requests under way and notes when nothing was completed for how long.
@@ -278,9 +379,14 @@ impl Load {
 
     fn reset(&self) {
         self.shared.longest.store(0, SeqCst);
+        self.shared.longest_wait.store(0, SeqCst);
     }
 
-    fn longest(&self) -> Duration {
+    fn longest_wait(&self) -> Duration {
+        Duration::from_nanos(self.shared.longest_wait.load(SeqCst))
+    }
+
+    fn longest_gap(&self) -> Duration {
         let now = self.begun.elapsed().as_nanos() as u64;
         let open = now.saturating_sub(self.shared.last.load(SeqCst));
         Duration::from_nanos(self.shared.longest.load(SeqCst).max(open))
@@ -300,8 +406,10 @@ fn work(socket: &Path, shared: &Shared, begun: Instant) {
     let mut random = Random::new(1);
     let mut disk = Disk::open(socket, 1, DEPTH);
     let mut free: Vec<usize> = (0..DEPTH).collect();
+    let mut submitted = [0; DEPTH];
     while !shared.stop.load(SeqCst) {
         for lane in free.drain(..) {
+            submitted[lane] = begun.elapsed().as_nanos() as u64;
             let offset = random.below(SIZE / BLOCK as u64) * BLOCK as u64;
             if random.below(10) < 3 {
                 disk.read(lane, offset, BLOCK);
@@ -316,6 +424,8 @@ fn work(socket: &Path, shared: &Shared, begun: Instant) {
             let now = begun.elapsed().as_nanos() as u64;
             let before = shared.last.swap(now, SeqCst);
             shared.longest.fetch_max(now - before, SeqCst);
+            let wait = now - submitted[ended.lane];
+            shared.longest_wait.fetch_max(wait, SeqCst);
             shared.done.fetch_add(1, SeqCst);
             free.push(ended.lane);
         }

@@ -2,7 +2,7 @@
 //! nothing fails that need not, `volume inspect` says what is wrong and what to do, and in the end all copies are the same.
 //!
 //! What damages files while the node is down works on what docs/DISK-FORMAT.md says of them. The disks that get full or fail
-//! are mounted (`cluster_support/disks.rs`), which needs root.
+//! are mounted (`cluster_support/disks.rs`, `sick.rs`), which needs root.
 
 mod cluster_support;
 
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use cluster_support::client::{Disk, Load, Plan};
 use cluster_support::disks::{self, BadDisk, SmallDisk, own_mounts, scribble, truncate};
 use cluster_support::oracle::Oracle;
+use cluster_support::sick::SickDisk;
 use cluster_support::{Cluster, copies, eventually};
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
@@ -547,6 +548,129 @@ fn the_disk_of_the_serving_node_fails_and_another_copy_takes_over() {
     let rules = cluster.rules(1, "vm1");
     assert!(rules.iter().any(|r| r == "3 failed disk"), "{rules:?}");
     assert_eq!(load.finish().failed, 0);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 2);
+}
+
+/// A disk for node n that does what the test says.
+fn sick_disk(cluster: &Cluster, n: usize) -> SickDisk {
+    let image = cluster.dir.path().join(format!("disk of n{n}"));
+    SickDisk::mount(&cluster.data_dir(n), &image, 192 << 20)
+}
+
+/// What a disk has in a range, by itself.
+fn read(disk: &mut Disk, at: u64, len: usize) -> Vec<u8> {
+    disk.read(0, at, len);
+    assert_eq!(disk.finish(), 0);
+    disk.buffer(0, len).to_vec()
+}
+
+#[test]
+fn what_one_disk_cannot_read_comes_from_another_copy_and_is_written_back() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let sick = sick_disk(&cluster, 1);
+    start(&mut cluster, 3);
+    let socket = served(&cluster);
+    let mut oracle = Oracle::new(SIZE);
+    let mut disk = Disk::open(&socket, 1, 1);
+    disk.fill(&mut oracle);
+    // Given the disk that reads come from, which has lost sectors here and there: one, a block, many, some of them under a load,
+    let mut lost = 0;
+    for (at, len) in [
+        (SIZE / 2 + 3 * 512, 512),
+        (20 * MIB, 4096),
+        (24 * MIB + 65536, 65536),
+        (MIB, 1 << 20),
+        (30 * MIB, 1 << 20),
+    ] {
+        let data = read(&mut disk, at, len);
+        let found = sick.lose(&data);
+        assert_eq!(found, len / 512, "sectors of the copy at {at}");
+        lost += found;
+    }
+    drop(disk);
+    assert_eq!(sick.lost(), lost);
+    // when all of it is read, and part of it written, under load,
+    let half = Plan {
+        part: 2,
+        ..Plan::small()
+    };
+    let load = Load::start(&socket, half, oracle);
+    load.goes_on();
+    // then no request fails, and everything is as it was written: it came from other copies;
+    let outcome = load.finish();
+    assert_eq!(outcome.failed, 0);
+    assert!(sick.refused() > 0, "no read failed");
+    // and every sector can be read again, for it has been written back. That was counted, and is told.
+    eventually("the disk reads everything again", || {
+        (sick.lost() == 0).then_some(())
+    });
+    let repairs = cluster.figure(1, "lockstep_volume_read_repairs_total", "vm1");
+    assert!(repairs >= 3.0, "{repairs} repairs were counted");
+    let events = cluster.json(1, "events --volume vm1");
+    let events = events.as_array().unwrap().iter();
+    let told = events.filter(|e| e["rule"] == "3 repair");
+    let texts: Vec<String> = told.map(|e| e["text"].to_string()).collect();
+    assert_eq!(texts.len() as f64, repairs, "{texts:?}");
+    assert!(
+        texts
+            .iter()
+            .all(|t| t.contains("the copy on n1 could not read")),
+        "{texts:?}"
+    );
+    // The copy has stayed what it was, and is the same as the others.
+    let volume = cluster.volume(1, "vm1");
+    assert_eq!(volume["health"], "healthy", "{volume:#}");
+    assert_eq!(volume["master"]["node"], "n1");
+    let refused = sick.refused();
+    Disk::open(&socket, 1, 1).sweep(&mut { outcome.oracle });
+    assert_eq!(sick.refused(), refused, "a repaired sector failed again");
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 3);
+}
+
+#[test]
+fn what_the_only_copy_cannot_read_is_an_error_of_that_request_until_it_is_written() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let sick = sick_disk(&cluster, 1);
+    start(&mut cluster, 1);
+    let socket = cluster.serve("vm1", "--size 32MiB --replicas 0", "--node n1");
+    let mut oracle = Oracle::new(SIZE);
+    let mut disk = Disk::open(&socket, 1, 1);
+    disk.fill(&mut oracle);
+    let data = read(&mut disk, 5 * MIB, 4096);
+    assert_eq!(sick.lose(&data), 8);
+    // A read of what is lost fails, one beside it does not, and the volume stays well.
+    disk.read(0, 5 * MIB, 4096);
+    assert_ne!(disk.finish(), 0);
+    read(&mut disk, 5 * MIB + 4096, 4096);
+    assert_eq!(cluster.volume(1, "vm1")["health"], "healthy");
+    // Written, it can be read.
+    let ticket = oracle.begin((5 * MIB) as usize / 512, disk.buffer(0, 4096));
+    disk.write(0, 5 * MIB, 4096);
+    assert_eq!(disk.finish(), 0);
+    oracle.end(ticket, true);
+    disk.sweep(&mut oracle);
+}
+
+#[test]
+fn a_copy_whose_disk_fails_one_flush_is_out_for_good() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let sick = sick_disk(&cluster, 3);
+    start(&mut cluster, 3);
+    let load = loaded(&cluster);
+    // When a disk fails one flush, and after it does everything it is asked,
+    sick.fail_one_flush();
+    // then its copy is out: what it was to make durable may be gone, and a second flush would not say so.
+    says(&cluster, 3, &["its disk failed", "move", "away"]);
+    assert!(sick.has_failed_it());
+    load.goes_on();
+    let failed = load.finish().failed;
+    assert_eq!(failed, 0);
+    assert_eq!(in_sync(&cluster.volume(1, "vm1")), ["n1", "n2"]);
     cluster.detach(1, "vm1");
     assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 2);
 }

@@ -3,12 +3,15 @@
 mod cluster_support;
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use cluster_support::client::{Load, Plan};
 use cluster_support::oracle::Oracle;
 use cluster_support::{Cluster, copies, eventually};
 
 const SIZE: u64 = 32 << 20;
+/// How long requests are watched not to end. Any is good; a longer one sees more.
+const WATCHED: Duration = Duration::from_secs(2);
 
 fn in_memory(nodes: usize) -> Cluster {
     Cluster::start_in(Path::new("/dev/shm"), nodes)
@@ -92,7 +95,100 @@ fn the_failure_mode_decides_whether_the_last_copy_serves() {
         (soft.failed() > 0).then_some(())
     });
     assert_eq!(always.finish().failed, 0);
-    soft.abandon();
+    // When nobody brings them back and the operator says so, then it serves what is left, at once;
+    cluster.ok(1, "volume update strict --failure-mode alwayson");
+    cluster.wait_for(1, "strict", "serves again", |v| v["health"] == "degraded");
+    // what had failed may be retried and is taken,
+    none_fails_any_more(&soft);
+    // and a mode that would stop it again is refused.
+    let refused = cluster.run(1, "volume update strict --failure-mode hard");
+    refused.refused(11, &["0 of 2 replicas in sync", "hard would suspend it"]);
+    none_fails_any_more(&soft);
+    soft.finish();
+}
+
+/// Requests succeed from now on; those that had failed have been answered.
+fn none_fails_any_more(load: &Load) {
+    load.goes_on();
+    let failed = load.failed();
+    load.goes_on();
+    assert_eq!(load.failed(), failed);
+}
+
+#[test]
+fn a_volume_that_is_strict_waits_for_every_copy_and_fails_nothing() {
+    let mut cluster = in_memory(3);
+    let create = "--size 32MiB --replicas 2 --master n1 --failure-mode hard --suspend-deadline 10m";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    load.goes_on();
+    // When one of three copies is lost,
+    cluster.kill(3);
+    // then the volume stands still and says why,
+    let volume = cluster.wait_for(1, "vm1", "is suspended", |v| v["health"] == "suspended");
+    let why = volume["why"].as_str().unwrap();
+    assert!(why.contains("hard") || why.contains("Hard"), "{why}");
+    assert_eq!(copies(&volume, "in_sync"), ["n1", "n2"]);
+    let before = load.done();
+    std::thread::sleep(WATCHED);
+    assert_eq!(load.done(), before, "a request was completed");
+    // and when the copy is back and up to date it serves on, and nothing failed.
+    cluster.start_node(3);
+    cluster.wait_for(1, "vm1", "is healthy", |v| v["health"] == "healthy");
+    load.goes_on();
+    assert_eq!(load.finish().failed, 0);
+    let rules = cluster.rules(1, "vm1");
+    for rule in ["2.6 eject", "7 suspend", "6 in sync", "7 serve"] {
+        assert!(rules.iter().any(|r| r == rule), "{rule} in {rules:?}");
+    }
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1"), ["n1", "n2", "n3"]);
+}
+
+#[test]
+fn a_volume_that_failed_requests_serves_again_by_itself_when_its_copies_return() {
+    let mut cluster = in_memory(3);
+    let create = "--size 32MiB --replicas 2 --master n1 --suspend-deadline";
+    let serve = |name: &str, deadline: &str| {
+        let socket = cluster.serve(name, &format!("{create} {deadline}"), "--node n1");
+        Load::start(&socket, Plan::small(), Oracle::new(SIZE))
+    };
+    let (impatient, patient) = (serve("impatient", "0s"), serve("patient", "10s"));
+    impatient.goes_on();
+    patient.goes_on();
+    // When the copies that its failure mode asks for are lost,
+    let lost = Instant::now();
+    cluster.kill(2);
+    cluster.kill(3);
+    // then requests fail at once where nobody wants to wait,
+    eventually("requests of the impatient fail", || {
+        (impatient.failed() > 0).then_some(())
+    });
+    // and elsewhere not before the deadline has passed.
+    assert_eq!(patient.failed(), 0);
+    eventually("requests of the patient fail", || {
+        (patient.failed() > 0).then_some(())
+    });
+    let after = lost.elapsed();
+    assert!(
+        after >= Duration::from_secs(10),
+        "one failed after {after:?}"
+    );
+    // When the copies return, then both serve by themselves, and nothing fails any more.
+    cluster.start_node(2);
+    cluster.start_node(3);
+    for (name, load) in [("impatient", impatient), ("patient", patient)] {
+        cluster.wait_for(1, name, "is healthy", |v| v["health"] == "healthy");
+        none_fails_any_more(&load);
+        let failed = load.failed();
+        assert_eq!(load.finish().failed, failed);
+        let rules = cluster.rules(1, name);
+        for rule in ["7 suspend", "7 serve"] {
+            assert!(rules.iter().any(|r| r == rule), "{rule} in {rules:?}");
+        }
+        cluster.detach(1, name);
+        assert_eq!(cluster.copies_are_identical(1, name).len(), 3);
+    }
 }
 
 #[test]
@@ -128,6 +224,48 @@ fn the_master_is_lost_under_an_attachment_elsewhere() {
     load.goes_on();
     assert_eq!(load.finish().failed, 0);
     assert!(cluster.rules(spare, "vm1").iter().any(|r| r == "5 promote"));
+}
+
+#[test]
+fn another_copy_becomes_the_master_when_somebody_asks_and_no_request_notices() {
+    // Given a volume under load, read from the copy on the node that serves it,
+    let cluster = in_memory(3);
+    let create = "--size 32MiB --replicas 2 --master n1";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    let reads = |layer: &str| {
+        let metric = format!("lockstep_volume_{layer}_read_total");
+        cluster.figure(1, &metric, "vm1")
+    };
+    // when another copy is made the master, and then the first one again,
+    for (master, from, not_from) in [("n2", "network", "backend"), ("n1", "backend", "network")] {
+        load.goes_on();
+        cluster.ok(3, &format!("volume promote vm1 --node {master}"));
+        let volume = cluster.volume(1, "vm1");
+        assert_eq!(volume["master"]["node"], master);
+        // then reads come from it, those that were under way apart,
+        load.goes_on();
+        let before = (reads(from), reads(not_from));
+        load.goes_on();
+        assert!(reads(from) > before.0, "no read from {master}");
+        assert_eq!(
+            reads(not_from),
+            before.1,
+            "a read from elsewhere than {master}"
+        );
+        // and all copies count all the time.
+        assert_eq!(cluster.volume(1, "vm1")["health"], "healthy");
+    }
+    assert_eq!(load.finish().failed, 0);
+    let rules = cluster.rules(1, "vm1");
+    let count = |rule: &str| rules.iter().filter(|r| *r == rule).count();
+    assert_eq!(
+        (count("5 promote"), count("2.6 eject")),
+        (2, 0),
+        "{rules:?}"
+    );
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 3);
 }
 
 #[test]

@@ -354,14 +354,12 @@ fn the_command_line_waits_for_copies_and_shows_how_far_they_are() {
     n1.edit("vm1", |r| r.master = on(r, "n1").unwrap().copy_id);
     let mut waiting = spawn("volume update vm1 --replicas 2");
     let new = made(&lab, &n1, 1);
-    n1.host.levers.lock().unwrap().syncs.insert(
-        new[0],
-        SyncProgress {
-            remaining_bytes: 1 << 30,
-            total_bytes: 4 << 30,
-            bytes_per_second: 256 << 20,
-        },
-    );
+    n1.host
+        .levers
+        .lock()
+        .unwrap()
+        .syncs
+        .insert(new[0], SyncProgress::new(1 << 30, 4 << 30, 256 << 20));
     let view = eventually("the attachment knows the new copy", || {
         let view = n1.volume("vm1");
         (view["health"] == "syncing").then_some(view)
@@ -384,9 +382,15 @@ fn the_command_line_waits_for_copies_and_shows_how_far_they_are() {
         None,
     );
     let metrics = String::from_utf8(metrics.body.to_vec()).unwrap();
-    let line =
-        "lockstep_volume_sync_remaining_bytes{namespace=\"default\",volume=\"vm1\"} 1073741824";
-    assert!(metrics.lines().any(|l| l == line), "{metrics}");
+    for (name, bytes) in [
+        ("remaining_bytes", 1u64 << 30),
+        ("total_bytes", 4 << 30),
+        ("bytes_per_second", 256 << 20),
+    ] {
+        let labels = "{namespace=\"default\",volume=\"vm1\"}";
+        let line = format!("lockstep_volume_sync_{name}{labels} {bytes}");
+        assert!(metrics.lines().any(|l| l == line), "{line} in {metrics}");
+    }
 
     assert!(waiting.try_wait().unwrap().is_none(), "it does not wait");
     n1.host.levers.lock().unwrap().syncs.clear();

@@ -129,14 +129,12 @@ fn json_is_as_the_documentation_says() {
         let made = lab.copy_on("n4", record.volume_id) == Some(new.copy_id);
         (made && new.status == CopyStatus::Missing).then_some(new.copy_id)
     });
-    n1.host.levers.lock().unwrap().syncs.insert(
-        copy,
-        SyncProgress {
-            remaining_bytes: 1,
-            total_bytes: 2,
-            bytes_per_second: 1,
-        },
-    );
+    n1.host
+        .levers
+        .lock()
+        .unwrap()
+        .syncs
+        .insert(copy, SyncProgress::new(1, 2, 1));
     n1.host.levers.lock().unwrap().differences = vec![Difference {
         offset: 65536,
         length: 4096,

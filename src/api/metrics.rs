@@ -158,12 +158,27 @@ fn layers(out: &mut Exposition, labels: Pairs<'_>, volume: &VolumeMetrics) {
         (
             "lockstep_volume_sync_remaining_bytes",
             "Bytes still to bring up to date, over all syncing copies.",
-            volume.sync_remaining,
+            volume.sync.remaining_bytes,
+        ),
+        (
+            "lockstep_volume_sync_total_bytes",
+            "Bytes that these syncs had to bring up to date when they began.",
+            volume.sync.total_bytes,
+        ),
+        (
+            "lockstep_volume_sync_bytes_per_second",
+            "Bytes that they bring up to date in a second, lately.",
+            volume.sync.bytes_per_second,
         ),
     ] {
         out.sample(name, Kind::Gauge, help, labels, value as f64);
     }
     for (name, help, value) in [
+        (
+            "lockstep_volume_read_repairs_total",
+            "Reads that one copy's disk could not do, answered by another copy and written back.",
+            volume.read_repairs,
+        ),
         (
             "lockstep_scrub_chunks_total",
             "Chunks of 64 KiB that scrubs compared on all in-sync copies.",

@@ -200,11 +200,7 @@ mod tests {
             "2 copies left: b to n4 (not on its node's disk)"
         );
         all.push(copy("c", Moving, ""));
-        all[2].sync = Some(SyncProgress {
-            remaining_bytes: 1 << 30,
-            total_bytes: 2 << 30,
-            bytes_per_second: 128 << 20,
-        });
+        all[2].sync = Some(SyncProgress::new(1 << 30, 2 << 30, 128 << 20));
         assert_eq!(
             line(&view(all.clone())),
             "3 copies left: c to n4 [##########..........] 50 %  1 GiB left  128 MiB/s  ETA 0:08"

@@ -166,11 +166,11 @@ fn describe(v: &VolumeView) -> String {
             .map(|(_, s)| figure(s))
             .fold(0, u64::saturating_add)
     };
-    let all = SyncProgress {
-        remaining_bytes: sum(|s| s.remaining_bytes),
-        total_bytes: sum(|s| s.total_bytes.max(s.remaining_bytes)),
-        bytes_per_second: sum(|s| s.bytes_per_second),
-    };
+    let all = SyncProgress::new(
+        sum(|s| s.remaining_bytes),
+        sum(|s| s.total_bytes.max(s.remaining_bytes)),
+        sum(|s| s.bytes_per_second),
+    );
     format!("{} {}", nodes.join(", "), bar(&all))
 }
 
@@ -296,11 +296,7 @@ mod tests {
         volume.why = "the copy on n3 is missing".into();
         assert_eq!(describe(&volume), "waiting: the copy on n3 is missing");
         for (copy, remaining_bytes) in [(2, 1 << 20), (3, 1 << 20)] {
-            volume.copies[copy].sync = Some(SyncProgress {
-                remaining_bytes,
-                total_bytes: 4 << 20,
-                bytes_per_second: 1 << 19,
-            });
+            volume.copies[copy].sync = Some(SyncProgress::new(remaining_bytes, 4 << 20, 1 << 19));
         }
         assert_eq!(
             describe(&volume),

@@ -133,11 +133,8 @@ pub(super) fn line(view: &ScrubView) -> String {
         ScrubState::Waiting if s.why.is_empty() => format!("waiting for {} to begin", view.node),
         ScrubState::Waiting => format!("waiting for {} to begin: {}", view.node, s.why),
         ScrubState::Running => {
-            let progress = SyncProgress {
-                remaining_bytes: s.total_bytes.saturating_sub(s.done_bytes),
-                total_bytes: s.total_bytes,
-                bytes_per_second: s.bytes_per_second,
-            };
+            let left = s.total_bytes.saturating_sub(s.done_bytes);
+            let progress = SyncProgress::new(left, s.total_bytes, s.bytes_per_second);
             let found = match s.left_bytes() + s.repaired_bytes {
                 0 => String::new(),
                 _ => format!("  {found}"),

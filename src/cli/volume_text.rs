@@ -214,10 +214,7 @@ pub(super) fn bar(sync: &SyncProgress) -> String {
     let done = total - sync.remaining_bytes;
     let filled = (u128::from(done) * u128::from(BAR) / u128::from(total)) as usize;
     let percent = percent(sync);
-    let eta = match sync.bytes_per_second {
-        0 => "?".into(),
-        rate => clock(sync.remaining_bytes.div_ceil(rate)),
-    };
+    let eta = sync.eta_seconds.map_or_else(|| "?".into(), clock);
     format!(
         "[{}{}] {percent} %  {} left  {}/s  ETA {eta}",
         "#".repeat(filled),
@@ -242,11 +239,7 @@ mod tests {
 
     #[test]
     fn progress_is_drawn_from_what_is_left() {
-        let sync = |remaining_bytes, total_bytes, bytes_per_second| SyncProgress {
-            remaining_bytes,
-            total_bytes,
-            bytes_per_second,
-        };
+        let sync = SyncProgress::new;
         assert_eq!(
             bar(&sync(1 << 30, 2 << 30, 128 << 20)),
             "[##########..........] 50 %  1 GiB left  128 MiB/s  ETA 0:08"

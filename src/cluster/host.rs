@@ -173,6 +173,23 @@ pub struct SyncProgress {
     pub total_bytes: u64,
     /// Bytes a second, recently.
     pub bytes_per_second: u64,
+    /// Seconds until it ends at that rate; `None`: nothing was measured yet.
+    #[serde(default)]
+    pub eta_seconds: Option<u64>,
+}
+
+impl SyncProgress {
+    /// With the time that is left.
+    pub fn new(remaining_bytes: u64, total_bytes: u64, bytes_per_second: u64) -> Self {
+        let eta = (bytes_per_second > 0).then(|| remaining_bytes.div_ceil(bytes_per_second));
+        Self {
+            remaining_bytes,
+            // While marks are read, more are found.
+            total_bytes: total_bytes.max(remaining_bytes),
+            bytes_per_second,
+            eta_seconds: eta,
+        }
+    }
 }
 
 /// How far a scrub is.

@@ -1,6 +1,7 @@
 //! What the engine counts, as plain numbers; `api` writes them in Prometheus' text format under the names of the
 //! interface. Counters start at zero with the process and only grow.
 
+use crate::replication::attachment::SyncView;
 use crate::replication::ids::VolumeId;
 use crate::replication::scrub::Counters;
 
@@ -75,10 +76,12 @@ pub struct VolumeMetrics {
     pub backend: Layer,
     /// Guest requests taken and not completed.
     pub inflight: u64,
-    /// Bytes still to bring up to date, over all syncing copies.
-    pub sync_remaining: u64,
+    /// Bytes still to bring up to date, in all, and in a second, over all syncing copies.
+    pub sync: SyncView,
     /// What scrubs have compared and found.
     pub scrub: Counters,
+    /// Reads that one copy's disk could not do, and that were written back to it from another copy.
+    pub read_repairs: u64,
 }
 
 /// Copies that are brought up to date at one end.

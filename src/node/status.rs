@@ -107,11 +107,9 @@ fn copy(c: &CopyView) -> CopyState {
         state: state.into(),
         // Why it was lost last is of no interest when it is there again.
         lag: if well { String::new() } else { c.why.clone() },
-        sync: c.sync.map(|s| SyncProgress {
-            remaining_bytes: s.remaining_bytes,
-            total_bytes: s.total_bytes,
-            bytes_per_second: s.bytes_per_second,
-        }),
+        sync: c
+            .sync
+            .map(|s| SyncProgress::new(s.remaining_bytes, s.total_bytes, s.bytes_per_second)),
     }
 }
 

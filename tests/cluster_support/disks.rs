@@ -34,7 +34,7 @@ pub fn own_mounts() {
     );
 }
 
-fn mount(source: &str, target: &Path, kind: &str, flags: u64, options: &str) {
+pub(super) fn mount(source: &str, target: &Path, kind: &str, flags: u64, options: &str) {
     let c = |text: &str| CString::new(text).unwrap();
     let (source, kind, options) = (c(source), c(kind), c(options));
     let place = c(target.to_str().unwrap());
@@ -53,7 +53,7 @@ fn mount(source: &str, target: &Path, kind: &str, flags: u64, options: &str) {
 }
 
 /// Something mounted. Dropped, it is out of sight at once and goes when the last file on it is closed.
-struct Mount(PathBuf);
+pub(super) struct Mount(pub(super) PathBuf);
 
 impl Drop for Mount {
     fn drop(&mut self) {
@@ -81,33 +81,23 @@ impl SmallDisk {
     }
 }
 
-/// A file system on a disk that can be made to fail.
+/// A file system on a disk that can be made to fail, or to lose power.
 pub struct BadDisk {
-    _mount: Mount,
+    mount: Option<Mount>,
+    place: PathBuf,
     memory: File,
 }
 
 impl BadDisk {
     /// Makes an ext4 of `bytes` on a loop device over memory, and mounts it at `place`, which is made.
     pub fn mount(place: &Path, bytes: u64) -> BadDisk {
-        let name = CString::new("bad disk").unwrap();
-        // SAFETY: a string that lives until it returns; the descriptor is nobody else's.
-        let memory = unsafe {
-            let fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
-            assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-            File::from_raw_fd(fd)
-        };
+        let memory = memory("bad disk");
         memory.set_len(bytes).unwrap();
-        let path = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd());
-        let device = run("losetup", &["--find", "--show", &path]);
-        let device = device.trim();
-        run("mkfs.ext4", &["-q", "-F", device]);
+        run("mkfs.ext4", &["-q", "-F", &path_of(&memory)]);
         fs::create_dir_all(place).unwrap();
-        mount(device, place, "ext4", 0, "");
-        // In use, so this only says that it goes with its last user.
-        run("losetup", &["--detach", device]);
         BadDisk {
-            _mount: Mount(place.into()),
+            mount: Some(mount_ext4(&path_of(&memory), place)),
+            place: place.into(),
             memory,
         }
     }
@@ -121,9 +111,64 @@ impl BadDisk {
             (done == 0).then_some(())
         });
     }
+
+    /// Its machine lost power, and has it again: what is there is what the disk was given before it failed writes, and the file
+    /// system looks into its journal. Nobody uses it.
+    pub fn power_on(&mut self) {
+        let kept = memory("bad disk, powered on");
+        let bytes = self.memory.metadata().unwrap().len();
+        kept.set_len(bytes).unwrap();
+        let mut block = vec![0; 1 << 20];
+        for at in (0..bytes).step_by(block.len()) {
+            let len = block.len().min((bytes - at) as usize);
+            self.memory.read_exact_at(&mut block[..len], at).unwrap();
+            // A hole stays one.
+            if block[..len].iter().any(|b| *b != 0) {
+                kept.write_all_at(&block[..len], at).unwrap();
+            }
+        }
+        self.mount = None;
+        self.mount = Some(mount_ext4(&path_of(&kept), &self.place));
+        self.memory = kept;
+    }
 }
 
-fn run(program: &str, arguments: &[&str]) -> String {
+/// A file in memory that can be sealed.
+fn memory(name: &str) -> File {
+    let name = CString::new(name).unwrap();
+    // SAFETY: a string that lives until it returns; the descriptor is nobody else's.
+    unsafe {
+        let fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        File::from_raw_fd(fd)
+    }
+}
+
+/// By which other programs open a file of ours.
+fn path_of(file: &File) -> String {
+    format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
+}
+
+pub(super) fn mount_ext4(image: &str, place: &Path) -> Mount {
+    let device = run("losetup", &["--find", "--show", image]);
+    let device = device.trim();
+    mount(device, place, "ext4", 0, "");
+    // In use, so this only says that it goes with its last user.
+    run("losetup", &["--detach", device]);
+    Mount(place.into())
+}
+
+/// Nodes that this thread starts from now on take their machines for booted anew: another file lies over the kernel's name of its
+/// boot. Needs [`own_mounts`].
+pub fn boot_anew(dir: &Path) {
+    let id = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap();
+    let file = dir.join(format!("boot-{}", id.trim()));
+    fs::write(&file, id).unwrap();
+    let kernels = Path::new("/proc/sys/kernel/random/boot_id");
+    mount(file.to_str().unwrap(), kernels, "", libc::MS_BIND, "");
+}
+
+pub(super) fn run(program: &str, arguments: &[&str]) -> String {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null());
     let output = command

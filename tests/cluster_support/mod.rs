@@ -8,11 +8,12 @@ pub mod net;
 pub mod oracle;
 pub mod qemu;
 pub mod schedule;
+pub mod sick;
 pub mod vm;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -577,6 +578,17 @@ impl Cluster {
         }
     }
 
+    /// A figure of a volume among node n's metrics.
+    #[track_caller]
+    pub fn figure(&self, n: usize, metric: &str, name: &str) -> f64 {
+        let url = format!("{}:5705", self.ip(n));
+        let text = metrics_of(&url);
+        let line = format!("{metric}{{namespace=\"default\",volume=\"{name}\"}} ");
+        let found = text.lines().find_map(|l| l.strip_prefix(&line));
+        let value = found.unwrap_or_else(|| panic!("no {line} in {text}"));
+        value.parse().unwrap_or_else(|e| panic!("{value}: {e}"))
+    }
+
     /// The rules named by the events of a volume, oldest first.
     #[track_caller]
     pub fn rules(&self, n: usize, name: &str) -> Vec<String> {
@@ -611,6 +623,16 @@ impl Drop for Cluster {
             }
         }
     }
+}
+
+/// What a node tells Prometheus.
+fn metrics_of(address: &str) -> String {
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    let question = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(question.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
 }
 
 /// The binary under test: the one built with the test, or any other that `LOCKSTEP_BIN` names.

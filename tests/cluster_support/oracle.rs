@@ -129,6 +129,27 @@ impl Oracle {
         }
     }
 
+    /// Sectors were read after a power cut, which may have taken back writes that no flush covered: each holds one of the writes
+    /// that ever went there, or what was there at first, and from now on just that.
+    pub fn judge_after_power_cut(&mut self, sector: usize, data: &[u8]) -> Result<(), String> {
+        for (place, bytes) in (sector..).zip(data.chunks(SECTOR)) {
+            let number = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"));
+            let mut whole = [0; SECTOR];
+            content(number, place, &mut whole);
+            if whole != *bytes || number > 0 && !self.went_to(number, place) {
+                return Err(format!(
+                    "sector {place} holds what nobody wrote there: {bytes:02x?}"
+                ));
+            }
+            let answered = Some(self.clock);
+            self.sectors[place] = vec![Held {
+                write: number,
+                answered,
+            }];
+        }
+        Ok(())
+    }
+
     /// Judges what was read, while no write to these sectors was under way (or nobody knows how it ended). From then on each
     /// sector holds what was seen (S9).
     pub fn judge(&mut self, sector: usize, data: &[u8]) -> Result<(), String> {

@@ -28,6 +28,7 @@ use lockstep::cluster::model::Labels;
 use lockstep::cluster::store::{Registrar, Store};
 use lockstep::cluster::{Cluster, start};
 use lockstep::registry::{Access, Location, Revision};
+use lockstep::replication::attachment::SyncView;
 use lockstep::replication::ids::{BootId, CopyId, Instance, NodeName, Tag, VolumeId};
 use lockstep::replication::record::{Attachment, Base, CopyEntry, CopyStatus, Record, State};
 use lockstep::wire::hello::{Answer as GreetingAnswer, Hello, HelloRefusal, Reason};
@@ -394,8 +395,15 @@ impl Host for TestHost {
                 network: Default::default(),
                 backend: Default::default(),
                 inflight: 2,
-                sync_remaining: levers.syncs.values().map(|s| s.remaining_bytes).sum(),
+                sync: levers.syncs.values().fold(SyncView::default(), |sum, s| {
+                    sum.plus(SyncView {
+                        remaining_bytes: s.remaining_bytes,
+                        total_bytes: s.total_bytes,
+                        bytes_per_second: s.bytes_per_second,
+                    })
+                }),
                 scrub: Default::default(),
+                read_repairs: 1,
             };
             volume.frontend.write.total = 7;
             volume.frontend.write.seconds.observe(0.001);

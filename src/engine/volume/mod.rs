@@ -2,6 +2,7 @@
 //! guest's rings. Carries out what the state machines of `replication` decide.
 
 mod copy;
+mod progress;
 mod serving;
 mod turns;
 
@@ -77,6 +78,10 @@ pub struct Serving {
     network: Layer,
     /// Places of the copies that are brought up to date from here.
     places: HashMap<usize, Held>,
+    /// What was said of their syncs.
+    told: progress::Told,
+    /// What one copy's disk could not read, and another copy brought back.
+    read_repairs: u64,
 }
 
 struct Detaching {
@@ -124,6 +129,7 @@ impl Volume {
     pub fn on_tick(&mut self, ctx: &mut Context) {
         if let Some(attachment) = self.serving.as_mut().and_then(|s| s.attachment.as_mut()) {
             attachment.on_tick(ctx.now);
+            self.tell_progress(ctx);
         }
         if let Some(copy) = &mut self.copy
             && ctx.now.since(copy.looked) >= IDLE_LOOK
@@ -320,10 +326,11 @@ impl Volume {
                 .map(|c| c.stats.clone())
                 .unwrap_or_default(),
             inflight: s.rings.in_flight() as u64,
-            sync_remaining: (s.attachment.as_ref()).map_or(0, Attachment::sync_remaining),
+            sync: progress::in_all(s.attachment.as_ref()),
             scrub: (s.attachment.as_ref())
                 .map(Attachment::scrub_counters)
                 .unwrap_or_default(),
+            read_repairs: s.read_repairs,
         })
     }
 }

@@ -54,6 +54,8 @@ impl Volume {
             detaching: None,
             network: Layer::default(),
             places: HashMap::new(),
+            told: Default::default(),
+            read_repairs: 0,
         });
         Ok(())
     }
@@ -202,6 +204,7 @@ impl Volume {
                     "5 promote" => ctx.promotions += 1,
                     "6 sync begins" => ctx.syncs_started += 1,
                     "6 in sync" => ctx.syncs_completed += 1,
+                    "3 repair" => s.read_repairs += 1,
                     "2.6 eject" => {
                         let reason = text.split(": ").nth(1).unwrap_or("unknown");
                         let label = eject_reason(reason).into();

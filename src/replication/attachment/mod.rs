@@ -499,6 +499,18 @@ pub struct SyncView {
     pub bytes_per_second: u64,
 }
 
+impl SyncView {
+    /// Both together.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            remaining_bytes: self.remaining_bytes.saturating_add(other.remaining_bytes),
+            total_bytes: self.total_bytes.saturating_add(other.total_bytes),
+            bytes_per_second: self.bytes_per_second.saturating_add(other.bytes_per_second),
+        }
+    }
+}
+
 impl<D: Payload> Attachment<D> {
     /// Begins to take over the volume of `record`. `proof` says why the copies need not wait for the old attachment.
     /// `seed` feeds epoch tags and the choice among equal replicas.
@@ -586,9 +598,9 @@ impl<D: Payload> Attachment<D> {
             && self.overlaps.waiting() == 0
     }
 
-    /// Bytes that targets of syncs still lack.
-    pub fn sync_remaining(&self) -> u64 {
-        self.syncs.values().map(|s| s.view().remaining_bytes).sum()
+    /// How far each sync is, by the copy's place in the record.
+    pub fn sync_views(&self) -> impl Iterator<Item = (usize, SyncView)> {
+        self.syncs.iter().map(|(copy, s)| (*copy, s.view()))
     }
 
     /// For people.
