@@ -392,6 +392,31 @@ fn a_front_end_that_tracks_nothing_is_taken_over_when_nothing_is_in_flight() {
     assert_eq!(fate(&view), [1, 0], "{view}");
     vm.works(2);
 
+    // also when it has a chain in its ring that cannot be answered: nobody waits for that;
+    vm.driver.write(vm.scratch, &header(T_OUT, 8));
+    let no_status = desc(vm.scratch, 16 + 512, 0, 0);
+    vm.driver.offer_chain(0, &[no_status]);
+    vm.driver.kick.write(1).unwrap();
+    eventually("the ring is given up", || {
+        let said = "queue 0 is broken and not read any more";
+        cluster.log(1).contains(said).then_some(())
+    });
+    put(&cluster, "old");
+    let view = upgrade(&cluster);
+    assert_eq!(fate(&view), [1, 0], "{view}");
+    // It is broken for the next program, too, until the guest resets its device.
+    eventually("the ring is given up again", || {
+        let said = "queue 0 is broken and not read any more";
+        (cluster.log(1).matches(said).count() == 2).then_some(())
+    });
+    vm.frontend.get_vring_base(0).unwrap();
+    vm.driver = Driver::new(Arc::clone(&vm.driver.mem), 0, 128);
+    vm.driver.start_at(0);
+    vm.start_like_qemu(LINUX, 0);
+    vm.works(3);
+    put(&cluster, "new");
+    upgrade(&cluster);
+
     // with a request that waits for a replica that is gone, the program stays;
     cluster.kill(2);
     let data = [7; 4096];
