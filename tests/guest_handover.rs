@@ -8,6 +8,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,9 @@ use guest_driver::vm::*;
 use guest_driver::*;
 use lockstep::guest::{Bound, Handed, Server, Stand, Tally, Who};
 use vhost::VhostBackend;
-use vhost::vhost_user::message::VhostUserInflight;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserInflight,
+};
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 use vhost::{VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
 
@@ -35,7 +38,11 @@ fn parked(served: &Served) -> Handed {
 }
 
 /// A second server takes over.
-fn taken_over(served: &Served, mut handed: Handed) -> (Server, Arc<World>, Tally) {
+fn taken_over(served: &Served, handed: Handed) -> (Server, Arc<World>, Tally) {
+    taken_over_at(served, &served.path(), handed)
+}
+
+fn taken_over_at(served: &Served, path: &Path, mut handed: Handed) -> (Server, Arc<World>, Tally) {
     let tally = Tally::default();
     if let Some(packed) = &mut handed.session {
         packed.receipt = tally.receipt();
@@ -46,7 +53,7 @@ fn taken_over(served: &Served, mut handed: Handed) -> (Server, Arc<World>, Tally
         .lock()
         .unwrap()
         .copy_from_slice(&served.world.disk.lock().unwrap());
-    let bound = Bound::adopt(config(&served.name), &served.path(), handed).unwrap();
+    let bound = Bound::adopt(config(&served.name), path, handed).unwrap();
     let server = bound.serve(Box::new(Engine::new(&world))).unwrap();
     until("it is known how it went", || tally.open() == 0);
     (server, world, tally)
@@ -118,6 +125,61 @@ fn what_a_front_end_says_meanwhile_is_answered_by_the_next() {
 }
 
 #[test]
+fn what_a_front_end_has_said_half_is_heard_by_the_next() {
+    let served = Served::new("half");
+    // Half a header, and a header with half a body.
+    let mut stream = UnixStream::connect(served.path()).unwrap();
+    let (asks, sets) = (message(1, &[]), message(2, &LINUX.to_ne_bytes()));
+    stream.write_all(&asks[..5]).unwrap();
+    until("it is connected", || served.server.connected());
+    let (second, world) = moved(&served);
+    stream.write_all(&asks[5..]).unwrap();
+    let mut answer = [0; 20];
+    stream.read_exact(&mut answer).unwrap();
+    stream.write_all(&sets[..15]).unwrap();
+    let second = Served {
+        name: served.name.clone(),
+        dir: tempfile::tempdir().unwrap(),
+        world,
+        server: second,
+    };
+    let handed = parked(&second);
+    let (_third, world, tally) = taken_over_at(&second, &served.path(), handed);
+    assert_eq!((tally.taken(), tally.lost()), (1, 0));
+    stream.write_all(&sets[15..]).unwrap();
+    until("the features are set", || {
+        let features = format!("features {LINUX:#x} ");
+        world.events().iter().any(|e| e.starts_with(&features))
+    });
+}
+
+#[test]
+fn a_device_state_that_is_being_loaded_is_taken_in_by_the_next() {
+    for bytes in [0, 1] {
+        let served = Served::new(&format!("loading{bytes}"));
+        let vm = {
+            let mut vm = served.vm();
+            vm.negotiate_with(VhostUserProtocolFeatures::DEVICE_STATE);
+            vm
+        };
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let (direction, phase) = (
+            VhostTransferStateDirection::LOAD,
+            VhostTransferStatePhase::STOPPED,
+        );
+        vm.frontend
+            .set_device_state_fd(direction, phase, reader.into())
+            .unwrap();
+        let (_server, _) = moved(&served);
+        writer.write_all(&[0; 1][..bytes]).unwrap();
+        drop(writer);
+        // An empty one is ours, and whatever else is another device's.
+        let checked = vm.frontend.check_device_state();
+        assert_eq!(checked.is_ok(), bytes == 0, "{checked:?}");
+    }
+}
+
+#[test]
 fn a_server_that_nobody_takes_over_from_goes_on() {
     let served = Served::new("resumed");
     let mut vm = served.vm();
@@ -160,7 +222,7 @@ fn requests_that_nobody_writes_down_are_waited_for_or_keep_the_connection_here()
         served.world.taken.lock().unwrap().contains(&16)
     });
     let refused = served.server.park(Who::Untracked, NOW).wait(deadline());
-    let why = refused.unwrap_err();
+    let why = refused.unwrap_err().to_string();
     assert!(
         why.contains(&served.name) && why.contains("do not end"),
         "{why}"

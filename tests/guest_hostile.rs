@@ -138,6 +138,51 @@ fn a_front_end_that_breaks_off_or_talks_nonsense_harms_only_itself() {
 }
 
 #[test]
+fn a_front_end_that_stalls_is_let_go_and_one_that_is_slow_is_not() {
+    let served = Served::new("stalls");
+    let features = message(1, &[]);
+    // Slow: a message in three pieces, and one whose body comes later.
+    let mut slow = UnixStream::connect(served.path()).unwrap();
+    let body = message(2, &LINUX.to_ne_bytes());
+    let mut pieces = [&features[..5], &features[5..8], &features[8..]].to_vec();
+    pieces.extend([&body[..12], &body[12..15], &body[15..], &features[..]]);
+    for piece in pieces {
+        slow.write_all(piece).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(30));
+    }
+    let mut answers = [0; 40];
+    slow.read_exact(&mut answers).unwrap();
+    assert_eq!(answers[..20], answers[20..]);
+    drop(slow);
+    served.disconnects(1);
+
+    // Stalled, within the header and within the body; and one that asks and never reads.
+    let ends_no_message = "has begun a message and does not end it";
+    let cases = [
+        (features[..7].to_vec(), ends_no_message),
+        (message(2, &[0; 8])[..15].to_vec(), ends_no_message),
+        (features.repeat(2000), "does not read what it is answered"),
+    ];
+    for (n, (bytes, reason)) in cases.into_iter().enumerate() {
+        let mut stream = UnixStream::connect(served.path()).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        // As much of it as there is room for.
+        assert!(stream.write(&bytes).unwrap() > 0);
+        served.disconnects(2 * n + 2);
+        served.was_logged(&["connection closed", reason, "let it go on"]);
+        // Ours, not its own end: it has not closed anything.
+        let mut vm = served.vm();
+        vm.negotiate();
+        drop((vm, stream));
+        served.disconnects(2 * n + 3);
+    }
+    let mut vm = served.vm();
+    vm.negotiate();
+    vm.start_like_qemu(LINUX, 0);
+    vm.works(28);
+}
+
+#[test]
 fn memory_that_is_not_shared_is_explained() {
     let served = Served::new("private");
     // Nothing shared at all.

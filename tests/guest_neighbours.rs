@@ -438,7 +438,17 @@ fn sockets_that_stall_half_way_through_a_message() {
         assert_eq!(inspected["health"], "healthy");
     }
     street.is_quiet("half messages");
-    // One that stalls for good (in the header: half a body is an error at once) does not keep the volume from being detached.
+    // One that stalls for good loses its connection, also while it holds it open: another machine works.
+    for cut in [7, whole.len() - 1] {
+        let mut stream = UnixStream::connect(&street.socket).unwrap();
+        stream.write_all(&whole[..cut]).unwrap();
+        street.machine().works(4);
+        drop(stream);
+    }
+    let said =
+        "default/evil: connection closed: its front-end has begun a message and does not end it";
+    assert_eq!(street.cluster.log(1).matches(said).count(), 2);
+    // Nor does it keep the volume from being detached meanwhile.
     let mut stream = UnixStream::connect(&street.socket).unwrap();
     stream.write_all(&whole[..7]).unwrap();
     street.cluster.wait_for(1, "evil", "is connected", |v| {

@@ -8,6 +8,7 @@ mod guest_driver;
 use std::fs::File;
 use std::io::{PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::mpsc::channel;
 
 use cluster_support::{Cluster, eventually};
@@ -22,6 +23,8 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};
 
+/// A request that no device knows. It is answered at once.
+const UNKNOWN: u32 = 99;
 const F_LOG_ALL: u64 = 1 << 26;
 const MORE: VhostUserProtocolFeatures = VhostUserProtocolFeatures::INFLIGHT_SHMFD
     .union(VhostUserProtocolFeatures::LOG_SHMFD)
@@ -30,6 +33,7 @@ const MORE: VhostUserProtocolFeatures = VhostUserProtocolFeatures::INFLIGHT_SHMF
 /// A volume with a replica, in its front-end's hands.
 struct World {
     cluster: Cluster,
+    socket: PathBuf,
     vm: Vm,
     region: Option<(VhostUserInflight, File)>,
     registry: Option<Connection>,
@@ -48,6 +52,16 @@ fn answers(vm: &mut Vm, count: usize) -> Vec<(u16, u8)> {
     got.into_iter().map(|head| (head, status(head))).collect()
 }
 
+/// Asks for an in-flight region, and gives it back as the device's.
+fn fresh_region(vm: &mut Vm) -> (VhostUserInflight, File) {
+    let asked = VhostUserInflight::new(0, 0, 2, 128);
+    let (info, file) = vm.frontend.get_inflight_fd(&asked).unwrap();
+    vm.frontend
+        .set_inflight_fd(&info, file.as_raw_fd())
+        .unwrap();
+    (info, file)
+}
+
 impl World {
     fn new(tracked: bool) -> World {
         let cluster = Cluster::start(2);
@@ -58,19 +72,13 @@ impl World {
         );
         let mut vm = Vm::connect(&socket);
         vm.negotiate_with(MORE);
-        let region = tracked.then(|| {
-            let asked = VhostUserInflight::new(0, 0, 2, 128);
-            let (info, file) = vm.frontend.get_inflight_fd(&asked).unwrap();
-            vm.frontend
-                .set_inflight_fd(&info, file.as_raw_fd())
-                .unwrap();
-            (info, file)
-        });
+        let region = tracked.then(|| fresh_region(&mut vm));
         vm.start_like_qemu(LINUX, 0);
         submit(&mut vm, (30, T_OUT, 0, 1));
         assert_eq!(answers(&mut vm, 1), [(30, 0)]);
         World {
             cluster,
+            socket,
             vm,
             region,
             registry: None,
@@ -151,24 +159,89 @@ fn requests_that_nobody_would_remember_fail_when_their_ring_stops() {
     assert_eq!(world.reads(8), 4);
 }
 
+/// How a machine leaves whose region stays behind.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Leaves {
+    /// Stopped, then migrated or saved (QEMU).
+    Stopped,
+    /// Migrated while it runs: what is written to its memory is logged.
+    Migrated,
+    /// Saved with the state of its device (cloud-hypervisor).
+    Saved,
+}
+
 #[test]
-fn requests_fail_when_a_machine_leaves_whose_region_stays() {
-    let mut world = World::new(true);
-    world.nothing_moves();
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let log: File = rustix::fs::memfd_create("log", flags).unwrap().into();
-    log.set_len(4096).unwrap();
-    rustix::fs::fcntl_add_seals(&log, SealFlags::SHRINK).unwrap();
-    let region = VhostUserDirtyLogRegion {
-        mmap_size: 4096,
-        mmap_offset: 0,
-        mmap_handle: log.as_raw_fd(),
-    };
-    world.vm.frontend.set_log_base(0, Some(region)).unwrap();
-    world.vm.frontend.set_features(LINUX | F_LOG_ALL).unwrap();
-    assert_eq!(world.stop(), 4);
-    assert_eq!(answers(&mut world.vm, 3), [(0, 1), (3, 1), (6, 1)]);
-    world.all_goes_on();
+fn requests_go_along_with_a_machine_whose_region_stays() {
+    for leaves in [Leaves::Stopped, Leaves::Migrated, Leaves::Saved] {
+        println!("{leaves:?}");
+        // Given three requests that wait, and a later one that was answered before them,
+        let mut world = World::new(true);
+        world.nothing_moves();
+        submit(&mut world.vm, (9, UNKNOWN, 0, 0));
+        assert_eq!(answers(&mut world.vm, 1), [(9, 2)]);
+        // when the machine leaves,
+        if leaves == Leaves::Migrated {
+            let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+            let log: File = rustix::fs::memfd_create("log", flags).unwrap().into();
+            log.set_len(4096).unwrap();
+            rustix::fs::fcntl_add_seals(&log, SealFlags::SHRINK).unwrap();
+            let region = VhostUserDirtyLogRegion {
+                mmap_size: 4096,
+                mmap_offset: 0,
+                mmap_handle: log.as_raw_fd(),
+            };
+            world.vm.frontend.set_log_base(0, Some(region)).unwrap();
+            world.vm.frontend.set_features(LINUX | F_LOG_ALL).unwrap();
+        }
+        assert_eq!(world.stop(), 5);
+        assert_eq!(world.vm.driver.completions(), [], "no error");
+        if leaves == Leaves::Saved {
+            let (mut reader, writer) = state(&world.vm, VhostTransferStateDirection::SAVE).unwrap();
+            drop(writer);
+            assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), 0);
+            world.vm.frontend.check_device_state().unwrap();
+        }
+        // and another front-end goes on with its memory, and with a region of its own,
+        let mem = std::sync::Arc::clone(&world.vm.driver.mem);
+        let old = world.vm;
+        drop(old.frontend);
+        let mut vm = Vm::with_memory(&world.socket, mem, 0);
+        vm.driver = old.driver;
+        vm.negotiate_with(MORE);
+        let region = fresh_region(&mut vm);
+        vm.start_like_qemu(LINUX, 5);
+        vm.settle();
+        world = World {
+            vm,
+            region: Some(region),
+            ..world
+        };
+        world.all_goes_on();
+        // then each of the three is answered there, once.
+        assert_eq!(answers(&mut world.vm, 3), [(0, 0), (3, 0), (6, 0)]);
+        assert_eq!((world.reads(8), world.reads(16)), (2, 3));
+        assert_eq!(world.vm.driver.completions(), []);
+    }
+}
+
+#[test]
+fn a_chain_that_cannot_be_answered_keeps_no_ring_from_stopping() {
+    for tracked in [true, false] {
+        let mut world = World::new(tracked);
+        let vm = &mut world.vm;
+        vm.driver.write(buffers(0), &header(T_OUT, 8));
+        vm.driver
+            .offer_chain(0, &[desc(buffers(0), 16 + 512, 0, 0)]);
+        vm.driver.kick.write(1).unwrap();
+        let cluster = &world.cluster;
+        eventually("the ring is given up", || {
+            let said = "queue 0 is broken and not read any more";
+            cluster.log(1).contains(said).then_some(())
+        });
+        // It was not taken, and nothing was waited for.
+        assert_eq!(world.stop(), 1);
+        assert!(!world.cluster.log(1).contains("requests unanswered"));
+    }
 }
 
 #[test]

@@ -5,20 +5,24 @@ mod cluster_support;
 mod guest_driver;
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use cluster_support::client::{Load, Plan};
 use cluster_support::oracle::Oracle;
 use cluster_support::qemu::{Qemu, cpus, programs};
 use cluster_support::{Cluster, binary, eventually};
 use guest_driver::tracked::*;
-use guest_driver::vm::{LINUX, Vm};
+use guest_driver::vm::{LINUX, Vm, message};
 use guest_driver::*;
 use serde_json::Value;
 use vhost::VhostBackend;
+use vhost::vhost_user::message::{VhostTransferStateDirection, VhostTransferStatePhase};
+use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 
 /// Times that the program is replaced under a load.
 const UPGRADES: usize = 10;
@@ -27,6 +31,8 @@ const GUEST_UPGRADES: usize = 5;
 /// What a copy's connection may be broken for before it is given up (replication/timing.rs), less what finding it takes: a node
 /// that needs longer to begin again, on a machine that is busy with other things, may lose copies.
 const SLOW_MS: u64 = 200;
+/// From the log line that says so to the moment at which the first front-ends are asked to stand still (node/upgrade.rs), and more.
+const BEGUN: Duration = Duration::from_millis(500);
 /// More descriptors than this a program does not have for what the one before left it.
 const SPARE_DESCRIPTORS: usize = 8;
 
@@ -386,6 +392,31 @@ fn a_front_end_that_tracks_nothing_is_taken_over_when_nothing_is_in_flight() {
     assert_eq!(fate(&view), [1, 0], "{view}");
     vm.works(2);
 
+    // also when it has a chain in its ring that cannot be answered: nobody waits for that;
+    vm.driver.write(vm.scratch, &header(T_OUT, 8));
+    let no_status = desc(vm.scratch, 16 + 512, 0, 0);
+    vm.driver.offer_chain(0, &[no_status]);
+    vm.driver.kick.write(1).unwrap();
+    eventually("the ring is given up", || {
+        let said = "queue 0 is broken and not read any more";
+        cluster.log(1).contains(said).then_some(())
+    });
+    put(&cluster, "old");
+    let view = upgrade(&cluster);
+    assert_eq!(fate(&view), [1, 0], "{view}");
+    // It is broken for the next program, too, until the guest resets its device.
+    eventually("the ring is given up again", || {
+        let said = "queue 0 is broken and not read any more";
+        (cluster.log(1).matches(said).count() == 2).then_some(())
+    });
+    vm.frontend.get_vring_base(0).unwrap();
+    vm.driver = Driver::new(Arc::clone(&vm.driver.mem), 0, 128);
+    vm.driver.start_at(0);
+    vm.start_like_qemu(LINUX, 0);
+    vm.works(3);
+    put(&cluster, "new");
+    upgrade(&cluster);
+
     // with a request that waits for a replica that is gone, the program stays;
     cluster.kill(2);
     let data = [7; 4096];
@@ -411,6 +442,127 @@ fn a_front_end_that_tracks_nothing_is_taken_over_when_nothing_is_in_flight() {
     let view = upgrade(&cluster);
     assert_eq!(view["taken_over"], 1, "{view}");
     assert_eq!(vm.io(T_IN, 8, &[0; 4096]), (0, data.to_vec()));
+}
+
+#[test]
+fn front_ends_that_stall_hold_up_no_upgrade() {
+    // Given three volumes: one under load, one whose front-end has said half a message, one whose front-end sends a device
+    // state and does not end it,
+    let mut cluster = cluster(1);
+    let serve = |name: &str| {
+        let create = "--size 16MiB --replicas 0 --master n1";
+        cluster.serve(name, create, "--node n1 --num-queues 2")
+    };
+    let [loaded, half, state] = ["loaded", "half", "state"].map(serve);
+    let load = Load::start(&loaded, Plan::small(), Oracle::new(16 << 20));
+    let mut stalls = UnixStream::connect(&half).unwrap();
+    let asks = message(1, &[]);
+    stalls.write_all(&asks[..7]).unwrap();
+    let mut vm = Vm::connect(&state);
+    vm.negotiate_with(VhostUserProtocolFeatures::DEVICE_STATE);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let (direction, phase) = (
+        VhostTransferStateDirection::LOAD,
+        VhostTransferStatePhase::STOPPED,
+    );
+    vm.frontend
+        .set_device_state_fd(direction, phase, reader.into())
+        .unwrap();
+    cluster.wait_for(1, "half", "is connected", |v| {
+        v["attachment"]["connected"] == true
+    });
+
+    // when the program is replaced, then all keep their connections, and are understood to the end.
+    put(&cluster, "new");
+    let view = upgrade(&cluster);
+    assert_eq!(fate(&view), [3, 0], "{view}");
+    load.goes_on();
+    stalls.write_all(&asks[7..]).unwrap();
+    stalls.read_exact(&mut [0; 20]).unwrap();
+    drop(writer);
+    vm.frontend.check_device_state().unwrap();
+    vm.start_like_qemu(LINUX, 0);
+    vm.works(1);
+    assert_eq!(load.finish().failed, 0);
+    // A stalled one that nobody waits for is let go.
+    stalls.write_all(&asks[..7]).unwrap();
+    eventually("it is let go", || {
+        let said = "default/half: connection closed: its front-end has begun a message";
+        cluster.log(1).contains(said).then_some(())
+    });
+    assert!(cluster.is_alive(1));
+}
+
+#[test]
+fn a_front_end_that_stops_a_ring_in_vain_is_let_go_and_the_others_are_not() {
+    // Given two volumes whose replicas are on different nodes; one with requests that wait for a node that is gone, the other
+    // one without an in-flight region,
+    let mut cluster = cluster(3);
+    let create = "--size 16MiB --replicas 1 --master n1 --failure-mode hard --suspend-deadline 10m";
+    let serve = |cluster: &Cluster, name: &str, not: &str| {
+        cluster.ok(1, &format!("node cordon {not}"));
+        let socket = cluster.serve(name, create, "--node n1 --num-queues 2");
+        cluster.ok(1, &format!("node uncordon {not}"));
+        socket
+    };
+    let stops = serve(&cluster, "stops", "n3");
+    let waits = serve(&cluster, "waits", "n2");
+    let mut vm = Vm::connect(&stops);
+    let mut region = None;
+    start(&mut vm, &mut region, 0, false);
+    let mut other = Vm::connect(&waits);
+    other.negotiate();
+    other.start_like_qemu(LINUX, 0);
+    other.works(1);
+    cluster.kill(2);
+    let wish = (9, T_OUT, 0, 0xa1);
+    submit(&mut vm, wish);
+    eventually("it is in flight", || {
+        (region.as_ref().unwrap().in_flight() == 1).then_some(())
+    });
+
+    // when the program is to be replaced, and waits for a request of the latter,
+    let replica = rustix::process::Pid::from_raw(cluster.pid(3) as i32).unwrap();
+    cluster.freeze(3);
+    let (_, status) = other.submit(T_OUT, 8, &[7; 4096]);
+    put(&cluster, "new");
+    let driver = std::thread::scope(|scope| {
+        let upgraded = scope.spawn(|| upgrade(&cluster));
+        eventually("it has begun", || {
+            let said = "is to replace this program";
+            cluster.log(1).contains(said).then_some(())
+        });
+        std::thread::sleep(BEGUN);
+        // while the former begins to stop its ring, for which its front-end waits for seconds,
+        let stopped = scope.spawn(move || (vm.frontend.get_vring_base(0).is_ok(), vm.driver));
+        std::thread::sleep(BEGUN);
+        rustix::process::kill_process(replica, rustix::process::Signal::CONT).unwrap();
+        // then its connection is closed,
+        let view = upgraded.join().unwrap();
+        assert_eq!(fate(&view), [1, 1], "{view}");
+        let (answered, driver) = stopped.join().unwrap();
+        assert!(!answered);
+        driver
+    });
+    assert!(
+        cluster
+            .log(1)
+            .contains("its connection is closed, so that the program can be replaced")
+    );
+    // the other one is kept, with its request answered once,
+    eventually("it is answered", || {
+        (other.driver.completions().len() == 1).then_some(())
+    });
+    assert_eq!(other.driver.read(status, 1), [0]);
+    other.driver.set_used_event(other.driver.used_idx());
+    other.works(2);
+    // and what was in flight comes along when the first connects again.
+    let mut again = Vm::with_memory(&stops, Arc::clone(&driver.mem), 0);
+    again.driver = driver;
+    let base = again.driver.used_idx();
+    start(&mut again, &mut region, base, false);
+    cluster.start_node(2);
+    answered(&mut again, &[wish]);
 }
 
 #[test]

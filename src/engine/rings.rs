@@ -137,30 +137,18 @@ impl Queue {
 
     /// The ring stops in spite of requests that do not end. What becomes of them:
     ///
-    /// * Tracked, and the front-end stays (a machine that is paused, or shut down): they are left where they are, in the
-    ///   in-flight region. When the ring goes on they are submitted again, and the guest has seen a pause. An error would
-    ///   make of a replica's silence, which the suspend deadline allows for, a file system that is read-only.
-    /// * Tracked, while the machine is migrated (its writes are logged): no front-end takes the region along, so that nobody
-    ///   would answer them at the machine's new place, and its driver does not give up waiting. They fail: a bad answer is
-    ///   better than none.
-    /// * Not tracked: nobody remembers them. They fail, too.
+    /// * Tracked: they are left where they are, in the in-flight region. When the ring goes on they are submitted again, and the
+    ///   guest has seen a pause. An error would make of a replica's silence, which the suspend deadline allows for, a file
+    ///   system that is read-only. A machine that leaves without its region takes them along in its ring ([`Ring::stop`]).
+    /// * Not tracked: nobody remembers them. They fail: a bad answer is better than none, for which a driver waits for ever.
     ///
     /// A write that failed may still be carried out; the guest knows nothing of such a sector until it writes it again, and
     /// that write is ordered behind this one. But while the kernel works with a request's memory (this node's disk hangs),
     /// the guest must not get that back: such a request stays unanswered.
-    fn give_up(
-        &mut self,
-        parts: &InFlight<Part>,
-        waiting: &[Rc<GuestRequest>],
-        limits: &Limits,
-    ) -> usize {
-        let migrated = self.log.as_ref().is_some_and(|log| log.all);
-        let Some(slot) = self.slot.as_mut() else {
+    fn give_up(&mut self, parts: &InFlight<Part>, waiting: &[Rc<GuestRequest>]) -> usize {
+        let Some(slot) = self.slot.as_mut().filter(|s| !s.ring.is_tracked()) else {
             return 0;
         };
-        if slot.ring.is_tracked() && !migrated {
-            return 0;
-        }
         let (ring, life) = (slot.ring.index(), slot.life);
         let given_up =
             |guest: &GuestRequest| (guest.ring, guest.life) == (ring, life) && !guest.is_pinned();
@@ -180,17 +168,6 @@ impl Queue {
                 slot.ring.push_used(used);
                 failed += 1;
             }
-        }
-        // What an earlier process had taken and nobody took again: it counts as taken, too. Not beside orphans, which may
-        // be the same requests, with a disk at their memory.
-        while self.orphans == 0 && slot.ring.to_resubmit() > 0 {
-            let used = match slot.ring.next_request(limits) {
-                Ok(Some(Parsed::Request(request))) => request.finish(Status::IoErr),
-                Ok(Some(Parsed::Refused(refused))) => refused.used,
-                Ok(None) | Err(_) => break,
-            };
-            slot.ring.push_used(used);
-            failed += 1;
         }
         slot.ring.publish_and_notify();
         failed
@@ -797,7 +774,7 @@ impl Rings {
             if left > 0 {
                 let long = self.long.iter().map(|long| &long.guest);
                 let waiting: Vec<_> = long.chain(self.zeroes.guests()).cloned().collect();
-                let failed = queue.give_up(&self.parts, &waiting, &self.limits);
+                let failed = queue.give_up(&self.parts, &waiting);
                 log::error!(
                     "volume {}: queue {at} stopped with {left} requests unanswered, of which {failed} were failed now",
                     self.name
@@ -806,9 +783,10 @@ impl Rings {
             if let Some(stops) = &mut self.stops {
                 stops.latest = now;
             }
-            if let Some(slot) = queue.end() {
+            if let Some(mut slot) = queue.end() {
+                let base = slot.ring.stop();
                 if let Some((reply, _)) = slot.stopping {
-                    let _ = reply.try_send(Ok(slot.ring.next_avail()));
+                    let _ = reply.try_send(Ok(base));
                 }
                 out.push((at as u16, slot.ring));
             }

@@ -31,6 +31,9 @@
 //! is read on from there, whatever SET_VRING_BASE says: QEMU knows only the used index, cloud-hypervisor only the
 //! available one.
 //!
+//! A machine that is migrated, or saved, leaves without its region. Then the available ring itself says what is not answered:
+//! see [`Ring::stop`](super::Ring::stop).
+//!
 //! The order of the stores is the program's: each is a release store, so that neither the compiler nor the processor
 //! lets one overtake another.
 
@@ -514,6 +517,22 @@ impl Tracker {
         part.put_u64(part.entry(head, ENTRY_COUNTER), self.counter);
         self.counter = self.counter.wrapping_add(1);
         part.put_u8(part.entry(head, ENTRY_INFLIGHT), 1);
+    }
+
+    /// The chain that was taken last was not, after all.
+    pub(super) fn not_taken(&mut self, head: u16) {
+        let part = self.part;
+        part.put_u8(part.entry(head, ENTRY_INFLIGHT), 0);
+    }
+
+    /// Heads of the chains that were taken and not answered, the oldest first.
+    pub(super) fn in_flight(&self) -> Vec<u16> {
+        let part = self.part;
+        let counter = |head: &u16| part.u64(part.entry(*head, ENTRY_COUNTER));
+        let in_flight = |head: &u16| part.u8(part.entry(*head, ENTRY_INFLIGHT)) != 0;
+        let mut heads: Vec<u16> = (0..part.entries).filter(in_flight).collect();
+        heads.sort_by_key(counter);
+        heads
     }
 
     /// A chain's answer is in the used ring, beyond the used index.

@@ -66,7 +66,7 @@ pub use request::{
     SECTOR_SIZE, Segment, Status,
 };
 pub use ring::{MAX_RING_SIZE, Ring, RingError};
-pub use server::{Bound, Parking, Server, Stand, Who};
+pub use server::{Bound, Moves, Parking, Server, Stand, Who};
 pub use socket::ServeError;
 
 /// Guest memory as the front-end shared it. Its own dirty bitmap is not in use: see `dirty`.

@@ -358,6 +358,36 @@ impl Ring {
         (USED_RING + 2) as u64 + USED_ENTRY as u64 * u64::from(size)
     }
 
+    /// Ends it, and says where it stopped (GET_VRING_BASE): the index of the next available entry that was not taken.
+    ///
+    /// What was taken and is not answered is in the in-flight region, which stays with the front-end. When the machine leaves
+    /// without it, as it does in a migration and in a snapshot, the next place begins at the used index (a fresh region), and
+    /// finds there in the available ring as many entries as are unanswered, but not the same ones if answers were given out of
+    /// order: some requests would be lost, others answered twice. So their heads are put there, in the order in which they
+    /// were taken. That ring is the driver's; but no driver reads it, and it may write none of these entries before the used
+    /// index has passed them.
+    pub fn stop(&mut self) -> u16 {
+        let left = self.next_avail.wrapping_sub(self.published);
+        let heads = match &self.tracker {
+            Some(tracker) if left > 0 => tracker.in_flight(),
+            _ => return self.next_avail,
+        };
+        // A front-end that writes into the region can have more or others in it.
+        let size = self.size();
+        if heads.len() == usize::from(left) && heads.iter().all(|head| *head < size) {
+            for (index, head) in (0..left).zip(heads) {
+                let slot = usize::from(self.published.wrapping_add(index) & (size - 1));
+                let offset = AVAIL_RING + slot * AVAIL_ENTRY;
+                self.avail_u16(offset)
+                    .store(head.to_le(), Ordering::Release);
+                if let Some(log) = &self.log {
+                    log.log.mark(self.layout.avail.0 + offset as u64, 2);
+                }
+            }
+        }
+        self.next_avail
+    }
+
     /// Which queue of the device this is.
     pub fn index(&self) -> u16 {
         self.index
@@ -368,7 +398,7 @@ impl Ring {
         self.layout.size
     }
 
-    /// Index of the next available entry that will be taken: the answer to GET_VRING_BASE.
+    /// Index of the next available entry that will be taken.
     pub fn next_avail(&self) -> u16 {
         self.next_avail
     }
@@ -437,14 +467,31 @@ impl Ring {
     ///
     /// As [`pop`](Ring::pop), and when a chain has no place for an answer.
     pub fn next_request(&mut self, limits: &Limits) -> Result<Option<Parsed>, RingError> {
+        let before = self.next_avail;
         let Some(chain) = self.pop()? else {
             return Ok(None);
         };
+        let head = chain.head;
         match Request::parse(chain, limits) {
             Ok(parsed) => Ok(Some(parsed)),
             Err(error) => {
                 self.broken = true;
+                self.take_back(head, before);
                 Err(error)
+            }
+        }
+    }
+
+    /// A chain that cannot be answered is not taken, so that nobody waits for it: not whoever stops the ring, nor whoever hands
+    /// it over. The ring stands `before` it, or, if an earlier process had taken it, leaves it in the region.
+    #[cold]
+    fn take_back(&mut self, head: u16, before: u16) {
+        self.in_flight_count -= 1;
+        if self.next_avail != before {
+            self.next_avail = before;
+            self.in_flight[usize::from(head / 64)] &= !(1 << (head % 64));
+            if let Some(tracker) = &mut self.tracker {
+                tracker.not_taken(head);
             }
         }
     }
@@ -749,7 +796,7 @@ impl Ring {
     fn avail_u16(&self, offset: usize) -> &AtomicU16 {
         debug_assert!(offset <= AVAIL_RING + usize::from(self.size()) * AVAIL_ENTRY);
         // SAFETY: the ring was resolved up to and including the event index, 2-aligned, and stays mapped while
-        // `self.parts` does; all accesses to these fields are atomic. Nothing is stored through this one.
+        // `self.parts` does; all accesses to these fields are atomic. Only `stop` stores through this one.
         unsafe { AtomicU16::from_ptr(self.parts.avail.add(offset).cast_mut().cast()) }
     }
 

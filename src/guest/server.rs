@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,6 +30,15 @@ use super::table::SHARE_HINT;
 /// Pause after a failed accept, in milliseconds: it fails when descriptors run out, and would fail again at once.
 const ACCEPT_RETRY_MS: libc::c_int = 1000;
 const FOR_EVER: libc::c_int = -1;
+/// How long a front-end may take from the first byte of a message to its last, or to read what it was answered: while one is
+/// connected no other can use the volume. As long as a ring that stops may take; one that works needs no millisecond.
+const MESSAGE_MAX: Duration = Duration::from_secs(5);
+/// Between two looks at a message that has begun, in milliseconds: it is readable all the time.
+const LOOK_AGAIN_MS: libc::c_int = 10;
+/// Bytes of a message's header: request, flags, size of the body.
+const HEADER: usize = 12;
+/// Larger bodies the message layer refuses unread.
+const BODY_MAX: u32 = 4096;
 
 /// A volume that is being served. Dropping it stops.
 #[derive(Debug)]
@@ -70,17 +79,26 @@ impl Parking {
     ///
     /// # Errors
     ///
-    /// A sentence for people: it cannot be handed over now. It goes on when it is told to [resume](Server::resume).
-    pub fn wait(self, deadline: Instant) -> Result<Stand, String> {
+    /// [`Moves`]: it goes on when it is told to [resume](Server::resume).
+    pub fn wait(self, deadline: Instant) -> Result<Stand, Moves> {
         let left = deadline.saturating_duration_since(Instant::now());
-        let answer = self.answer.recv_timeout(left).unwrap_or_else(|_| {
-            Err(
-                "its front-end is in the middle of a message, or of stopping a ring; try again"
-                    .into(),
-            )
-        });
-        answer.map_err(|why| format!("volume {}: {why}", self.volume))
+        match self.answer.recv_timeout(left) {
+            Ok(Ok(stand)) => Ok(stand),
+            Ok(Err(why)) => Err(Moves::Cannot(format!("volume {}: {why}", self.volume))),
+            Err(_) => Err(Moves::Late),
+        }
     }
+}
+
+/// Why a server does not stand still.
+#[derive(Debug, thiserror::Error)]
+pub enum Moves {
+    /// It was asked and cannot: a sentence for people.
+    #[error("{0}")]
+    Cannot(String),
+    /// Something that its front-end wants of it takes its time.
+    #[error("its front-end is stopping a ring whose requests do not end")]
+    Late,
 }
 
 /// What the control thread is asked between two messages.
@@ -245,6 +263,13 @@ impl Server {
         }
     }
 
+    /// Closes the connection, as if its front-end had hung up. Whatever is being done for it ends first.
+    pub fn hang_up(&self) {
+        if let Some(stream) = self.shared.current().as_ref() {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
     /// The program stays as it is: the connection goes on.
     pub fn resume(&self) {
         self.order(Order::Resume);
@@ -266,9 +291,7 @@ impl Server {
         self.shared.stopping.store(true, Ordering::SeqCst);
         // It may stand still. (An eventfd refuses only when its counter is full, and then the thread is awake.)
         self.order(Order::Resume);
-        if let Some(stream) = self.shared.current().as_ref() {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
+        self.hang_up();
         if thread.join().is_err() {
             log::error!(
                 "volume {}: the vhost-user thread panicked",
@@ -345,6 +368,24 @@ enum End {
     Io(io::Error),
     /// It could not be taken over from the process before.
     NotTaken(String),
+    /// Nothing came for [`MESSAGE_MAX`], though something must.
+    Stalled(Stall),
+}
+
+/// What a front-end does not do.
+#[derive(Debug, Clone, Copy)]
+enum Stall {
+    EndMessage,
+    ReadAnswers,
+}
+
+impl fmt::Display for Stall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Stall::EndMessage => "has begun a message and does not end it",
+            Stall::ReadAnswers => "does not read what it is answered",
+        })
+    }
 }
 
 impl Shared {
@@ -377,12 +418,13 @@ impl Shared {
             match listener.accept() {
                 Ok((stream, _)) => self.connection(door, stream, None, plane.as_mut()),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    wait(&[self.wake.as_raw_fd(), listener.as_raw_fd()], FOR_EVER);
+                    let both = [self.wake.as_raw_fd(), listener.as_raw_fd()];
+                    poll(both.map(|fd| (fd, libc::POLLIN)), FOR_EVER);
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
                     log::warn!("volume {volume}: cannot accept a front-end, will try again: {e}");
-                    wait(&[self.wake.as_raw_fd()], ACCEPT_RETRY_MS);
+                    poll([(self.wake.as_raw_fd(), libc::POLLIN)], ACCEPT_RETRY_MS);
                 }
             }
         }
@@ -410,6 +452,8 @@ impl Shared {
         let volume = &self.device.config.volume;
         let handle = match stream
             .set_nonblocking(false)
+            // Messages are taken in when they are whole, as far as that can be seen (`progress`).
+            .and_then(|()| stream.set_read_timeout(Some(MESSAGE_MAX)))
             .and_then(|()| stream.try_clone())
         {
             Ok(handle) => handle,
@@ -478,18 +522,18 @@ impl Shared {
         handler: &mut BackendReqHandler<Mutex<Session<'a>>>,
         session: &Mutex<Session<'a>>,
     ) -> End {
+        let mut begun = None;
         loop {
             if self.device.capacity.take_change() {
                 lock(session).capacity_changed();
             }
             self.obey(door, handler, session);
-            if !self.is_ready(handler) {
-                if self.stopping() {
-                    return End::HungUp;
-                }
-                continue;
-            }
-            if let Err(end) = self.message(handler, session) {
+            let done = match self.is_ready(handler, &mut begun) {
+                Ok(true) => self.message(handler, session),
+                Ok(false) if self.stopping() => Err(End::HungUp),
+                waits => waits.map(|_| ()),
+            };
+            if let Err(end) = done {
                 return end;
             }
         }
@@ -555,11 +599,38 @@ impl Shared {
         Ok(())
     }
 
-    /// Waits until the front-end has said something (also: hung up), or nobody knows; whether it has.
-    fn is_ready(&self, handler: &impl AsRawFd) -> bool {
+    /// Waits until the front-end has said something whole (also: hung up) and its answer can be written, or something else is
+    /// to be done; whether it has. Since `begun` it has said a part of something: until all of it is here nothing is taken from
+    /// the socket, so that the connection can stand still, and be handed over, as between two messages.
+    fn is_ready(&self, handler: &impl AsRawFd, begun: &mut Option<Instant>) -> Result<bool, End> {
+        let (events, timeout) = match begun {
+            None => (libc::POLLIN | libc::POLLRDHUP, FOR_EVER),
+            Some(_) => (libc::POLLRDHUP, LOOK_AGAIN_MS),
+        };
         let (capacity, wake) = (self.device.capacity.event(), self.wake.as_raw_fd());
-        let ready = wait(&[handler.as_raw_fd(), capacity, wake], FOR_EVER);
-        ready.first() == Some(&true)
+        let others = [capacity, wake].map(|fd| (fd, libc::POLLIN));
+        let heard = poll(
+            [(handler.as_raw_fd(), events), others[0], others[1]],
+            timeout,
+        )[0];
+        if heard == 0 && begun.is_none() {
+            return Ok(false);
+        }
+        // SAFETY: the descriptor belongs to `handler`, which lives on, and the borrow ends with the statement.
+        let lacks = lacks(
+            unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) },
+            heard,
+        );
+        match lacks.map_err(End::Io)? {
+            None => {
+                *begun = None;
+                Ok(true)
+            }
+            Some(stall) if begun.get_or_insert_with(Instant::now).elapsed() >= MESSAGE_MAX => {
+                Err(End::Stalled(stall))
+            }
+            Some(_) => Ok(false),
+        }
     }
 
     fn log_end(&self, end: &End) {
@@ -574,6 +645,8 @@ impl Shared {
             End::NotTaken(why) => log::error!(
                 "volume {volume}: the front-end of the process before cannot be served on: {why}; its connection is closed, so that it connects again"
             ),
+            End::Stalled(stall) => stalled(volume, *stall),
+            End::Failed(_, Error::SocketRetry(_)) => stalled(volume, Stall::EndMessage),
             End::Failed(_, Error::Disconnected | Error::PartialMessage) => {
                 log::warn!(
                     "volume {volume}: the front-end disconnected in the middle of a message"
@@ -602,6 +675,69 @@ impl fmt::Display for End {
             End::Failed(_, e) => e.fmt(f),
             End::Io(e) => e.fmt(f),
             End::NotTaken(why) => f.write_str(why),
+            End::Stalled(stall) => write!(f, "it {stall}"),
+        }
+    }
+}
+
+fn stalled(volume: &str, stall: Stall) {
+    log::warn!(
+        "volume {volume}: connection closed: its front-end {stall}, for {} s now, and nobody else can use the volume meanwhile; \
+         it may connect again: let it go on if it was stopped, and restart it if it hangs",
+        MESSAGE_MAX.as_secs()
+    );
+}
+
+/// What is missing for a message to be taken in and answered without waiting for its front-end; `heard` is what the last poll
+/// said of the socket.
+fn lacks(socket: BorrowedFd<'_>, heard: libc::c_short) -> io::Result<Option<Stall>> {
+    if heard & (libc::POLLHUP | libc::POLLERR) != 0 {
+        // Nothing waits for anybody any more.
+        return Ok(None);
+    }
+    // A quarter of the socket's buffer is free then, many times the longest answer.
+    if poll([(socket.as_raw_fd(), libc::POLLOUT)], 0)[0] & libc::POLLOUT == 0 {
+        return Ok(Some(Stall::ReadAnswers));
+    }
+    if heard & libc::POLLRDHUP != 0 {
+        // There will be no more of it.
+        return Ok(None);
+    }
+    let here = rustix::io::ioctl_fionread(socket)? as usize;
+    let mut header = [0; HEADER];
+    let is_whole = match peek(socket, &mut header)? {
+        0 => true,
+        HEADER => {
+            let [.., a, b, c, d] = header;
+            let body = u32::from_ne_bytes([a, b, c, d]);
+            body > BODY_MAX || here >= HEADER + body as usize
+        }
+        // A look does not go beyond descriptors, which came with less than the header. What follows is not seen, and waited for
+        // as long as the socket does.
+        _ => here >= HEADER,
+    };
+    Ok((!is_whole).then_some(Stall::EndMessage))
+}
+
+/// Looks at the first bytes in a socket without taking them, or the descriptors that came along. None: it has hung up.
+fn peek(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
+    loop {
+        // SAFETY: the buffer is writable for its length.
+        let n = unsafe {
+            libc::recv(
+                socket.as_raw_fd(),
+                bytes.as_mut_ptr().cast(),
+                bytes.len(),
+                libc::MSG_PEEK,
+            )
+        };
+        match n {
+            0.. => return Ok(n as usize),
+            _ => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => {}
+                e if e.kind() == io::ErrorKind::ConnectionReset => return Ok(0),
+                e => return Err(e),
+            },
         }
     }
 }
@@ -616,29 +752,11 @@ enum Next {
 /// a front-end that went away between two messages from one that broke off.
 fn next_request(socket: BorrowedFd<'_>) -> io::Result<Next> {
     let mut code = [0u8; 4];
-    loop {
-        // SAFETY: the buffer is writable for its length. Peeking leaves attached descriptors where they are.
-        let n = unsafe {
-            libc::recv(
-                socket.as_raw_fd(),
-                code.as_mut_ptr().cast(),
-                code.len(),
-                libc::MSG_PEEK,
-            )
-        };
-        return match n {
-            0 => Ok(Next::HungUp),
-            4 => Ok(Next::Message(
-                FrontendReq::try_from(u32::from_ne_bytes(code)).ok(),
-            )),
-            1.. => Ok(Next::Message(None)),
-            _ => match io::Error::last_os_error() {
-                e if e.kind() == io::ErrorKind::Interrupted => continue,
-                e if e.kind() == io::ErrorKind::ConnectionReset => Ok(Next::HungUp),
-                e => Err(e),
-            },
-        };
-    }
+    Ok(match peek(socket, &mut code)? {
+        0 => Next::HungUp,
+        4 => Next::Message(FrontendReq::try_from(u32::from_ne_bytes(code)).ok()),
+        _ => Next::Message(None),
+    })
 }
 
 /// A panic in a handler has ended the thread, and whoever locks with it.
@@ -646,18 +764,18 @@ fn lock<'a, 'b>(session: &'a Mutex<Session<'b>>) -> MutexGuard<'a, Session<'b>> 
     session.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits until one of the descriptors is readable or the time is up; which are. Errors end the wait, as they end a poll that
-/// was interrupted: the caller looks again.
-fn wait(fds: &[i32], timeout_ms: libc::c_int) -> Vec<bool> {
-    let mut fds: Vec<libc::pollfd> = fds
-        .iter()
-        .map(|&fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        })
-        .collect();
+/// Waits until something is to be said of the descriptors, beside what is asked for each, or the time is up. Errors end the
+/// wait, as they end one that was interrupted: the caller looks again.
+fn poll<const N: usize>(
+    fds: [(RawFd, libc::c_short); N],
+    timeout_ms: libc::c_int,
+) -> [libc::c_short; N] {
+    let mut fds = fds.map(|(fd, events)| libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    });
     // SAFETY: the array is valid for its length, and the descriptors are open.
-    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms) };
-    fds.iter().map(|fd| fd.revents != 0).collect()
+    unsafe { libc::poll(fds.as_mut_ptr(), N as libc::nfds_t, timeout_ms) };
+    fds.map(|fd| fd.revents)
 }

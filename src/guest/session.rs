@@ -15,8 +15,9 @@ use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     FrontendReq as Req, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfig,
     VhostUserConfigFlags, VhostUserInflight, VhostUserLog, VhostUserMemory, VhostUserMemoryRegion,
-    VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserU64,
-    VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
+    VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion,
+    VhostUserTransferDeviceState, VhostUserU64, VhostUserVringAddr, VhostUserVringAddrFlags,
+    VhostUserVringState,
 };
 use vhost::vhost_user::{
     Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
@@ -351,9 +352,6 @@ impl<'a> Session<'a> {
     ///
     /// A sentence for people. The connection goes on as before.
     pub(super) fn pack(&mut self, patience: Duration) -> std::result::Result<Vec<Message>, String> {
-        if self.incoming.is_some() {
-            return Err("its front-end is loading a device state; try again".into());
-        }
         let parked = self.plane.park(patience)?;
         let described = self.describe(parked).map_err(|e| e.to_string());
         if described.is_err() {
@@ -405,6 +403,15 @@ impl<'a> Session<'a> {
         if let Some(channel) = &self.channel {
             let channel = channel.duplicate()?;
             all.push(Message::bare(Req::SET_BACKEND_REQ_FD).with(channel));
+        }
+        if let Some(incoming) = &self.incoming {
+            // Before any ring runs: then there would be no state to load.
+            let state = VhostUserTransferDeviceState::new(
+                VhostTransferStateDirection::LOAD,
+                VhostTransferStatePhase::STOPPED,
+            );
+            let message = Message::new(Req::SET_DEVICE_STATE_FD, &state);
+            all.push(message.with(incoming.describe()?));
         }
         let mut parked: HashMap<u16, ParkedRing> =
             parked.into_iter().map(|ring| (ring.index, ring)).collect();

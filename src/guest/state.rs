@@ -4,8 +4,9 @@
 //! the rest. So what is saved is empty, and what is restored must be: anything else is the state of another device.
 
 use std::fs::File;
+use std::io;
 use std::io::Read;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// How long a front-end may take to end a state that it has sent. It has when it asks whether that went well; QEMU and
 /// cloud-hypervisor hold their machine still meanwhile.
@@ -18,6 +19,15 @@ pub(super) struct Incoming(File);
 impl Incoming {
     pub(super) fn new(channel: File) -> Incoming {
         Incoming(channel)
+    }
+
+    /// Where it comes from, once more: whoever takes the connection over waits for the rest.
+    ///
+    /// # Errors
+    ///
+    /// The process has no descriptors left.
+    pub(super) fn describe(&self) -> io::Result<OwnedFd> {
+        self.0.as_fd().try_clone_to_owned()
     }
 
     /// Whether it was sent, and is ours.

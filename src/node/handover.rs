@@ -78,6 +78,9 @@ struct Served {
     listener: RawFd,
     inode: RawFd,
     session: Option<Session>,
+    /// Its connection was closed, so that it could stand still.
+    #[serde(default)]
+    lost: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -120,6 +123,8 @@ pub(super) struct Standing {
     pub(super) volume: VolumeId,
     pub(super) socket: PathBuf,
     pub(super) handed: Handed,
+    /// It had a connection, which was closed.
+    pub(super) lost: bool,
 }
 
 /// Writes the file, and sees to it that all it names, and itself, outlives the change of the program; nothing else does.
@@ -158,6 +163,7 @@ pub(super) fn leave(
                     })
                     .collect(),
             }),
+            lost: standing.lost,
         }
     };
     let volumes = volumes.iter().map(serve).collect();
@@ -244,6 +250,9 @@ impl Inherited {
         let tally = Tally::default();
         let mut volumes = HashMap::new();
         for served in state.volumes {
+            if served.lost {
+                drop(tally.receipt());
+            }
             let session = match served.session {
                 None => None,
                 Some(Session { stream, messages }) => Some(Packed {

@@ -6,7 +6,8 @@
 //!    starts needs; and that the disk does, which the system waits for.
 //! 2. *Standing still*: first the front-ends that keep no in-flight region, until nothing of theirs is in flight; if that does
 //!    not come about everything goes on and the upgrade is refused. Then the others, for a moment only: what is in flight then
-//!    is submitted again, as after the death of a process (PROTOCOL 5).
+//!    is submitted again, as after the death of a process (PROTOCOL 5). One front-end that does not let its server stand still
+//!    holds nobody up: its connection is closed, and it connects again to the new program.
 //! 3. *Replaced*: the new program takes the volumes over as one that was started after a crash, with a claim and a
 //!    reconciliation, and their front-ends by their own sockets. If the program cannot be run, everything goes on here.
 //!
@@ -25,7 +26,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::handover::{self, Inherited, Names, Standing};
-use super::{NodeHost, lock};
+use super::{NodeHost, ServedFront, lock};
 use crate::cluster::config::NodeConfig;
 use crate::cluster::events::{EventLog, What};
 use crate::cluster::fault::Fault;
@@ -34,7 +35,7 @@ use crate::cluster::join::{Doors, Membership};
 use crate::cluster::store::Store;
 use crate::copy::NodeDir;
 use crate::engine::{exec, now};
-use crate::guest::{Handed, Stand, Tally, Who};
+use crate::guest::{Handed, Moves, Stand, Tally, Who};
 use crate::replication::ids::{Instance, Nanos, NodeName, VolumeId};
 
 /// How long requests in flight are waited for while all front-ends stand still. A healthy volume answers within this;
@@ -42,7 +43,7 @@ use crate::replication::ids::{Instance, Nanos, NodeName, VolumeId};
 const DRAIN: Duration = Duration::from_millis(100);
 /// The same for front-ends without an in-flight region, while the others go on: as long as a front-end waits that stops a ring.
 const DRAIN_UNTRACKED: Duration = Duration::from_secs(5);
-/// Beyond the drain: a worker's tick, and a front-end in the middle of a message.
+/// Beyond the drain: a worker's tick, and what a front-end asked just before.
 const GRACE: Duration = Duration::from_secs(1);
 /// A disk that is at one request for so long hangs, and the system would wait for it with every volume of the node.
 const DISK_HANGS: Nanos = Nanos::from_ms(1_000);
@@ -342,36 +343,12 @@ impl NodeHost {
     /// Replaces the program. Returns only if it could not: then everything goes on.
     pub(super) fn replace(&self, told_to_end: impl FnOnce() -> bool) {
         let served = lock(&self.served);
-        let fronts: Vec<_> = served
+        let fronts: Fronts = served
             .iter()
             .filter_map(|(volume, served)| Some((*volume, served.front.as_ref()?)))
             .collect();
         let replaced = || -> Result<(), String> {
-            let mut stood_still = now();
-            let mut standing = Vec::new();
-            let mut ask = |who, drain| -> Result<(), String> {
-                if who == Who::All {
-                    stood_still = now();
-                }
-                let had: Vec<VolumeId> = standing.iter().map(|s: &Standing| s.volume).collect();
-                let left = fronts.iter().filter(|(volume, _)| !had.contains(volume));
-                let asked: Vec<_> = left
-                    .map(|(volume, front)| (*volume, front, front.server.park(who, drain)))
-                    .collect();
-                let deadline = Instant::now() + drain + GRACE;
-                for (volume, front, parking) in asked {
-                    if let Stand::Still(handed) = parking.wait(deadline)? {
-                        standing.push(Standing {
-                            volume,
-                            socket: front.socket.clone(),
-                            handed,
-                        });
-                    }
-                }
-                Ok(())
-            };
-            ask(Who::Untracked, DRAIN_UNTRACKED)?;
-            ask(Who::All, DRAIN)?;
+            let (standing, stood_still) = stand_still(&fronts)?;
             exec::hold_signals(true);
             if told_to_end() {
                 return Err("the node is told to end".into());
@@ -400,6 +377,100 @@ impl NodeHost {
         drop(served);
         if let Err(why) = failed {
             self.upgrade.fail(why);
+        }
+    }
+}
+
+/// What is served, by volume.
+type Fronts<'a> = Vec<(VolumeId, &'a ServedFront)>;
+
+/// Has all servers stand still, also if that costs a connection. Gives when the last ones were asked to.
+///
+/// # Errors
+///
+/// A sentence for people. Those that stand still must be told to go on.
+fn stand_still(fronts: &Fronts) -> Result<(Vec<Standing>, Nanos), String> {
+    let mut let_go = Vec::new();
+    loop {
+        let mut standing = std::mem::take(&mut let_go);
+        let mut late = ask(fronts, &mut standing, Who::Untracked, DRAIN_UNTRACKED)?;
+        let since = now();
+        if late.is_empty() {
+            late = ask(fronts, &mut standing, Who::All, DRAIN)?;
+        }
+        if late.is_empty() {
+            return Ok((standing, since));
+        }
+        // What their front-ends have asked for takes seconds, in which all others go on. They themselves stand still from
+        // then on, so that no front-end holds up the next attempt, too.
+        let (gone, others): (Vec<_>, Vec<_>) = standing.into_iter().partition(|s| s.lost);
+        for Standing { volume, .. } in &others {
+            let front = fronts.iter().find(|(other, _)| other == volume);
+            front.inspect(|(_, front)| front.server.resume());
+        }
+        let_go = gone;
+        for (volume, front) in fronts.iter().filter(|(volume, _)| late.contains(volume)) {
+            let_go.push(Standing {
+                volume: *volume,
+                socket: front.socket.clone(),
+                handed: let_it_go(front)?,
+                lost: true,
+            });
+        }
+    }
+}
+
+/// Asks the servers that do not stand still yet. Gives those that do not answer in time.
+fn ask(
+    fronts: &Fronts,
+    standing: &mut Vec<Standing>,
+    who: Who,
+    drain: Duration,
+) -> Result<Vec<VolumeId>, String> {
+    let had: Vec<VolumeId> = standing.iter().map(|s| s.volume).collect();
+    let left = fronts.iter().filter(|(volume, _)| !had.contains(volume));
+    let asked: Vec<_> = left
+        .map(|(volume, front)| (*volume, front, front.server.park(who, drain)))
+        .collect();
+    let deadline = Instant::now() + drain + GRACE;
+    let mut late = Vec::new();
+    for (volume, front, parking) in asked {
+        match parking.wait(deadline) {
+            Ok(Stand::GoesOn) => {}
+            Ok(Stand::Still(handed)) => standing.push(Standing {
+                volume,
+                socket: front.socket.clone(),
+                handed,
+                lost: false,
+            }),
+            Err(Moves::Late) => late.push(volume),
+            Err(Moves::Cannot(why)) => return Err(why),
+        }
+    }
+    Ok(late)
+}
+
+/// Closes a connection, and has its server stand still without one.
+fn let_it_go(front: &ServedFront) -> Result<Handed, String> {
+    let socket = front.socket.display();
+    log::warn!(
+        "{socket}: {}; its connection is closed, so that the program can be replaced, and may be made again",
+        Moves::Late
+    );
+    front.server.hang_up();
+    let deadline = Instant::now() + DRAIN_UNTRACKED + GRACE;
+    loop {
+        match front.server.park(Who::All, Duration::ZERO).wait(deadline) {
+            Ok(Stand::Still(handed)) => {
+                // It may have stood still before it heard of the end.
+                let session = None;
+                return Ok(Handed { session, ..handed });
+            }
+            // It has not heard of the end yet.
+            Ok(Stand::GoesOn) | Err(Moves::Cannot(_)) if Instant::now() < deadline => {
+                thread::sleep(ANSWER_LOOK);
+            }
+            _ => return Err(format!("{socket}: {}; try again", Moves::Late)),
         }
     }
 }

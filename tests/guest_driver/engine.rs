@@ -236,7 +236,7 @@ fn obey(rings: &mut BTreeMap<u16, Running>, command: Command) -> Answer {
         }
         Command::Kick(index, kick) => drop(rings.get_mut(&index).unwrap().ring.set_kick(kick)),
         Command::Call(index, call) => rings.get_mut(&index).unwrap().ring.set_call(call),
-        Command::Stop(index) => return Ok(rings.remove(&index).unwrap().ring.next_avail()),
+        Command::Stop(index) => return Ok(rings.remove(&index).unwrap().ring.stop()),
         Command::Enable(index, enabled) => rings.get_mut(&index).unwrap().enabled = enabled,
         Command::Memory(mem) => {
             for running in rings.values_mut() {

@@ -319,26 +319,44 @@ fn without_tracking_what_does_not_end_fails_when_the_ring_stops() {
 }
 
 #[test]
-fn what_does_not_end_fails_when_the_machine_moves_and_waits_when_it_only_stops() {
-    for moves in [false, true] {
+fn what_does_not_end_waits_where_the_machine_is_and_where_it_goes() {
+    for (moves, region) in [(false, true), (false, false), (true, false)] {
+        // Given three requests of which the second is answered,
         let mut world = World::tracked();
         two_under_way(&mut world);
-        let log = moves.then(|| RingLog {
-            log: Arc::new(log_in(memory_file())),
+        world.offer(4);
+        world.turn();
+        let old = world.under_way();
+        world.complete(old[1]);
+        world.turn();
+        let log = memory_file();
+        let all = RingLog {
+            log: Arc::new(log_in(log.try_clone().unwrap())),
             all: true,
             used: None,
-        });
-        world.rings.set_log(0, log);
+        };
+        world.rings.set_log(0, moves.then_some(all));
+        // when the ring stops,
         let answer = world.stop();
         world.rings.stopped(START.after(DRAIN));
-        assert_eq!(answer.try_recv(), Ok(Ok(2)));
-        let answered = if moves { vec![0, 2] } else { vec![] };
-        assert_eq!(world.answered(), answered);
-        // The next process finds in the region exactly what is not answered.
+        assert_eq!(answer.try_recv(), Ok(Ok(3)));
+        // then exactly the two others are submitted again, in their order, here and where nobody has the region.
         world.rings = World::new(None).rings;
-        world.start(2, true);
-        let left = world.rings.slot(0).map(|s| s.ring.to_resubmit());
-        assert_eq!(left, Some(if moves { 0 } else { 2 }));
+        if !region {
+            world.inflight = World::tracked().inflight;
+        }
+        world.start(3, true);
+        world.offer(2);
+        world.turn();
+        for id in world.under_way() {
+            world.complete(id);
+        }
+        world.turn();
+        assert_eq!(world.answered(), [2, 0, 4, 2]);
+        // What the ring tells the new place is in the log of what goes there.
+        let mut bits = [0];
+        log.read_exact_at(&mut bits, 0).unwrap();
+        assert_eq!(bits, [u8::from(moves)]);
     }
 }
 
@@ -488,27 +506,18 @@ fn a_ring_that_stops_answers_first_what_the_process_before_had_taken() {
     assert_eq!(world.answered(), [0, 2, 4]);
 }
 
-fn all_is_logged() -> Option<RingLog> {
-    Some(RingLog {
-        log: Arc::new(log_in(memory_file())),
-        all: true,
-        used: None,
-    })
-}
-
 #[test]
-fn zeros_that_have_not_begun_fail_too_when_the_machine_moves() {
+fn zeros_that_have_not_begun_fail_too_when_nobody_would_remember_them() {
     // Given a discard of which a part is under way, and one behind it that has not begun,
-    let mut world = World::tracked();
+    let mut world = World::new(None);
     world.start(0, true);
     world.offer_zeroes(0, 11, &[LONG]);
     world.offer_zeroes(2, 13, &[(0, 8)]);
     world.turn();
-    world.rings.set_log(0, all_is_logged());
-    // when the ring stops for the machine to move, and they do not end,
+    // when the ring stops and they do not end,
     let answer = world.stop();
     world.rings.stopped(START.after(DRAIN));
-    // then both are answered: at its new place nobody would.
+    // then both are answered.
     assert_eq!(answer.try_recv(), Ok(Ok(2)));
     assert_eq!(world.answered(), [0, 2]);
     assert_eq!((world.status(0), world.status(2)), (1, 1));
@@ -519,24 +528,61 @@ fn zeros_that_have_not_begun_fail_too_when_the_machine_moves() {
 }
 
 #[test]
-fn what_an_earlier_process_took_fails_when_the_machine_moves_before_it_is_taken_again() {
-    // Given two requests that an earlier process had taken, on a volume that is only being taken over,
+fn what_an_earlier_process_took_goes_along_when_the_machine_moves_before_it_is_taken_again() {
+    // Given two requests that an earlier process had taken, a third that it had answered before them, on a volume that is only
+    // being taken over,
     let mut world = World::tracked();
     two_under_way(&mut world);
+    world.offer(4);
+    world.turn();
+    let third = world.under_way()[2];
+    world.complete(third);
+    world.turn();
     world.rings = World::new(None).rings;
     world.start(0, true);
     world.rings.paused = true;
     world.turn();
-    world.rings.set_log(0, all_is_logged());
     // when the ring stops for the machine to move,
     let answer = world.stop();
     assert!(world.rings.stopped(START).is_empty());
     world.turn();
     world.rings.stopped(START.after(DRAIN));
-    // then they are answered, since it says that they were taken.
-    assert_eq!(answer.try_recv(), Ok(Ok(2)));
-    assert_eq!(world.answered(), [0, 2]);
-    assert_eq!((world.status(0), world.status(2)), (1, 1));
+    assert_eq!(answer.try_recv(), Ok(Ok(3)));
+    assert_eq!(world.answered(), [4]);
+    // then they are answered at the new place, which has a region of its own.
+    world.rings = World::new(None).rings;
+    world.inflight = World::tracked().inflight;
+    world.start(3, true);
+    world.turn();
+    for id in world.under_way() {
+        world.complete(id);
+    }
+    world.turn();
+    assert_eq!(world.answered(), [4, 0, 2]);
+}
+
+#[test]
+fn a_chain_without_a_status_is_waited_for_by_nobody() {
+    for tracked in [true, false] {
+        let mut world = if tracked {
+            World::tracked()
+        } else {
+            World::new(None)
+        };
+        world.start(0, true);
+        world.offer(0);
+        let status = DATA + 0x300;
+        world.chain(0, &[(DATA, 16 + 512, 1), (status, 1, 0)]);
+        world.put(DESC + 16 + 12, &0u16.to_le_bytes());
+        world.turn();
+        assert_eq!(world.rings.slot(0).map(|s| s.ring.in_flight()), Some(0));
+        // It is where it was, and the region does not name it.
+        let answer = world.stop();
+        assert_eq!(world.rings.stopped(START).len(), 1);
+        assert_eq!(answer.try_recv(), Ok(Ok(0)));
+        world.start(0, false);
+        assert_eq!(world.rings.slot(0).map(|s| s.ring.to_resubmit()), Some(0));
+    }
 }
 
 /// Has the request on `head` read its sector, to where the test puts nothing else.
