@@ -1,6 +1,8 @@
 //! What helps with everything else: JSON that programs can rely on, completions, manual pages, doctor, top, and what
 //! `lockstep` alone says.
 
+mod cluster_support;
+mod etcd_support;
 mod mgmt_support;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,6 +10,9 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use cluster_support::Cluster;
+use cluster_support::client::Disk;
+use etcd_support::Etcd;
 use lockstep::cluster::host::{Difference, SyncProgress};
 use lockstep::replication::ids::NodeName;
 use lockstep::replication::record::CopyStatus;
@@ -46,18 +51,18 @@ fn ok(node: &Node, line: &str) -> String {
 /// Objects whose keys are names that people gave.
 const MAPS: [&str; 3] = ["labels", "rules", "health"];
 
-/// All fields of a value: `a.b`, `list[].c`, `labels.*`.
-fn paths(value: &Value, path: &str, into: &mut BTreeSet<String>) {
+/// All fields of a value, each with the types that it was seen to have: `a.b`, `list[].c`, `labels.*`.
+fn paths(value: &Value, path: &str, into: &mut Fields) {
     match value {
         Value::Object(map) => {
             let name = path.rsplit(['.', ']']).next().unwrap_or_default();
             for (key, value) in map {
                 let key = if MAPS.contains(&name) { "*" } else { key };
-                let next = match path {
+                let next = match path.trim_start_matches("[]") {
                     "" => key.to_string(),
-                    _ => format!("{path}.{key}"),
+                    path => format!("{}.{key}", path.trim_start_matches('.')),
                 };
-                into.insert(next.clone());
+                into.entry(next.clone()).or_default().insert(kind(value));
                 paths(value, &next, into);
             }
         }
@@ -70,47 +75,100 @@ fn paths(value: &Value, path: &str, into: &mut BTreeSet<String>) {
     }
 }
 
-/// The fields that docs/CLI-JSON.md names, by command: each with whether it is always there.
-fn documented() -> BTreeMap<String, BTreeMap<String, bool>> {
+type Fields = BTreeMap<String, BTreeSet<&'static str>>;
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
+/// What docs/CLI-JSON.md says of a field.
+struct Documented {
+    kinds: BTreeSet<String>,
+    always: bool,
+}
+
+/// The fields that docs/CLI-JSON.md names, by command.
+fn documented() -> BTreeMap<String, BTreeMap<String, Documented>> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/CLI-JSON.md");
     let text = std::fs::read_to_string(path).unwrap();
-    let mut commands: BTreeMap<String, BTreeMap<String, bool>> = BTreeMap::new();
+    let mut commands: BTreeMap<String, BTreeMap<String, Documented>> = BTreeMap::new();
     let mut command = String::new();
     for line in text.lines() {
         if let Some(title) = line.strip_prefix("## ") {
-            command = title
-                .trim_matches('`')
-                .trim_start_matches("lockstep ")
-                .into();
+            command = title.trim_matches('`').into();
         } else if let Some(row) = line.strip_prefix("| `") {
-            let (field, rest) = row.split_once('`').unwrap();
-            let always = !rest.contains("(sometimes)");
-            commands
-                .entry(command.clone())
-                .or_default()
-                .insert(field.into(), always);
+            let (field, rest) = row.split_once("` | ").unwrap();
+            let (kinds, rest) = rest.split_once(" | ").unwrap();
+            let field_is = Documented {
+                kinds: kinds.split(", ").map(String::from).collect(),
+                always: !rest.contains("(sometimes)"),
+            };
+            let fields = commands.entry(command.clone()).or_default();
+            fields.insert(field.into(), field_is);
         }
     }
     commands
 }
 
+/// What commands printed, against what docs/CLI-JSON.md says that they print.
+fn compare(seen: &BTreeMap<&str, Fields>) {
+    let documented = documented();
+    for (command, fields) in seen {
+        let known = documented.get(*command);
+        let known =
+            known.unwrap_or_else(|| panic!("docs/CLI-JSON.md lacks {command}: {fields:#?}"));
+        for (field, kinds) in fields {
+            let says = known.get(field);
+            let says = says.unwrap_or_else(|| panic!("{command}: docs/CLI-JSON.md lacks {field}"));
+            let other: Vec<_> = kinds.iter().filter(|k| !says.kinds.contains(**k)).collect();
+            assert!(
+                other.is_empty(),
+                "{command}: {field} is {other:?} and documented as {:?}",
+                says.kinds
+            );
+        }
+        for (field, says) in known {
+            assert!(
+                !says.always || fields.contains_key(field),
+                "{command}: {field} is documented, and no longer there"
+            );
+        }
+    }
+}
+
+fn parse(line: &str, out: &str) -> Value {
+    serde_json::from_str(out).unwrap_or_else(|e| panic!("{line}: {e}: {out}"))
+}
+
 #[test]
 fn json_is_as_the_documentation_says() {
     let lab = Lab::new();
-    let [n1, _n2, _n3, _n4]: [Node; 4] = lab.nodes();
+    let [n1, n2, _n3, _n4, n5]: [Node; 5] = lab.nodes();
     ok(&n1, "node label n1 zone=a");
     ok(&n1, "node label n2 zone=a");
-    ok(&n1, "namespace create prod");
-    let rule = "rule create ha -s env==prod --label lockstep.io/replicas=2";
-    let mut seen: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    n5.stop();
+    let mut seen: BTreeMap<&str, Fields> = BTreeMap::new();
     let mut see = |command: &'static str, line: &str| {
-        let out = ok(&n1, &format!("{line} -o json"));
-        let value: Value =
-            serde_json::from_str(&out).unwrap_or_else(|e| panic!("{line}: {e}: {out}"));
+        let value = parse(line, &ok(&n1, &format!("{line} -o json")));
         paths(&value, "", seen.entry(command).or_default());
     };
-    see("rule create", rule);
-    ok(&n1, "node cordon n4");
+    see("namespace create", "namespace create prod");
+    see("namespace create", "namespace create old");
+    see("namespace create", "namespace rm old");
+    see(
+        "rule create",
+        "rule create ha -s env==prod --label lockstep.io/replicas=2",
+    );
+    see("rule create", "rule create old -s x --label y=1");
+    see("rule create", "rule rm old");
+    see("node cordon", "node cordon n4");
     see(
         "volume create",
         "volume create v --size 1GiB --label env=prod --label lockstep.io/topology-key=zone --master n1",
@@ -120,9 +178,10 @@ fn json_is_as_the_documentation_says() {
         "volume create other/w --size 1GiB --master n1",
     );
     see("volume attach", "volume attach v");
-    ok(&n1, "node uncordon n4");
+    see("volume attach", "volume attach other/w --async");
+    see("node cordon", "node uncordon n4");
     // n3 goes: its copy is on its way to n4, and half there.
-    ok(&n1, "node drain n3 --async");
+    see("node cordon", "node drain n3 --async");
     let copy = eventually("a copy is made for the move", || {
         let record = n1.record("v");
         let new = record.present().find(|c| c.node.0 == "n4")?;
@@ -144,22 +203,38 @@ fn json_is_as_the_documentation_says() {
         repaired: false,
     }];
     see("volume scrub", "volume scrub v --repair");
+    see("volume scrub --async", "volume scrub v --async");
+    see("volume scrub --stop", "volume scrub v --stop");
     see("volume ls", "volume ls -A");
     see("volume inspect", "volume inspect v");
     see("volume update", "volume update v --suspend-deadline 20s");
     see("node ls", "node ls");
     see("node inspect", "node inspect n3");
     see("node inspect", "node inspect n1");
-    see("node cordon", "node cordon n3");
+    see("node cordon", "node undrain n3");
+    see("node cordon", "node label n3 zone=b");
+    see("node cordon", "node rm n5");
     see("rule ls", "rule ls");
     see("rule inspect", "rule inspect ha");
     see("rule create", "rule update ha --label-add x=1 --reapply");
     see("namespace ls", "namespace ls");
     see("namespace inspect", "namespace inspect prod");
     see("cluster status", "cluster status");
+    see("cluster update", "cluster update --replace-after 5m");
+    see("cluster update", "cluster maintenance on");
+    see("cluster status", "cluster status");
+    see("cluster update", "cluster maintenance off");
     see("events", "events");
     see("top", "top --once --interval 100ms");
+    see("volume detach", "volume promote v --node n2 --async");
     see("volume detach", "volume detach v");
+    see(
+        "volume create",
+        "volume create x --size 1GiB --replicas 1 --master n1",
+    );
+    see("volume detach", "volume move x n1 n4 --async");
+    see("volume detach", "volume detach other/w --force");
+    see("volume detach", "volume rm other/w");
     let at = lab.dir.path().join("doctor");
     see(
         "doctor",
@@ -168,30 +243,61 @@ fn json_is_as_the_documentation_says() {
             at.display()
         ),
     );
-
-    let documented = documented();
-    let commands: Vec<&str> = seen.keys().copied().collect();
-    let documented_commands: Vec<&str> = documented.keys().map(String::as_str).collect();
-    assert_eq!(commands, documented_commands);
-    for (command, fields) in &seen {
-        let known = &documented[*command];
-        let strip = |field: &String| field.trim_start_matches("[].").to_string();
-        let fields: BTreeSet<String> = fields.iter().map(strip).collect();
-        let unknown: Vec<&String> = fields.iter().filter(|f| !known.contains_key(*f)).collect();
-        assert!(
-            unknown.is_empty(),
-            "{command}: docs/CLI-JSON.md lacks {unknown:#?}"
-        );
-        let gone: Vec<&String> = known
-            .iter()
-            .filter(|(field, always)| **always && !fields.contains(*field))
-            .map(|(field, _)| field)
-            .collect();
-        assert!(
-            gone.is_empty(),
-            "{command}: documented, and no longer there: {gone:?}"
-        );
+    // One object a line.
+    let mut follower = lockstep(&["events", "-f", "-o", "json"])
+        .env("LOCKSTEP_HOST", host(&n2))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(follower.stdout.take().unwrap()).lines();
+    for line in lines.take(3) {
+        let value = parse("events -f", &line.unwrap());
+        paths(&value, "", seen.entry("events").or_default());
     }
+    follower.kill().unwrap();
+    follower.wait().unwrap();
+
+    compare(&seen);
+    // What is documented and not seen here is seen in the next test.
+    let elsewhere = ["node upgrade", "registry migrate"];
+    let documented = documented();
+    let commands = documented.keys().map(String::as_str);
+    let here: Vec<&str> = commands.filter(|c| !elsewhere.contains(c)).collect();
+    assert_eq!(seen.keys().copied().collect::<Vec<&str>>(), here);
+}
+
+#[test]
+fn json_of_what_only_real_nodes_do_is_as_the_documentation_says() {
+    // Given a node under a guest, whose registry is a file,
+    let mut cluster = Cluster::start(1);
+    let socket = cluster.serve("v", "--size 16MiB", "");
+    let guest = Disk::open(&socket, 1, 1);
+    let mut seen: BTreeMap<&str, Fields> = BTreeMap::new();
+    // when its program is replaced, and then its registry is moved,
+    let upgraded = cluster.json(1, "node upgrade");
+    drop(guest);
+    assert!(cluster.stop(1).success());
+    let etcd = Etcd::start(1);
+    let from = format!("sqlite:{}", cluster.registry().display());
+    let words = [
+        "registry",
+        "migrate",
+        &from,
+        &etcd.location(&[1]),
+        "-o",
+        "json",
+    ];
+    let (code, out, err) = run(&mut lockstep(&words));
+    assert_eq!(code, 0, "{err}");
+    // then both say what is documented.
+    paths(&upgraded, "", seen.entry("node upgrade").or_default());
+    let migrated = parse("registry migrate", &out);
+    paths(&migrated, "", seen.entry("registry migrate").or_default());
+    compare(&seen);
+    assert_eq!(
+        (&upgraded["state"], &upgraded["taken_over"]),
+        (&"done".into(), &1.into())
+    );
 }
 
 #[test]

@@ -135,7 +135,7 @@ fn engine(out: &mut Exposition, metrics: &Metrics) {
     }
     out.histogram(
         "lockstep_failover_seconds",
-        "Time from the loss of a master or attachment until the volume served again.",
+        "Time from the loss of a copy that counted, or of an attachment, until the volume served again.",
         &[],
         &metrics.failover,
     );

@@ -18,7 +18,7 @@ use crate::cluster::migrate::{self, MigrateRequest};
 use crate::cluster::model::check_name;
 use crate::cluster::nodes::{self, NodeDone, NodeUpdate};
 use crate::cluster::plane::Plane;
-use crate::cluster::policy::{ClusterUpdate, update_cluster};
+use crate::cluster::policy::{ClusterPolicy, ClusterUpdate, update_cluster};
 use crate::cluster::replicas::{MoveRequest, PromoteRequest, move_copy, promote};
 use crate::cluster::scrub::{self, ScrubAsked, ScrubRequest};
 use crate::cluster::update::{UpdateRequest, Updated, remove, update};
@@ -75,17 +75,9 @@ struct Force {
     no_wait: bool,
 }
 
-/// Nothing more to say.
-#[derive(Serialize)]
-struct Empty {}
-
-async fn change_cluster(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<Empty> {
+async fn change_cluster(State(plane): State<Arc<Plane>>, bytes: Bytes) -> Reply<ClusterPolicy> {
     let request: ClusterUpdate = body(&bytes)?;
-    json(plane, move |plane| {
-        update_cluster(plane, &request)?;
-        Ok(Empty {})
-    })
-    .await
+    json(plane, move |plane| update_cluster(plane, &request)).await
 }
 
 fn node_name(name: String) -> Result<NodeName, Failure> {

@@ -2,12 +2,11 @@
 
 use clap::{Subcommand, ValueEnum};
 use hyper::Method;
-use serde_json::Value;
 
 use super::output::{fields, or_dash, print};
 use super::{Failure, Global};
 use crate::cluster::fault::Fault;
-use crate::cluster::policy::ClusterUpdate;
+use crate::cluster::policy::{ClusterPolicy, ClusterUpdate};
 use crate::cluster::units::{parse_span, show_ms};
 use crate::cluster::view::ClusterView;
 
@@ -72,7 +71,7 @@ pub(super) fn run(command: &Command, global: &Global) -> Result<(), Failure> {
 }
 
 fn change(global: &Global, request: &ClusterUpdate) -> Result<(), Failure> {
-    let done: Value = global
+    let done: ClusterPolicy = global
         .remote()
         .send(Method::PATCH, "/api/v1/cluster", request)?;
     print(global.output, &done, |_| String::new())

@@ -29,6 +29,14 @@ impl Histogram {
         self.sum += seconds;
     }
 
+    /// Counts what `other` counted, too.
+    pub fn add(&mut self, other: &Self) {
+        for (count, more) in self.counts.iter_mut().zip(other.counts) {
+            *count += more;
+        }
+        self.sum += other.sum;
+    }
+
     /// Observations in all.
     pub fn count(&self) -> u64 {
         self.counts.iter().sum()
@@ -114,7 +122,7 @@ pub struct Metrics {
     pub syncs_completed: u64,
     /// Syncs from this node and to it: now, and at once at most.
     pub syncs: [SyncsHere; 2],
-    /// From the loss of a master or attachment until the volume served again.
+    /// From the loss of a copy that counted, or of an attachment, until the volume served again.
     pub failover: Histogram,
 }
 
@@ -132,5 +140,9 @@ mod tests {
         assert_eq!(h.counts[1], 1);
         assert_eq!(h.counts[LATENCY_BUCKETS.len()], 1);
         assert_eq!(h.count(), 3);
+        let other = h.clone();
+        h.add(&other);
+        assert_eq!((h.counts[1], h.count()), (2, 6));
+        assert_eq!(h.sum, 2.0 * other.sum);
     }
 }

@@ -6,7 +6,7 @@ use super::events::What;
 use super::fault::Fault;
 use super::plane::Plane;
 use super::store::Race;
-use super::units::{show_ms, wall_ms};
+use super::units::{show_ms, show_time, wall_ms};
 
 /// The longest wait for a missing copy: a month is for ever, and for that there is 0.
 const REPLACE_AFTER_MS_MAX: u64 = 30 * 86_400_000;
@@ -21,8 +21,17 @@ pub struct ClusterUpdate {
     pub maintenance: Option<bool>,
 }
 
+/// What holds now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterPolicy {
+    /// How long a missing copy is waited for, in milliseconds; 0: for ever.
+    pub replace_after_ms: u64,
+    /// Since when maintenance is on.
+    pub maintenance: Option<String>,
+}
+
 /// Changes it.
-pub fn update_cluster(plane: &Plane, request: &ClusterUpdate) -> Result<(), Fault> {
+pub fn update_cluster(plane: &Plane, request: &ClusterUpdate) -> Result<ClusterPolicy, Fault> {
     if *request == ClusterUpdate::default() {
         return Err(Fault::input("nothing to change on the cluster")
             .hint("see: lockstep cluster update --help"));
@@ -38,7 +47,7 @@ pub fn update_cluster(plane: &Plane, request: &ClusterUpdate) -> Result<(), Faul
         ))
         .hint("0 waits for ever"));
     }
-    let changes = plane
+    let (changes, policy) = plane
         .store
         .retry(|| {
             let Some((mut record, at)) = plane.store.cluster()? else {
@@ -74,7 +83,11 @@ pub fn update_cluster(plane: &Plane, request: &ClusterUpdate) -> Result<(), Faul
             if !changes.is_empty() {
                 plane.store.cas_cluster(at, &record)?;
             }
-            Ok(changes)
+            let policy = ClusterPolicy {
+                replace_after_ms: record.replace_after_ms,
+                maintenance: record.maintenance.map(show_time),
+            };
+            Ok((changes, policy))
         })
         .map_err(Fault::from)?;
     if !changes.is_empty() {
@@ -82,5 +95,5 @@ pub fn update_cluster(plane: &Plane, request: &ClusterUpdate) -> Result<(), Faul
             .events
             .push(What::node("", "updated", "update").text(changes.join(", ")));
     }
-    Ok(())
+    Ok(policy)
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
 use super::conn::Moved;
-use crate::cluster::metrics::VolumeMetrics;
+use crate::cluster::metrics::{Histogram, VolumeMetrics};
 use crate::copy::{GrowthError, Metadata, Store};
 use crate::guest::{Capacity, GuestMem, ParkedRing, RingLog, RingStart};
 use crate::replication::attachment::{CasOutcome, CopyView, Phase, Revision};
@@ -139,6 +139,8 @@ pub struct WorkerMetrics {
     pub promotions: u64,
     /// Copies ejected, by reason.
     pub ejections: Vec<(String, u64)>,
+    /// From the loss of a copy or an attachment until the volume served again.
+    pub failover: Histogram,
     /// Copies that were begun to be brought up to date, and those that are now.
     pub syncs_started: u64,
     /// See `syncs_started`.

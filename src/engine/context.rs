@@ -17,6 +17,7 @@ use super::command::{Event, Mailbox, RegistryRequest};
 use super::conn::{Conn, OUT_MAX, Piece};
 use super::disk::Disk;
 use super::syncs::Turns;
+use crate::cluster::metrics::Histogram;
 use crate::replication::attachment::CopySet;
 use crate::replication::ids::{
     BootId, COPIES_MAX, ClusterId, CopyId, Epoch, Instance, LINKS_MAX, Nanos, NodeName, Seq,
@@ -126,6 +127,8 @@ pub struct Context {
     pub promotions: u64,
     /// Copies ejected, by reason.
     pub ejections: HashMap<String, u64>,
+    /// From the loss of a copy or an attachment until the volume served again.
+    pub failover: Histogram,
     /// Copies that were begun to be brought up to date, and those that are now.
     pub syncs_started: u64,
     /// See `syncs_started`.
@@ -169,6 +172,7 @@ impl Context {
             wire_sent: 0,
             promotions: 0,
             ejections: HashMap::new(),
+            failover: Histogram::default(),
             syncs_started: 0,
             syncs_completed: 0,
             turns: Turns::default(),
@@ -367,6 +371,7 @@ impl Context {
         }
         let mut head = Vec::with_capacity(frame::HEADER + 64);
         let mut raw = None;
+        let (mut raw_bytes, mut sent_bytes) = (0, 0);
         match data {
             Some(Bytes::Buffer(buffer)) => {
                 let raw_len = buffer.len() as u32;
@@ -381,8 +386,7 @@ impl Context {
                     lz4: packed.is_some(),
                 };
                 frame::encode(message, 0, Some(payload), &mut head);
-                self.wire_raw += u64::from(raw_len);
-                self.wire_sent += payload.bytes.len() as u64;
+                (raw_bytes, sent_bytes) = (u64::from(raw_len), payload.bytes.len() as u64);
                 match packed {
                     Some(packed) => head.extend_from_slice(packed),
                     None => raw = Some(Piece::Raw(Rc::clone(buffer))),
@@ -395,6 +399,8 @@ impl Context {
         let head = Piece::Head(Rc::new(head));
         for token in tokens {
             if let Some(peer) = self.peers.get_mut(&token) {
+                self.wire_raw += raw_bytes;
+                self.wire_sent += sent_bytes;
                 peer.conn.push(head.clone());
                 if let Some(raw) = &raw {
                     peer.conn.push(raw.clone());

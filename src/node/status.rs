@@ -130,6 +130,7 @@ pub(super) fn metrics(workers: Vec<WorkerMetrics>, [from, to]: [Syncs; 2]) -> Me
         all.wire_raw_bytes += worker.wire_raw;
         all.wire_compressed_bytes += worker.wire_sent;
         all.promotions += worker.promotions;
+        all.failover.add(&worker.failover);
         all.syncs_started += worker.syncs_started;
         all.syncs_completed += worker.syncs_completed;
         for (reason, count) in worker.ejections {

@@ -212,6 +212,9 @@ impl Volume {
                     }
                     _ => {}
                 }
+                while let Some(span) = attachment.take_failover() {
+                    ctx.failover.observe(seconds(span));
+                }
                 let epoch = attachment.record().epoch;
                 log::info!("volume {}: [{rule}] {text}", s.name);
                 let _ = ctx.events.send(Event {

@@ -630,6 +630,7 @@ impl Loop {
                         .iter()
                         .map(|(k, v)| (k.clone(), *v))
                         .collect(),
+                    failover: self.ctx.failover.clone(),
                     syncs_started: self.ctx.syncs_started,
                     syncs_completed: self.ctx.syncs_completed,
                 });

@@ -656,6 +656,11 @@ impl<D: Payload> Attachment<D> {
             }
             _ => {}
         }
+        if self.not_serving_since.is_none()
+            && let Some(since) = self.lost_since.take()
+        {
+            self.failovers.push(self.now.since(since));
+        }
     }
 
     /// Why no request is completed now, for the operator.

@@ -677,6 +677,8 @@ impl<D: Payload> Attachment<D> {
             }
             match is {
                 CopyStatus::Missing | CopyStatus::Syncing => {
+                    let lost = self.lost_since(copy);
+                    self.lost_since = Some(self.lost_since.map_or(lost, |at| at.min(lost)));
                     let why = &self.peers[copy].why;
                     let text = format!("copy on {node}: {why}; epoch {epoch}");
                     self.event("2.6 eject", text);
@@ -729,6 +731,12 @@ impl<D: Payload> Attachment<D> {
             }
         }
         self.weigh_serving();
+    }
+
+    /// Since when an ejected copy did not do its part: it was heard last, or was asked what it has not answered.
+    fn lost_since(&self, copy: usize) -> Nanos {
+        let waits = Nanos(self.now.0.saturating_sub(self.longest_wait(copy).0));
+        self.peers[copy].heard.min(waits)
     }
 
     /// A synced copy is a member now.

@@ -434,6 +434,10 @@ pub struct Attachment<D> {
     /// Requests done on the copies that may not complete now (lease, failure mode).
     done: VecDeque<Done<D>>,
     not_serving_since: Option<Nanos>,
+    /// Since when a copy that counted, or the attachment before, has been lost and the volume has not served without it.
+    lost_since: Option<Nanos>,
+    /// How long that took, each time; see [`take_failover`](Self::take_failover).
+    failovers: Vec<Nanos>,
     stable: Seq,
     /// Writes up to this one may be in no activity log: the volume had a single copy.
     unlogged: Seq,
@@ -523,6 +527,8 @@ impl<D: Payload> Attachment<D> {
         seed: u64,
         now: Nanos,
     ) -> Self {
+        // The one before did not let go; how long before now it died nobody knows.
+        let takes_over = record.state != State::Clean && record.attachment.is_some();
         let mut attachment = Self {
             local: None,
             me,
@@ -553,6 +559,8 @@ impl<D: Payload> Attachment<D> {
             held: VecDeque::new(),
             done: VecDeque::new(),
             not_serving_since: Some(now),
+            lost_since: takes_over.then_some(now),
+            failovers: Vec::new(),
             stable: Seq(0),
             // An attachment before this one may have left such writes unflushed.
             unlogged: Seq(1),
@@ -596,6 +604,12 @@ impl<D: Payload> Attachment<D> {
             && self.done.is_empty()
             && self.reconcile.waiting() == 0
             && self.overlaps.waiting() == 0
+    }
+
+    /// How long the volume took to go on without a copy that was lost, or without the attachment before this one: each is given
+    /// once.
+    pub fn take_failover(&mut self) -> Option<Nanos> {
+        self.failovers.pop()
     }
 
     /// How far each sync is, by the copy's place in the record.
