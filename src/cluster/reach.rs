@@ -130,6 +130,13 @@ impl Reach {
         ways.collect()
     }
 
+    /// Whether the node's copies are reached, as far as is known.
+    pub(super) fn reaches(&self, node: &NodeName) -> bool {
+        let known = self.lock();
+        let known = known.get(node).and_then(|peer| peer.known.as_ref());
+        known.is_some_and(|known| known.reached)
+    }
+
     /// Whom to greet now. Each is noted to be under way.
     fn take_due(&self, now: Instant) -> Vec<(NodeName, SocketAddr)> {
         let mut peers = self.lock();
