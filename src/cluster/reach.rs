@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use super::events::What;
 use super::plane::Plane;
 use crate::api::client::runtime;
-use crate::replication::ids::{ClusterId, CopyId, NodeName, VolumeId};
+use crate::replication::ids::{BootId, ClusterId, CopyId, Instance, NodeName, VolumeId};
 use crate::wire::hello::{
     Answer, FEATURES, GREETING_MAX, Hello, HelloRefusal, Purpose, Reason, VERSIONS,
 };
@@ -215,20 +215,7 @@ pub(super) fn run(plane: &Plane, port: u16, stop: &AtomicBool) {
         Ok(runtime) => runtime,
         Err(e) => return log::error!("other nodes are not greeted: {e}"),
     };
-    let mut hello = Vec::new();
-    Hello {
-        versions: VERSIONS,
-        features: FEATURES,
-        cluster: plane.cluster,
-        node: plane.node.clone(),
-        boot_id: plane.boot_id,
-        instance: plane.instance,
-        // Nobody has this one.
-        volume: VolumeId([0; 16]),
-        copy: CopyId([0; 16]),
-        purpose: Purpose::Foreground,
-    }
-    .encode(&mut hello);
+    let hello = hello(plane.cluster, &plane.node, plane.boot_id, plane.instance);
     let hello: Arc<[u8]> = hello.into();
     runtime.block_on(async {
         let mut under_way = JoinSet::new();
@@ -236,9 +223,10 @@ pub(super) fn run(plane: &Plane, port: u16, stop: &AtomicBool) {
             for (name, address) in plane.reach.take_due(Instant::now()) {
                 let (hello, cluster) = (hello.clone(), plane.cluster);
                 under_way.spawn(async move {
-                    let greeted = timeout(PATIENCE, greet(address, &hello, cluster, &name));
-                    let late = |_| Err(format!("no answer within {}s", PATIENCE.as_secs()));
-                    let result = greeted.await.unwrap_or_else(late);
+                    let result = match exchange(address, &hello, PATIENCE).await {
+                        Ok(answer) => judge(&answer, cluster, &name),
+                        Err(silent) => Err(silent.why()),
+                    };
                     (name, address, result)
                 });
             }
@@ -308,38 +296,98 @@ fn spread(span: Duration) -> Duration {
     span * 4 / 5 + span * 2 / 5 * u32::from(random[0]) / 255
 }
 
-async fn greet(
+/// A greeting that asks for no copy.
+pub(super) fn hello(
+    cluster: ClusterId,
+    node: &NodeName,
+    boot_id: BootId,
+    instance: Instance,
+) -> Vec<u8> {
+    let mut hello = Vec::new();
+    Hello {
+        versions: VERSIONS,
+        features: FEATURES,
+        cluster,
+        node: node.clone(),
+        boot_id,
+        instance,
+        // Nobody has this one.
+        volume: VolumeId([0; 16]),
+        copy: CopyId([0; 16]),
+        purpose: Purpose::Foreground,
+    }
+    .encode(&mut hello);
+    hello
+}
+
+/// Why a greeting has no answer.
+#[derive(Debug)]
+pub(super) enum Silent {
+    /// Nobody takes connections there, as far as can be seen from here.
+    Nobody(String),
+    /// Whoever takes them says nothing, or not all of it.
+    Mute(String),
+    /// Whoever takes them is no node.
+    Stranger(String),
+}
+
+impl Silent {
+    fn why(self) -> String {
+        match self {
+            Self::Nobody(why) | Self::Mute(why) | Self::Stranger(why) => why,
+        }
+    }
+}
+
+/// Greets whoever is at `address`, which has `patience` for everything together.
+pub(super) async fn exchange(
     address: SocketAddr,
     hello: &[u8],
-    cluster: ClusterId,
-    name: &NodeName,
-) -> Result<(), String> {
-    let stream = TcpStream::connect(address)
+    patience: Duration,
+) -> Result<Answer, Silent> {
+    let late = || format!("no answer within {}s", patience.as_secs());
+    let until = tokio::time::Instant::now() + patience;
+    let stream = match timeout_at(until, TcpStream::connect(address)).await {
+        Ok(connected) => connected.map_err(|e| Silent::Nobody(e.to_string()))?,
+        Err(_) => return Err(Silent::Nobody(late())),
+    };
+    timeout_at(until, greet(&stream, hello))
         .await
-        .map_err(|e| e.to_string())?;
+        .unwrap_or_else(|_| Err(Silent::Mute(late())))
+}
+
+async fn greet(stream: &TcpStream, hello: &[u8]) -> Result<Answer, Silent> {
+    let broken = |e: std::io::Error| Silent::Mute(e.to_string());
     let mut sent = 0;
     while sent < hello.len() {
-        stream.writable().await.map_err(|e| e.to_string())?;
+        stream.writable().await.map_err(broken)?;
         match stream.try_write(&hello[sent..]) {
             Ok(n) => sent += n,
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e.to_string()),
+            Err(e) => return Err(broken(e)),
         }
     }
     let (mut input, mut received) = ([0; GREETING_MAX], 0);
     loop {
         match Answer::decode(&input[..received]) {
-            Ok(Some((answer, _))) => return judge(&answer, cluster, name),
+            Ok(Some((answer, _))) => return Ok(answer),
             Ok(None) => {}
-            Err(e) => return Err(format!("its answer is not understood: {e}")),
+            Err(e) => {
+                return Err(Silent::Stranger(format!(
+                    "its answer is not understood: {e}"
+                )));
+            }
         }
-        stream.readable().await.map_err(|e| e.to_string())?;
+        stream.readable().await.map_err(broken)?;
         match stream.try_read(&mut input[received..]) {
             // A greeting is never longer than what there is room for.
-            Ok(0) => return Err("it closed the connection without an answer".into()),
+            Ok(0) => {
+                let why = "it closed the connection without an answer";
+                return Err(Silent::Mute(why.into()));
+            }
             Ok(n) => received += n,
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e.to_string()),
+            Err(e) => return Err(broken(e)),
         }
     }
 }
