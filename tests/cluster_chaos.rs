@@ -490,7 +490,7 @@ impl Chaos {
                     self.seen.note("cut one way", 1);
                 }
                 match cuts[0].how {
-                    How::Drop | How::Connect => {}
+                    How::Drop | How::Connect | How::Port(_) => {}
                     How::Reset => self.seen.note("cut by reset", 1),
                     How::Lossy => self.seen.note("cut by loss", 1),
                 }

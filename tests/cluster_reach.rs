@@ -7,7 +7,9 @@ mod etcd_support;
 use std::path::Path;
 use std::process::Command;
 
+use cluster_support::client::{Load, Plan};
 use cluster_support::net::{Cut, How};
+use cluster_support::oracle::Oracle;
 use cluster_support::{Cluster, eventually};
 use etcd_support::Etcd;
 use serde_json::Value;
@@ -180,9 +182,8 @@ fn a_node_that_stands_still_is_unreachable_and_one_that_was_killed_is_offline() 
     cluster.ok(1, "node rm n2");
 }
 
-#[test]
-fn with_etcd_a_lease_tells_a_node_that_is_cut_off_from_one_that_has_died() {
-    // Given nodes n1 to n3 and etcd at n4,
+/// Nodes n1 …, each with a network namespace of its own, and etcd in that of n4.
+fn with_etcd(nodes: usize) -> (Etcd, Cluster) {
     let mut cluster = Cluster::empty_on_a_network(Path::new("/dev/shm"), 4);
     let place = cluster.network.as_ref().unwrap().namespace(4);
     let etcd = Etcd::start_at(
@@ -194,10 +195,17 @@ fn with_etcd_a_lease_tells_a_node_that_is_cut_off_from_one_that_has_died() {
         }),
     );
     cluster.registry_at = Some(etcd.location(&[1]));
-    for n in 1..=3 {
+    for n in 1..=nodes {
         cluster.start_node(n);
     }
     cluster.know_each_other();
+    (etcd, cluster)
+}
+
+#[test]
+fn with_etcd_a_lease_tells_a_node_that_is_cut_off_from_one_that_has_died() {
+    // Given nodes n1 to n3 and etcd at n4,
+    let (etcd, mut cluster) = with_etcd(3);
     ways_are_known(&cluster);
     // when n1 is cut off from both others and not from etcd,
     let cuts = [between(1, 2), between(1, 3)].concat();
@@ -226,4 +234,97 @@ fn with_etcd_a_lease_tells_a_node_that_is_cut_off_from_one_that_has_died() {
     let leases = etcd.ok(1, &["lease", "list"]);
     assert!(leases.contains("found 1 leases"), "{leases}");
     becomes(&cluster, 2, "n3", "offline", &[]);
+}
+
+#[test]
+fn a_second_process_of_a_name_does_not_drive_out_the_first_that_it_cannot_see() {
+    // Given n1 that serves a machine,
+    let (_etcd, mut cluster) = with_etcd(2);
+    let size = 32 << 20;
+    let create = "--size 32MiB --replicas 1 --master n1 --suspend-deadline 10m";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(size));
+    load.goes_on();
+    // when a process of its name is started on a machine that reaches the registry and not n1,
+    let cuts = between(1, 3);
+    cut(&cluster, &cuts);
+    let mut arguments = cluster.node_arguments(3, &cluster.data_dir(3));
+    let name = arguments.iter().position(|a| a == "n3").unwrap();
+    arguments[name] = "n1".into();
+    let starts = |cluster: &Cluster| cluster.node_that_must_not_start_at(3, &arguments);
+    // then it is not let in while n1's lease is held,
+    let may_run = ["n1 may be running", "lease", "try again in 30 seconds"];
+    starts(&cluster).refused(12, &may_run);
+    // nor when it sees n1, which answers or hangs,
+    heal(&cluster, &cuts);
+    starts(&cluster).refused(9, &["n1 runs already", "it answers on"]);
+    // and n1 and its machine have not noticed.
+    load.goes_on();
+    assert_eq!(load.finish().failed, 0);
+    cluster.detach(1, "vm1");
+    cluster.freeze(1);
+    starts(&cluster).refused(9, &["n1 runs already", "does not say who it is"]);
+    // Where n1 was, it starts again at once, whatever its lease says,
+    cluster.kill(1);
+    cluster.start_node(1);
+    // and elsewhere when that has ended.
+    cluster.kill(1);
+    starts(&cluster).refused(12, &may_run);
+    eventually("n1's lease has ended", || {
+        cluster.at.insert(1, 3);
+        cluster.spawn_node(1);
+        let up = eventually("it starts or ends", || match cluster.ended(1) {
+            Some(status) => Some(status.code() != Some(12)),
+            None => (cluster.run(1, "node ls").code == 0).then_some(true),
+        });
+        up.then_some(())
+    });
+    cluster.know_each_other();
+}
+
+#[test]
+fn a_node_whose_address_another_one_has_is_forgotten_and_starts_elsewhere() {
+    let mut cluster = Cluster::start_in(Path::new("/dev/shm"), 3);
+    // Given n3 that is dead, and a new machine that got its address and runs as n6,
+    cluster.kill(3);
+    cluster.at.insert(6, 3);
+    cluster.start_node(6);
+    // then n3 can be removed,
+    becomes(&cluster, 1, "n3", "offline", &["now belongs to node n6"]);
+    cluster.ok(1, "node rm n3");
+    cluster.know_each_other();
+    // and n6 cannot, also when it hangs.
+    cluster
+        .run(1, "node rm n6")
+        .refused(11, &["n6 is not dead", "it answers on"]);
+    cluster.freeze(6);
+    let hangs = ["n6 is not dead", "does not say who it is"];
+    cluster.run(1, "node rm n6").refused(11, &hangs);
+    cluster.thaw(6);
+
+    // Two that have got each other's address start, one after the other and both at once.
+    let exchange = |cluster: &mut Cluster| {
+        let [one, two] = [1, 2].map(|n| cluster.at.get(&n).copied().unwrap_or(n));
+        cluster.at.extend([(1, two), (2, one)]);
+    };
+    for n in [1, 2] {
+        assert!(cluster.stop(n).success());
+    }
+    exchange(&mut cluster);
+    cluster.start_node(2);
+    cluster.start_node(1);
+    cluster.know_each_other();
+    for n in [1, 2] {
+        cluster.kill(n);
+    }
+    exchange(&mut cluster);
+    for n in [1, 2] {
+        cluster.spawn_node(n);
+    }
+    for n in [1, 2] {
+        eventually(&format!("n{n} answers"), || {
+            cluster.answers(n).then_some(())
+        });
+    }
+    cluster.know_each_other();
 }

@@ -3,13 +3,17 @@
 mod cluster_support;
 
 use std::path::Path;
+use std::time::Duration;
 
 use cluster_support::client::{Load, Plan};
+use cluster_support::net::{Cut, How};
 use cluster_support::oracle::Oracle;
-use cluster_support::{Cluster, copies};
+use cluster_support::{Cluster, copies, eventually};
 
 const SIZE: u64 = 32 << 20;
 const CREATE: &str = "--size 32MiB --replicas 2 --master n1 --failure-mode alwayson";
+/// How long nothing is watched not to happen. Any is good; a longer one sees more.
+const WATCHED: Duration = Duration::from_secs(25);
 
 /// A detached volume in which n3 missed writes, and what was written.
 fn left_degraded(cluster: &mut Cluster) -> Oracle {
@@ -60,6 +64,48 @@ fn copies_of_a_detached_volume_come_back_when_their_node_does() {
     assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 3);
     // with all that was written.
     holds_what_was_written(&cluster, 3, oracle);
+}
+
+#[test]
+fn a_node_of_which_http_alone_is_not_reached_keeps_its_copies_and_nobody_takes_them_over() {
+    // Given a detached volume, a node with room beside its copies, and a short wait for lost copies,
+    let mut cluster = Cluster::start_on_a_network(Path::new("/dev/shm"), 4);
+    let socket = cluster.serve("vm1", CREATE, "--node n1");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    load.goes_on();
+    let oracle = load.finish().oracle;
+    cluster.detach(1, "vm1");
+    let before = cluster.wait_for(1, "vm1", "is whole", is_whole_and_released);
+    let others = copies(&before, "in_sync")[1..].to_vec();
+    let n: usize = others[0][1..].parse().unwrap();
+    cluster.ok(1, "cluster update --replace-after 2s");
+    // when nobody can ask one of its nodes over HTTP, and its copies are reached as ever,
+    let http = |from| Cut {
+        from,
+        to: n,
+        how: How::Port(5705),
+    };
+    let from: Vec<usize> = (1..=4).filter(|from| *from != n).collect();
+    let network = cluster.network.as_ref().unwrap();
+    from.iter().for_each(|from| network.cut(http(*from)));
+    eventually("n1 gets no answer", || {
+        let list = cluster.json(1, "node ls");
+        let nodes = list.as_array().unwrap();
+        let it = nodes.iter().find(|v| v["name"] == others[0].as_str());
+        (it.unwrap()["health"] == "unreachable").then_some(())
+    });
+    // then the volume is left alone, by every node and for ever: each attempt would cost three swaps.
+    std::thread::sleep(WATCHED);
+    let after = cluster.volume(1, "vm1");
+    assert_eq!(after["epoch"], before["epoch"], "{after:#}");
+    assert_eq!(copies(&after, "in_sync"), copies(&before, "in_sync"));
+    // When the node really dies, its copy is made anew elsewhere.
+    cluster.kill(n);
+    let whole = cluster.wait_for(1, "vm1", "has its copies elsewhere", |v| {
+        is_whole_and_released(v) && !copies(v, "in_sync").contains(&others[0])
+    });
+    assert_eq!(copies(&whole, "in_sync").len(), 3);
+    holds_what_was_written(&cluster, 1, oracle);
 }
 
 #[test]

@@ -67,6 +67,13 @@ fn wrong_usage_exits_with_2() {
 
 #[test]
 fn input_that_makes_no_sense_exits_with_10_and_says_what_would() {
+    // Reached from other machines, but for where those ask how the node is.
+    let public = |listen, noun, more: &[&'static str]| {
+        let registry = "etcd:http://10.0.0.9:2379";
+        let public = ["--insecure-plaintext", "--registry", registry];
+        [&[noun, "--listen", listen], &public[..], more].concat()
+    };
+    let http = "give --http 10.0.0.1:5705";
     for (args, expected) in [
         (&["volume", "create", "vm1", "--size", "big"][..], "10GiB"),
         (&["volume", "create", "../vm1", "--size", "1GiB"], "letters"),
@@ -106,6 +113,12 @@ fn input_that_makes_no_sense_exits_with_10_and_says_what_would() {
         (
             &["node", "--name", "n1", "--listen", "0.0.0.0:5703"],
             "--listen",
+        ),
+        (&public("10.0.0.1:5703", "node", &["--name", "n1"]), http),
+        (&public("10.0.0.1:5703", "doctor", &[]), http),
+        (
+            &public("0.0.0.0:5703", "doctor", &["--http", "0.0.0.0:5705"]),
+            "give --advertise HOST:5703",
         ),
         (
             &["node", "--name", "n1", "--vhost-user-blk", "vm1,colour=red"],

@@ -88,6 +88,25 @@ impl NodeConfig {
                  network between the nodes",
             ));
         }
+        if is_public && self.http.ip().is_loopback() {
+            let reached = SocketAddr::new(self.listen.ip(), self.http.port());
+            return Err(Fault::input(format!(
+                "--listen {} can be reached from other machines, and --http {} cannot: other nodes ask there how this one \
+                 is, and would find themselves",
+                self.listen, self.http
+            ))
+            .hint(format!("give --http {reached}")));
+        }
+        if self.listen.ip().is_unspecified() && self.advertise.is_none() {
+            return Err(Fault::input(format!(
+                "--listen {} is every address of this machine, and other nodes need one of them",
+                self.listen
+            ))
+            .hint(format!(
+                "give --advertise HOST:{}, by which other machines reach this one",
+                self.listen.port()
+            )));
+        }
         if let Some(advertise) = &self.advertise {
             let port = advertise
                 .rsplit_once(':')
@@ -96,6 +115,13 @@ impl NodeConfig {
                 return Err(Fault::input(format!(
                     "--advertise {advertise} is not HOST:PORT"
                 )));
+            }
+            let address = advertise.parse::<SocketAddr>();
+            if address.is_ok_and(|a| a.ip().is_unspecified()) {
+                return Err(Fault::input(format!(
+                    "--advertise {advertise} is no address of a machine"
+                ))
+                .hint("give the name or address by which other machines reach this one"));
             }
         }
         for (i, serve) in self.serve.iter().enumerate() {
@@ -267,6 +293,7 @@ mod tests {
         assert!(hint.contains("--insecure-plaintext"), "{hint}");
         let told = NodeConfig {
             insecure_plaintext: true,
+            http: "10.0.0.1:5705".parse().unwrap(),
             ..etcd("10.0.0.1:5703")
         };
         assert!(told.check().is_ok());
@@ -281,6 +308,7 @@ mod tests {
                 tls_dir: Some(dir.path().into()),
                 ..Access::default()
             },
+            http: "10.0.0.1:5705".parse().unwrap(),
             ..config("10.0.0.1:5703")
         };
         let (plain, tls) = ("etcd:http://10.0.0.9:2379", "etcd:https://10.0.0.9:2379");
@@ -294,5 +322,70 @@ mod tests {
         // What is in it is looked at when it is used.
         let fault = with(plain).security().unwrap_err();
         assert!(fault.message.contains("ca.pem"), "{fault}");
+    }
+
+    #[test]
+    fn who_is_reached_from_other_machines_says_where_by_addresses_that_are_its_own() {
+        // (--listen, --http, --advertise: what is to be given instead)
+        for (listen, http, advertise, remedy) in [
+            ("127.0.0.2:5703", "127.0.0.1:5705", "", None),
+            ("127.0.0.2:5703", "0.0.0.0:5705", "", None),
+            ("10.0.0.1:5703", "10.0.0.1:5705", "", None),
+            ("10.0.0.1:5703", "0.0.0.0:5705", "", None),
+            (
+                "10.0.0.1:5703",
+                "127.0.0.1:5705",
+                "",
+                Some("--http 10.0.0.1:5705"),
+            ),
+            (
+                "10.0.0.1:5703",
+                "127.0.0.1:80",
+                "n1:5703",
+                Some("--http 10.0.0.1:80"),
+            ),
+            (
+                "[fd00::1]:5703",
+                "[::1]:5705",
+                "",
+                Some("--http [fd00::1]:5705"),
+            ),
+            (
+                "0.0.0.0:5703",
+                "127.0.0.1:5705",
+                "n1:5703",
+                Some("--http 0.0.0.0:5705"),
+            ),
+            ("0.0.0.0:5703", "0.0.0.0:5705", "n1:5703", None),
+            (
+                "0.0.0.0:5703",
+                "0.0.0.0:5705",
+                "",
+                Some("--advertise HOST:5703"),
+            ),
+            (
+                "10.0.0.1:5703",
+                "10.0.0.1:5705",
+                "0.0.0.0:5703",
+                Some("reach this one"),
+            ),
+        ] {
+            let told = NodeConfig {
+                registry: "etcd:http://10.0.0.9:2379".parse().unwrap(),
+                insecure_plaintext: true,
+                http: http.parse().unwrap(),
+                advertise: (!advertise.is_empty()).then(|| advertise.into()),
+                ..config(listen)
+            };
+            let hint = told.check().err().map(|fault| {
+                assert_eq!(fault.code, super::super::fault::Code::InvalidInput);
+                fault.hint.unwrap_or_default()
+            });
+            match (hint, remedy) {
+                (None, None) => {}
+                (Some(hint), Some(remedy)) if hint.contains(remedy) => {}
+                (hint, _) => panic!("{listen} {http} {advertise}: {hint:?}"),
+            }
+        }
     }
 }

@@ -8,7 +8,8 @@
 //!
 //! The record of a detached volume says nothing of a node that has died since. So a volume one of whose copies in sync is
 //! on a node that was silent for as long as lost copies are waited for is looked after as well, if another node could take
-//! its place: that puts the copy out by the protocol, and `control_replace` does the rest.
+//! its place: that puts the copy out by the protocol, and `control_replace` does the rest. Should the copy promise after
+//! all, it is in sync, and taking the volume over was in vain: not again soon, since it costs an epoch.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -84,6 +85,14 @@ impl Tending {
         if let Some(memory) = self.volumes.get_mut(&volume) {
             (memory.begin, memory.vain) = (now, 0);
             self.look_at(now);
+        }
+    }
+
+    /// What it was tended for is done; or, if a copy in sync is still said to be silent, it never was what it seemed.
+    fn done(&mut self, volume: VolumeId, still_silent: bool, now: Instant) {
+        match still_silent {
+            true => self.in_vain(volume, now),
+            false => drop(self.volumes.remove(&volume)),
         }
     }
 
@@ -203,9 +212,17 @@ impl Control {
                 .0
                 .copy_on(&self.plane.node)
                 .is_some_and(|mine| local.get(&id) == Some(&mine.copy_id));
+            let silence = &self.plane.silence;
+            let silent = |node: &NodeName| {
+                let since = silence.since(node);
+                since
+                    .zip(wait)
+                    .is_some_and(|(at, wait)| at + wait + stagger(id, wait) <= now)
+            };
             if let Some(status) = here {
                 let scrub = self.scrub_asked(&spec.0).is_some();
-                let done = finished(&record.0, &self.plane.node, has_copy, scrub);
+                let done = finished(&record.0, &self.plane.node, has_copy, scrub)
+                    .then(|| record.0.in_sync().any(|c| silent(&c.node)));
                 self.go_on(
                     id,
                     &spec.0.full_name().to_string(),
@@ -215,13 +232,6 @@ impl Control {
                 );
                 continue;
             }
-            let silence = &self.plane.silence;
-            let silent = |node: &NodeName| {
-                let since = silence.since(node);
-                since
-                    .zip(wait)
-                    .is_some_and(|(at, wait)| at + wait + stagger(id, wait) <= now)
-            };
             let scrub = self.scrub_asked(&spec.0).is_some();
             let Some(wanting) = wanting(&record.0, &self.plane.node, has_copy, scrub, silent)
             else {
@@ -314,7 +324,7 @@ impl Control {
         id: VolumeId,
         name: &str,
         record: &Versioned<Record>,
-        (status, done): (&AttachmentStatus, bool),
+        (status, done): (&AttachmentStatus, Option<bool>),
         now: Instant,
     ) {
         if status.phase == Phase::Fenced {
@@ -331,14 +341,17 @@ impl Control {
         let busy = status.phase == Phase::Recovering
             || status.copies.iter().any(|c| c.sync.is_some())
             || status.scrub.as_ref().is_some_and(scrubs);
-        if done && status.phase == Phase::Serving {
-            self.tending.volumes.remove(&id);
+        if let Some(still_silent) = done.filter(|_| status.phase == Phase::Serving) {
+            self.tending.done(id, still_silent, now);
             self.said.remove(&format!("tending of {id}"));
             return self.let_go(id, name, "tended", "6 tend");
         }
         let memory = self.tending.memory(id, now);
         if busy {
             memory.idle = None;
+        }
+        // Comparing what a dead attachment left is no use by itself: it ends, or begins anew.
+        if busy && status.phase != Phase::Recovering {
             memory.vain = 0;
         }
         let idle = *memory.idle.get_or_insert(now);
@@ -544,5 +557,18 @@ mod tests {
             pauses.push((tending.memory(volume, now).begin - now).as_secs());
         }
         assert_eq!(pauses, [5, 10, 20, 40, 80, 160, 300, 300]);
+    }
+
+    #[test]
+    fn a_silent_nodes_copy_that_promised_is_not_asked_for_again_soon() {
+        let (mut tending, volume, now) = (Tending::default(), VolumeId([1; 16]), Instant::now());
+        let mut pauses = Vec::new();
+        for still_silent in [true, true, true, false, true] {
+            tending.memory(volume, now);
+            tending.done(volume, still_silent, now);
+            let pause = tending.volumes.get(&volume).map(|m| m.begin - now);
+            pauses.push(pause.map(|p| p.as_secs()));
+        }
+        assert_eq!(pauses, [Some(5), Some(10), Some(20), None, Some(5)]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,14 +17,11 @@ use super::host::Capacity;
 use super::model::{ClusterRecord, NodeRecord};
 use super::store::{Race, Store};
 use super::units::wall_ms;
-use crate::api::client::{ClientError, Target, ask, runtime};
+use super::whois::{self, introducing, is_ours};
 use crate::registry::{Registry, RegistryError};
 use crate::replication::ids::{BootId, ClusterId, Instance, NodeName};
 use crate::wire::tls::Security;
 
-/// How long a running process of the same name has to answer. A node answers in milliseconds; a stopped or hung one
-/// still accepts connections and is taken for alive.
-const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 /// Mode of the API's socket: its owner and group manage the node.
 const API_SOCKET_MODE: u32 = 0o660;
 /// Pause before a registry that does not answer is asked again.
@@ -169,7 +166,7 @@ pub fn join(
         started: wall_ms(),
         capacity: Capacity::default(),
     };
-    claim(&store, cluster, &node)?;
+    claim(&store, cluster, (&node, &replication, local(&http)?))?;
     Ok(Membership {
         cluster,
         node: node.name,
@@ -280,7 +277,12 @@ fn cluster_id(store: &Store) -> Result<ClusterId, Fault> {
         .map_err(Fault::from)
 }
 
-fn claim(store: &Store, cluster: ClusterId, node: &NodeRecord) -> Result<(), Fault> {
+/// Writes `node` into the registry, which takes replication connections by this socket and listens there for HTTP.
+fn claim(
+    store: &Store,
+    cluster: ClusterId,
+    (node, replication, http): (&NodeRecord, &TcpListener, SocketAddr),
+) -> Result<(), Fault> {
     store
         .retry(|| {
             let present = store.node(&node.name)?;
@@ -288,7 +290,7 @@ fn claim(store: &Store, cluster: ClusterId, node: &NodeRecord) -> Result<(), Fau
                 if other.instance == node.instance {
                     return Ok(()); // an ambiguous write that went through
                 }
-                refuse_if_alive(cluster, other, node)?;
+                refuse_if_alive(store, cluster, other, (node, replication, http))?;
             }
             let mut node = node.clone();
             if let Some((before, _)) = &present {
@@ -302,61 +304,56 @@ fn claim(store: &Store, cluster: ClusterId, node: &NodeRecord) -> Result<(), Fau
         .map_err(Fault::from)
 }
 
-/// Whether the process that has our name still runs. Its ports tell: ours are bound already, so an address of its
-/// that is also ours is not in its hands any more.
-fn refuse_if_alive(cluster: ClusterId, other: &NodeRecord, me: &NodeRecord) -> Result<(), Fault> {
-    let alive = |how: String| {
+/// Whether the process that has our name still runs.
+///
+/// Its ports tell, if it can be reached: ours are bound already, so an address of its that is also ours is not in its hands any
+/// more, and is not asked. A process elsewhere that cannot be reached from here may run all the same, with its machines: its
+/// lease in the registry tells. Were it driven out, it would end, and they with it.
+fn refuse_if_alive(
+    store: &Store,
+    cluster: ClusterId,
+    other: &NodeRecord,
+    (me, replication, http): (&NodeRecord, &TcpListener, SocketAddr),
+) -> Result<(), Fault> {
+    let alive = |how: &str| {
         Fault::new(
             Code::Exists,
             format!("a node named {} runs already: {how}", other.name),
         )
         .hint("give this node another --name, or stop the other one")
     };
-    if other.http != me.http
-        && let Some(how) = http_alive(cluster, other)?
-    {
-        return Err(alive(how));
+    let has_listen = other.address == me.address || is_ours(&other.address, local(replication)?);
+    let has_http = other.http == me.http || is_ours(&other.http, http);
+    let how = match (has_listen, has_http) {
+        (false, _) => introducing(replication, &me.name, || whois::alive(cluster, other))
+            .map_err(|e| Fault::internal(format!("--listen {}: {e}", me.address)))??,
+        (true, false) => whois::http_alive(cluster, other)?,
+        (true, true) => None,
+    };
+    if let Some(how) = how {
+        return Err(alive(&how));
     }
-    if other.address != me.address && connects(&other.address) {
-        return Err(alive(format!("{} takes connections", other.address)));
+    // Every machine has loopback addresses of its own.
+    let only_one = |address: &str| {
+        let mut all = address.to_socket_addrs().into_iter().flatten();
+        other.boot_id == me.boot_id || !all.any(|a| a.ip().is_loopback())
+    };
+    if has_listen && only_one(&other.address) || has_http && only_one(&other.http) {
+        return Ok(());
     }
-    Ok(())
-}
-
-/// What says that a process runs as the node, a hung one included.
-pub(super) fn alive(cluster: ClusterId, node: &NodeRecord) -> Result<Option<String>, Fault> {
-    if let Some(how) = http_alive(cluster, node)? {
-        return Ok(Some(how));
+    let present = store.present()?;
+    if !present.names.contains(&other.name.0) {
+        return Ok(());
     }
-    Ok(connects(&node.address).then(|| format!("{} takes connections", node.address)))
-}
-
-/// What says that the process `node` describes answers on its HTTP address.
-fn http_alive(cluster: ClusterId, node: &NodeRecord) -> Result<Option<String>, Fault> {
-    let runtime = runtime().map_err(|e| Fault::internal(e.to_string()))?;
-    let target = Target::Tcp(node.http.clone());
-    let asked = ask(
-        &target,
-        hyper::Method::GET,
-        "/healthz",
-        None,
-        Some(PROBE_PATIENCE),
-    );
-    Ok(match runtime.block_on(asked) {
-        Ok(answer) => {
-            let who: Option<super::live::Identity> = serde_json::from_slice(&answer.body).ok();
-            who.is_some_and(|w| w.cluster == cluster && w.instance == node.instance)
-                .then(|| format!("it answers on {}", node.http))
-        }
-        Err(ClientError::Late(_)) => connects(&node.http)
-            .then(|| format!("{} takes connections and does not answer", node.http)),
-        Err(ClientError::Connect(_) | ClientError::Broken(_)) => None,
-    })
-}
-
-/// Whether anything accepts connections on `HOST:PORT`.
-fn connects(address: &str) -> bool {
-    address.to_socket_addrs().is_ok_and(|mut addresses| {
-        addresses.any(|a| TcpStream::connect_timeout(&a, PROBE_PATIENCE).is_ok())
-    })
+    if present.certain {
+        return Err(alive("its lease in the registry is held"));
+    }
+    Err(Fault::try_again(format!(
+        "a node named {} may be running at {}: its lease in the registry is held",
+        other.name, other.address
+    ))
+    .hint(
+        "if it ended without a word (killed, power lost), try again in 30 seconds; if it runs, give this node another \
+         --name, or stop the other one",
+    ))
 }

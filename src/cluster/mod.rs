@@ -56,6 +56,7 @@ pub mod store;
 pub mod units;
 pub mod update;
 pub mod view;
+mod whois;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 
 use super::events::What;
 use super::fault::Fault;
-use super::join::alive;
 use super::labels::{self, Of};
 use super::live;
 use super::model::{Labels, NodeRecord};
@@ -14,6 +13,7 @@ use super::plane::{Plane, whole_volumes};
 use super::sight::Health;
 use super::snapshot::Snapshot;
 use super::store::Race;
+use super::whois::alive;
 use crate::replication::ids::NodeName;
 
 /// A request to change a node.

@@ -16,13 +16,13 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 
 use super::events::What;
 use super::plane::Plane;
 use crate::api::client::runtime;
-use crate::replication::ids::{ClusterId, CopyId, NodeName, VolumeId};
+use crate::replication::ids::{BootId, ClusterId, CopyId, Instance, NodeName, VolumeId};
 use crate::wire::hello::{
     Answer, FEATURES, GREETING_MAX, Hello, HelloRefusal, Purpose, Reason, VERSIONS,
 };
@@ -134,6 +134,13 @@ impl Reach {
         ways.collect()
     }
 
+    /// Whether the node's copies are reached, as far as is known.
+    pub(super) fn reaches(&self, node: &NodeName) -> bool {
+        let known = self.lock();
+        let known = known.get(node).and_then(|peer| peer.known.as_ref());
+        known.is_some_and(|known| known.reached)
+    }
+
     /// Whom to greet now. Each is noted to be under way.
     fn take_due(&self, now: Instant) -> Vec<(NodeName, SocketAddr)> {
         let mut peers = self.lock();
@@ -212,20 +219,7 @@ pub(super) fn run(plane: &Plane, security: &Security, port: u16, stop: &AtomicBo
         Ok(runtime) => runtime,
         Err(e) => return log::error!("other nodes are not greeted: {e}"),
     };
-    let mut hello = Vec::new();
-    Hello {
-        versions: VERSIONS,
-        features: FEATURES,
-        cluster: plane.cluster,
-        node: plane.node.clone(),
-        boot_id: plane.boot_id,
-        instance: plane.instance,
-        // Nobody has this one.
-        volume: VolumeId([0; 16]),
-        copy: CopyId([0; 16]),
-        purpose: Purpose::Foreground,
-    }
-    .encode(&mut hello);
+    let hello = hello(plane.cluster, &plane.node, plane.boot_id, plane.instance);
     let hello: Arc<[u8]> = hello.into();
     runtime.block_on(async {
         let mut under_way = JoinSet::new();
@@ -233,10 +227,11 @@ pub(super) fn run(plane: &Plane, security: &Security, port: u16, stop: &AtomicBo
             for (name, address) in plane.reach.take_due(Instant::now()) {
                 let (hello, cluster, security) = (hello.clone(), plane.cluster, security.clone());
                 under_way.spawn(async move {
-                    let greeted = greet(address, &security, &hello, cluster, &name);
-                    let greeted = timeout(PATIENCE, greeted);
-                    let late = |_| Err(format!("no answer within {}s", PATIENCE.as_secs()));
-                    let result = greeted.await.unwrap_or_else(late);
+                    let asked = exchange(address, (&security, &name), &hello, PATIENCE);
+                    let result = match asked.await {
+                        Ok(answer) => judge(&answer, cluster, &name),
+                        Err(silent) => Err(silent.why()),
+                    };
                     (name, address, result)
                 });
             }
@@ -306,50 +301,109 @@ fn spread(span: Duration) -> Duration {
     span * 4 / 5 + span * 2 / 5 * u32::from(random[0]) / 255
 }
 
-async fn greet(
-    address: SocketAddr,
-    security: &Security,
-    hello: &[u8],
+/// A greeting that asks for no copy.
+pub(super) fn hello(
     cluster: ClusterId,
-    name: &NodeName,
-) -> Result<(), String> {
-    let connect = || async move {
-        let stream = TcpStream::connect(address).await;
-        stream.map_err(|e| e.to_string())
-    };
-    if let Some(config) = security.client() {
-        let connector = TlsConnector::from(config);
-        let session = connector.connect(server_name(name)?, connect().await?);
-        match session.await {
-            Ok(stream) => return answer(stream, hello, cluster, name).await,
-            Err(_) if security.takes_plaintext() => {}
-            Err(e) if e.kind() == ErrorKind::UnexpectedEof => return Err(ENDED.into()),
-            Err(e) => return Err(format!("no TLS: {e}")),
-        }
+    node: &NodeName,
+    boot_id: BootId,
+    instance: Instance,
+) -> Vec<u8> {
+    let mut hello = Vec::new();
+    Hello {
+        versions: VERSIONS,
+        features: FEATURES,
+        cluster,
+        node: node.clone(),
+        boot_id,
+        instance,
+        // Nobody has this one.
+        volume: VolumeId([0; 16]),
+        copy: CopyId([0; 16]),
+        purpose: Purpose::Foreground,
     }
-    answer(connect().await?, hello, cluster, name).await
+    .encode(&mut hello);
+    hello
 }
 
-async fn answer(
+/// Why a greeting has no answer.
+#[derive(Debug)]
+pub(super) enum Silent {
+    /// Nobody takes connections there, as far as can be seen from here.
+    Nobody(String),
+    /// Whoever takes them says nothing, or not all of it.
+    Mute(String),
+    /// Whoever takes them is no node.
+    Stranger(String),
+}
+
+impl Silent {
+    fn why(self) -> String {
+        match self {
+            Self::Nobody(why) | Self::Mute(why) | Self::Stranger(why) => why,
+        }
+    }
+}
+
+/// Greets whoever is at `address`, which has `patience` for everything together; what `security` asks for, as node `name`.
+pub(super) async fn exchange(
+    address: SocketAddr,
+    (security, name): (&Security, &NodeName),
+    hello: &[u8],
+    patience: Duration,
+) -> Result<Answer, Silent> {
+    let late = || format!("no answer within {}s", patience.as_secs());
+    let until = tokio::time::Instant::now() + patience;
+    let connect = || async {
+        match timeout_at(until, TcpStream::connect(address)).await {
+            Ok(connected) => connected.map_err(|e| Silent::Nobody(e.to_string())),
+            Err(_) => Err(Silent::Nobody(late())),
+        }
+    };
+    let mut stream = connect().await?;
+    let greeted = async {
+        if let Some(config) = security.client() {
+            let name = server_name(name).map_err(Silent::Mute)?;
+            match TlsConnector::from(config).connect(name, stream).await {
+                Ok(secured) => return greet(secured, hello).await,
+                Err(_) if security.takes_plaintext() => stream = connect().await?,
+                Err(e) if e.kind() == ErrorKind::UnexpectedEof => {
+                    return Err(Silent::Mute(ENDED.into()));
+                }
+                Err(e) => return Err(Silent::Mute(format!("no TLS: {e}"))),
+            }
+        }
+        greet(stream, hello).await
+    };
+    timeout_at(until, greeted)
+        .await
+        .unwrap_or_else(|_| Err(Silent::Mute(late())))
+}
+
+async fn greet(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
     hello: &[u8],
-    cluster: ClusterId,
-    name: &NodeName,
-) -> Result<(), String> {
-    stream.write_all(hello).await.map_err(|e| e.to_string())?;
-    stream.flush().await.map_err(|e| e.to_string())?;
+) -> Result<Answer, Silent> {
+    let broken = |e: std::io::Error| Silent::Mute(e.to_string());
+    stream.write_all(hello).await.map_err(broken)?;
+    stream.flush().await.map_err(broken)?;
     let (mut input, mut received) = ([0; GREETING_MAX], 0);
     loop {
         match Answer::decode(&input[..received]) {
-            Ok(Some((answer, _))) => return judge(&answer, cluster, name),
+            Ok(Some((answer, _))) => return Ok(answer),
             Ok(None) => {}
-            Err(e) => return Err(format!("its answer is not understood: {e}")),
+            Err(e) => {
+                return Err(Silent::Stranger(format!(
+                    "its answer is not understood: {e}"
+                )));
+            }
         }
         // A greeting is never longer than what there is room for.
-        match stream.read(&mut input[received..]).await {
-            Ok(0) => return Err("it closed the connection without an answer".into()),
-            Ok(n) => received += n,
-            Err(e) => return Err(e.to_string()),
+        match stream.read(&mut input[received..]).await.map_err(broken)? {
+            0 => {
+                let why = "it closed the connection without an answer";
+                return Err(Silent::Mute(why.into()));
+            }
+            n => received += n,
         }
     }
 }

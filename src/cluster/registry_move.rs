@@ -12,8 +12,8 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::fault::Fault;
-use super::join::alive;
 use super::store::{CLUSTER, Store};
+use super::whois::alive;
 use crate::registry::{Access, CasError, Change, Entry, Guard, Location, Registry, Sqlite};
 use crate::replication::ids::ClusterId;
 

@@ -1,5 +1,8 @@
 //! Since when each node does not answer: asked of the node itself every few seconds, whatever the number of volumes.
 //!
+//! A node is silent when neither way to it is open. One that answers on its replication port alone (a firewall, an HTTP
+//! that hangs) has copies that promise and are in sync: nothing would come of replacing them.
+//!
 //! It decides nothing about data. It tells a detached volume's keeper that a copy has been away for so long that another is
 //! to take its place, where no attachment is there to notice; whether the copy really is away, the attachment that is then
 //! made for the purpose finds out by the protocol.
@@ -63,7 +66,8 @@ pub(super) fn watch(plane: &Plane) {
             let answers = fan_out::<Identity>(questions.collect()).into_iter();
             let is = |(node, answer): (NodeName, Result<Identity, String>)| {
                 let it = answer.is_ok_and(|who| who.cluster == plane.cluster && who.node == node);
-                (node, it)
+                let heard = it || plane.reach.reaches(&node);
+                (node, heard)
             };
             plane.silence.note(asked, answers.map(is));
         }

@@ -124,6 +124,8 @@ pub struct Cluster {
     pub programs: BTreeMap<usize, PathBuf>,
     /// Added to the last number of the nodes' addresses when they are started from now on.
     pub moved_by: usize,
+    /// Nodes that are where another number's node was.
+    pub at: BTreeMap<usize, usize>,
 }
 
 impl Cluster {
@@ -155,6 +157,7 @@ impl Cluster {
             registry_at: None,
             programs: BTreeMap::new(),
             moved_by: 0,
+            at: BTreeMap::new(),
         }
     }
 
@@ -201,8 +204,13 @@ impl Cluster {
         alive.map(|(n, _)| *n).collect()
     }
 
+    fn place(&self, n: usize) -> usize {
+        self.at.get(&n).copied().unwrap_or(n)
+    }
+
     /// 127.A.B.n, or the network's own.
     pub fn ip(&self, n: usize) -> String {
+        let n = self.place(n);
         match &self.network {
             Some(network) => network.address(n),
             None => {
@@ -293,7 +301,7 @@ impl Cluster {
             .unwrap();
         let program = self.programs.get(&n).cloned().unwrap_or_else(binary);
         let mut command = match &self.network {
-            Some(network) => network.command(n, &program),
+            Some(network) => network.command(self.place(n), &program),
             None => Command::new(program),
         };
         command
@@ -328,9 +336,19 @@ impl Cluster {
 
     /// Runs `lockstep node` with these arguments until it gives up by itself.
     pub fn node_that_must_not_start(&self, arguments: &[String]) -> Done {
-        let mut command = lockstep();
+        self.program_that_must_not_start(lockstep(), arguments)
+    }
+
+    /// The same where node n is.
+    pub fn node_that_must_not_start_at(&self, n: usize, arguments: &[String]) -> Done {
+        let network = self.network.as_ref().expect("a network");
+        self.program_that_must_not_start(network.command(n, &binary()), arguments)
+    }
+
+    fn program_that_must_not_start(&self, mut command: Command, arguments: &[String]) -> Done {
         command
             .args(arguments)
+            .env_remove("LOCKSTEP_HOST")
             .env("RUST_LOG", "warn")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -27,6 +27,8 @@ pub enum How {
     /// Whoever wants to connect is not heard. What is connected already, and who connects the other way, goes on: a
     /// firewall's idea of one direction.
     Connect,
+    /// Packets to this TCP port vanish, and no others.
+    Port(u16),
 }
 
 /// The way from one node to another, cut.
@@ -136,6 +138,7 @@ impl Network {
 
     fn filter(&self, verb: &str, cut: Cut) {
         let from = self.address(cut.from);
+        let port;
         let rule: &[&str] = match cut.how {
             How::Drop => &["-j", "DROP"],
             How::Reset => &["-p", "tcp", "-j", "REJECT", "--reject-with", "tcp-reset"],
@@ -150,6 +153,10 @@ impl Network {
                 "DROP",
             ],
             How::Connect => &["-p", "tcp", "--syn", "-j", "DROP"],
+            How::Port(number) => {
+                port = number.to_string();
+                &["-p", "tcp", "--dport", &port, "-j", "DROP"]
+            }
         };
         // Where packets arrive: dropped on their way out, the sender's kernel would be told.
         self.iptables(cut.to, &[&[verb, "INPUT", "-s", &from][..], rule].concat());
