@@ -4,16 +4,19 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, getrlimit, setrlimit};
+use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 mod handover;
+mod shown;
 mod status;
 mod upgrade;
 
@@ -22,19 +25,19 @@ pub use upgrade::can_take_over;
 use crate::cluster;
 use crate::cluster::config::NodeConfig;
 use crate::cluster::events::{EventLog, What};
-use crate::cluster::fault::Fault;
+use crate::cluster::fault::{Code, Fault};
 use crate::cluster::host::{
-    AttachRequest, AttachmentStatus, Birth, Capacity, Front, Host, HostError, LocalCopy,
-    UpgradeView,
+    AttachRequest, AttachmentStatus, Birth, Capacity, Held, Host, HostError, LocalCopy, UpgradeView,
 };
-use crate::cluster::join::Membership;
+use crate::cluster::join::{Joining, Membership, Place};
 use crate::cluster::metrics::Metrics;
 use crate::cluster::store::Registrar;
 use crate::copy::{LogImage, NodeDir, NodeDirError, Store, StoreError};
 use crate::engine::{
-    AttachVolume, CopyStatus, Engine, Handle, Identity, OpenCopy, Records, WriteCache, exec,
+    AttachVolume, CopyStatus, Engine, Grown, Handle, HoldVolume, Identity, OpenCopy, Records,
+    WriteCache, exec,
 };
-use crate::guest::{BlockSize, Bound, DeviceConfig, Handed, Server};
+use crate::guest::{BlockSize, Bound, Capacity as Size, DeviceConfig, Handed, Server};
 use crate::registry::{CasError, Revision};
 use crate::replication::attachment::{self, CasOutcome};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState, Standing};
@@ -43,9 +46,17 @@ use crate::replication::ids::{CHUNK, CopyId, Epoch, NodeName, Tag, VolumeId};
 use crate::replication::message::Proof;
 use crate::replication::record::{self, Record};
 use handover::Inherited;
+use shown::{Memory, Shown};
 
 /// Data segments of one guest request: with indirect descriptors Linux uses what it is offered.
 const SEG_MAX: u32 = 254;
+
+/// How long a registry may take to answer before what needs nothing of it begins. It answers in milliseconds; copies elsewhere
+/// wait for ours meanwhile, and machines for their sockets.
+const REGISTRY_ANSWERS: Duration = Duration::from_secs(1);
+/// How long the control loop may take until it has served what the records say for the first time, before machines that
+/// were served here are listened for without it. Ordinarily it knows better and is as quick; cloud-hypervisor waits for a minute.
+const ACTS: Duration = Duration::from_secs(5);
 
 /// How often a node looks whether it is to end.
 const SIGNAL_LOOK: Duration = Duration::from_millis(50);
@@ -74,26 +85,46 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
     exec::hold_signals(true);
     raise_descriptors();
     let registry = cluster::join::open_registry(&config)?;
-    let asked_to_end = || {
+    let mut asked_to_end = || {
         exec::hold_signals(false);
         let asked = signals.pending().any(|signal| signal != SIGUSR2);
         exec::hold_signals(true);
         asked
     };
-    if !cluster::join::await_registry(&*registry, asked_to_end)? {
-        return Ok(());
-    }
     let mut dir = NodeDir::open(&config.data_dir, &config.name, None).map_err(dir_fault)?;
     let doors = inherited.as_mut().map(|inherited| {
         let names = handover::Names::of(&config);
         inherited.take_doors(&names)
     });
-    let membership = cluster::join::join(config, registry, doors.unwrap_or_default())?;
-    dir.join(membership.cluster).map_err(dir_fault)?;
-    let host = Arc::new(NodeHost::start(dir, &membership, inherited)?);
+    let place = Place::take(config, registry, doors.unwrap_or_default())?;
+    let known = dir.cluster();
+    let joining = place.join(known)?;
+    let begun = Instant::now();
+    let mut joined = joining.wait(Duration::ZERO)?;
+    // Ordinarily the registry answers, and who may not be the node of this name ends before anything is opened. If it does not,
+    // its part in the data needs nothing of it; but a process that does not know its cluster has no part.
+    while joined.is_none() && (known.is_none() || begun.elapsed() < REGISTRY_ANSWERS) {
+        if asked_to_end() {
+            return Ok(());
+        }
+        joined = joining.wait(SIGNAL_LOOK)?;
+    }
+    let Some(cluster) = joined.or(known) else {
+        return Err(Fault::internal("this node has no cluster"));
+    };
+    dir.join(cluster).map_err(dir_fault)?;
+    let mut membership = place.member(cluster);
+    membership.waits = joined.is_none().then(|| joining.why());
+    let host = NodeHost::start(dir, &membership, inherited)?;
+    if membership.waits.is_some() {
+        host.hold();
+    }
+    host.open_copies(&membership)?;
     NodeHost::open_late(&host)?;
-    let running = cluster::start(membership, Arc::clone(&host) as Arc<dyn Host>)?;
-    tell_service_manager(&[sd_notify::NotifyState::Ready]);
+    let mut waiting = joined.is_none().then(|| Waiting::new(joining));
+    let mut running = cluster::start(membership, Arc::clone(&host) as Arc<dyn Host>)?;
+    // It answers at all its sockets. What it waits for beyond that, a service manager can do nothing about.
+    tell_service_manager(&[NotifyState::Ready]);
     exec::hold_signals(false);
     let mut told = Vec::new();
     let end = loop {
@@ -112,7 +143,14 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
         if let Some(why) = running.fatal() {
             break Err(Fault::state(why));
         }
-        host.upgrade.look_after();
+        if let Some(waits) = &mut waiting {
+            match waits.look(&mut running) {
+                Ok(true) => waiting = None,
+                Ok(false) => {}
+                Err(fault) => break Err(fault),
+            }
+        }
+        host.look_after(running.has_acted());
         if host.upgrade.is_due() {
             host.replace(|| {
                 told.extend(signals.pending().filter(|signal| *signal != SIGUSR2));
@@ -121,10 +159,53 @@ pub fn run(config: NodeConfig) -> Result<(), Fault> {
         }
         thread::sleep(SIGNAL_LOOK);
     };
-    tell_service_manager(&[sd_notify::NotifyState::Stopping]);
+    tell_service_manager(&[NotifyState::Stopping]);
     running.stop();
     host.shut_down();
     end
+}
+
+/// A process that does its part without the cluster knowing it yet.
+struct Waiting {
+    joining: Joining,
+    said: String,
+}
+
+impl Waiting {
+    fn new(joining: Joining) -> Self {
+        Self {
+            joining,
+            said: String::new(),
+        }
+    }
+
+    /// Whether that has ended.
+    ///
+    /// # Errors
+    ///
+    /// The name is another process's.
+    fn look(&mut self, running: &mut cluster::Cluster) -> Result<bool, Fault> {
+        match self.joining.wait(Duration::ZERO) {
+            Ok(Some(_)) => {
+                log::info!("the registry answers: what it says is to be served is served");
+                running.joined();
+                tell_service_manager(&[NotifyState::Status("")]);
+                return Ok(true);
+            }
+            Ok(None) => {}
+            Err(fault) if fault.code == Code::Exists => return Err(fault),
+            // As for a node that has joined: the copies here are served on, and whoever puts the registry right finds them.
+            Err(_) if self.joining.why() == self.said => {}
+            Err(_) => log::error!("{}; this node waits on", self.joining.why()),
+        }
+        let why = self.joining.why();
+        if why != self.said {
+            running.waits(&why);
+            tell_service_manager(&[NotifyState::Status(&format!("waiting: {why}"))]);
+            self.said = why;
+        }
+        Ok(false)
+    }
 }
 
 /// Four descriptors a copy and three an attachment: the 1,024 that a process is given for the sake of old programs are few,
@@ -137,7 +218,7 @@ fn raise_descriptors() {
     }
 }
 
-fn tell_service_manager(state: &[sd_notify::NotifyState<'_>]) {
+fn tell_service_manager(state: &[NotifyState<'_>]) {
     if let Err(e) = sd_notify::notify(false, state) {
         log::debug!("the service manager was not told: {e}");
     }
@@ -177,12 +258,27 @@ impl Records for RegistryRecords {
 /// A volume served from here.
 struct Served {
     front: Option<ServedFront>,
+    /// Not served yet: its machine is only listened for.
+    held: bool,
 }
 
 /// Its side towards the virtual machine.
 struct ServedFront {
     server: Server,
-    socket: PathBuf,
+    shown: Shown,
+}
+
+impl ServedFront {
+    fn socket(&self) -> &Path {
+        &self.shown.socket
+    }
+}
+
+/// A volume that is larger than what its guest is shown.
+struct Larger {
+    volume: VolumeId,
+    size: u64,
+    capacity: Size,
 }
 
 /// This node, as the control loop and the API see it.
@@ -196,6 +292,12 @@ pub struct NodeHost {
     /// Copies that could not be opened.
     broken: Mutex<HashMap<VolumeId, Broken>>,
     upgrade: upgrade::Upgrade,
+    /// What machines were shown, for the next process.
+    memory: Memory,
+    sizes: Sender<Larger>,
+    began: Instant,
+    /// What the process before served is listened for, or need not be.
+    listened: AtomicBool,
 }
 
 /// Why a copy could not be opened.
@@ -220,6 +322,26 @@ impl From<StoreError> for Broken {
     }
 }
 
+/// Shows guests the sizes of volumes that have grown. What is remembered of one is never less than what its guest has seen: a
+/// process that begins without the registry would show it a disk that has shrunk.
+fn show_sizes(host: &Weak<NodeHost>, larger: &Receiver<Larger>) {
+    while let Ok(Larger {
+        volume,
+        size,
+        capacity,
+    }) = larger.recv()
+    {
+        let Some(host) = host.upgrade() else { return };
+        let mut served = lock(&host.served);
+        if let Some(front) = served.get_mut(&volume).and_then(|s| s.front.as_mut()) {
+            front.shown.size = front.shown.size.max(size);
+            host.memory.note(&front.shown);
+        }
+        drop(served);
+        capacity.grow(size);
+    }
+}
+
 /// A poisoned lock means that another thread panicked between two whole operations; the map is still whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
@@ -232,7 +354,7 @@ impl NodeHost {
         dir: NodeDir,
         membership: &Membership,
         inherited: Option<Inherited>,
-    ) -> Result<Self, Fault> {
+    ) -> Result<Arc<Self>, Fault> {
         let me = Identity {
             cluster: membership.cluster,
             node: membership.node.clone(),
@@ -250,7 +372,8 @@ impl NodeHost {
             .name("events".into())
             .spawn(move || note_events(&events, &log, &names))
             .map_err(cannot)?;
-        let host = Self {
+        let (sizes, larger) = channel();
+        let host = Arc::new(Self {
             me,
             data_dir: membership.config.data_dir.clone(),
             engine: engine.handle(),
@@ -259,10 +382,25 @@ impl NodeHost {
             served: Mutex::default(),
             broken: Mutex::default(),
             upgrade: upgrade::Upgrade::new(membership, inherited)?,
-        };
+            memory: Memory::of(&membership.config.data_dir),
+            sizes,
+            began: Instant::now(),
+            listened: AtomicBool::new(false),
+        });
+        let shows = Arc::downgrade(&host);
+        thread::Builder::new()
+            .name("sizes".into())
+            .spawn(move || show_sizes(&shows, &larger))
+            .map_err(cannot)?;
+        Ok(host)
+    }
+
+    /// Opens the copies here, then takes connections for them. It needs nothing of the registry: what a copy may accept is on its
+    /// disk (docs/PROTOCOL.md 11.7).
+    fn open_copies(&self, membership: &Membership) -> Result<(), Fault> {
         let begun = Instant::now();
-        for volume in host.dir.volumes().map_err(dir_fault)? {
-            while let Err(broken) = host.open(volume) {
+        for volume in self.dir.volumes().map_err(dir_fault)? {
+            while let Err(broken) = self.open(volume) {
                 if broken.in_use && begun.elapsed() < LAST_REQUESTS {
                     thread::sleep(LAST_REQUESTS_LOOK);
                     continue;
@@ -270,14 +408,93 @@ impl NodeHost {
                 // One bad copy stops no other: the volume goes on with its other copies.
                 let why = &broken.why;
                 log::error!("volume {volume}: the copy here cannot be used: {why}");
-                lock(&host.broken).insert(volume, broken);
+                lock(&self.broken).insert(volume, broken);
                 break;
             }
         }
         // Only now: a copy that is asked for before it is open would be taken for lost.
-        let listener = membership.replication.try_clone().map_err(cannot)?;
-        host.engine.listen(listener);
-        Ok(host)
+        let listener = membership.replication.try_clone();
+        let cannot = |e| Fault::internal(format!("the engine cannot start: {e}"));
+        self.engine.listen(listener.map_err(cannot)?);
+        Ok(())
+    }
+
+    /// Does what is due. `acted`: the control loop has served what the records say.
+    fn look_after(&self, acted: bool) {
+        if !acted && self.began.elapsed() > ACTS {
+            self.hold();
+        }
+        self.upgrade.look_after(acted);
+    }
+
+    /// Listens for the machines of what the process before served, once. They are answered, and their requests wait until the registry
+    /// says that they are served here (ARCHITECTURE, "Listen first").
+    fn hold(&self) {
+        if self.listened.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let mut served = lock(&self.served);
+        let mut names = Vec::new();
+        for shown in self.memory.recall() {
+            let (volume, name) = (shown.volume, shown.name.clone());
+            if served.contains_key(&volume) {
+                continue;
+            }
+            match self.listen(shown) {
+                Ok(front) => {
+                    let front = Some(front);
+                    served.insert(volume, Served { front, held: true });
+                    names.push(name);
+                }
+                Err(e) => log::warn!("volume {name}: its machine is not listened for yet: {e}"),
+            }
+        }
+        if !names.is_empty() {
+            log::warn!(
+                "the registry has not said what is to be served; the machines of {} are listened for meanwhile, and their requests wait",
+                names.join(", ")
+            );
+        }
+    }
+
+    fn listen(&self, shown: Shown) -> Result<ServedFront, HostError> {
+        let handed = self.upgrade.claim(shown.volume, &shown.socket);
+        let bound = bind(&shown, handed)?;
+        let held = HoldVolume {
+            volume: shown.volume,
+            name: shown.name.clone(),
+            size: shown.size,
+            block_size: BlockSize::of(shown.block_size),
+            read_only: shown.read_only,
+        };
+        self.engine.hold(held).map_err(HostError::Refused)?;
+        self.serve(bound, shown)
+    }
+
+    /// Serves the machines of a volume that its worker knows.
+    fn serve(&self, bound: Bound, shown: Shown) -> Result<ServedFront, HostError> {
+        let volume = shown.volume;
+        let plane = self.engine.plane(volume, WriteCache::of(&shown.socket));
+        match bound.serve(Box::new(plane)) {
+            Ok(server) => Ok(ServedFront { server, shown }),
+            Err(e) => {
+                let _ = self.engine.detach(volume);
+                Err(HostError::Refused(e.to_string()))
+            }
+        }
+    }
+
+    /// Who is told that a volume is larger: first what is remembered of it, then its guest.
+    fn grown(&self, volume: VolumeId, capacity: Size) -> Grown {
+        let sizes = self.sizes.clone();
+        Box::new(move |size| {
+            // Refused only when the node ends.
+            let _ = sizes.send(Larger {
+                volume,
+                size,
+                capacity: capacity.clone(),
+            });
+        })
     }
 
     /// Opens copies whose last requests took longer than the start could wait, when they have ended: on a disk that hangs,
@@ -385,10 +602,14 @@ impl NodeHost {
     fn release(&self, volume: VolumeId) -> Result<(), String> {
         let detached = self.engine.detach(volume);
         let served = lock(&self.served).remove(&volume);
+        Self::close(served);
+        detached
+    }
+
+    fn close(served: Option<Served>) {
         if let Some(mut front) = served.and_then(|s| s.front) {
             front.server.stop();
         }
-        detached
     }
 }
 
@@ -438,24 +659,19 @@ fn store_error(error: StoreError) -> HostError {
 }
 
 /// Listens for the virtual machine, or goes on to.
-fn bind(
-    name: &str,
-    record: &Record,
-    front: &Front,
-    handed: Option<Handed>,
-) -> Result<Bound, HostError> {
+fn bind(shown: &Shown, handed: Option<Handed>) -> Result<Bound, HostError> {
     let config = DeviceConfig {
-        volume: name.into(),
-        size: record.size,
-        block_size: BlockSize::of(record.block_size),
-        num_queues: front.num_queues,
+        volume: shown.name.clone(),
+        size: shown.size,
+        block_size: BlockSize::of(shown.block_size),
+        num_queues: shown.num_queues,
         seg_max: SEG_MAX,
-        read_only: front.read_only,
-        writeback: WriteCache::of(&front.socket).is_on(),
+        read_only: shown.read_only,
+        writeback: WriteCache::of(&shown.socket).is_on(),
     };
     let bound = match handed {
-        None => Bound::new(config, &front.socket),
-        Some(handed) => Bound::adopt(config, &front.socket, handed),
+        None => Bound::new(config, &shown.socket),
+        Some(handed) => Bound::adopt(config, &shown.socket, handed),
     };
     bound.map_err(|e| HostError::Refused(e.to_string()))
 }
@@ -596,33 +812,54 @@ impl Host for NodeHost {
     }
 
     fn attach(&self, request: AttachRequest) -> Result<(), HostError> {
+        let volume = request.volume;
+        let shown = request.front.as_ref().map(|f| Shown::of(&request, f));
         let mut served = lock(&self.served);
-        if served.contains_key(&request.volume) {
-            return Ok(());
+        let mut held = None;
+        if let Some(present) = served.get(&volume) {
+            if !present.held {
+                return Ok(());
+            }
+            let becomes = match (&present.front, &shown) {
+                (Some(front), Some(now)) => front.shown.becomes(now),
+                _ => Err("no machine is to be served".into()),
+            };
+            match becomes {
+                Ok(()) => held = present.front.as_ref().map(|f| f.server.capacity()),
+                Err(why) => {
+                    log::warn!(
+                        "volume {}: {why} since its machine was served here last; the machine is let go, so that it connects again",
+                        request.name
+                    );
+                    let _ = self.engine.detach(volume);
+                    Self::close(served.remove(&volume));
+                }
+            }
         }
         let engine = &self.engine;
         engine.peers(&request.peers);
-        let record = &request.record;
+        if let (Some(shown), true) = (&shown, request.by_turns) {
+            // What its guest negotiated is known on the node that it comes from, and until it is told every write
+            // is made durable (PROTOCOL 3).
+            WriteCache::of(&shown.socket).set(false);
+        }
         // The socket first: it may be taken, and then nothing has happened. A front-end that reconnects finds it; it is
         // answered as soon as its worker knows the volume, which is at once and long before that has taken over.
-        let bound = match &request.front {
-            Some(front) => {
-                if request.by_turns {
-                    // What its guest negotiated is known on the node that it comes from, and until it is told every write
-                    // is made durable (PROTOCOL 3).
-                    WriteCache::of(&front.socket).set(false);
-                }
-                let handed = self.upgrade.claim(request.volume, &front.socket);
-                Some(bind(&request.name, record, front, handed)?)
+        let bound = match (&shown, &held) {
+            (Some(shown), None) => {
+                let handed = self.upgrade.claim(volume, &shown.socket);
+                Some(bind(shown, handed)?)
             }
-            None => None,
+            _ => None,
         };
+        let capacity = held.or(bound.as_ref().map(Bound::capacity));
+        let record = &request.record;
         let mine = record
             .attachment
             .as_ref()
             .is_some_and(|a| a.node == self.me.node);
         let attach = AttachVolume {
-            volume: request.volume,
+            volume,
             name: request.name,
             revision: request.revision.0,
             me: record::Attachment {
@@ -638,20 +875,22 @@ impl Host for NodeHost {
             },
             read_only: request.front.as_ref().is_none_or(|f| f.read_only),
             by_turns: request.by_turns,
-            capacity: bound.as_ref().map(Bound::capacity),
+            grown: capacity.map(|capacity| self.grown(volume, capacity)),
             record: request.record,
         };
+        // Refused, a machine that is held is held on.
         engine.attach(attach).map_err(HostError::Refused)?;
-        let mut front = None;
-        if let (Some(bound), Some(Front { socket, .. })) = (bound, request.front) {
-            let plane = engine.plane(request.volume, WriteCache::of(&socket));
-            let server = bound.serve(Box::new(plane)).map_err(|e| {
-                let _ = engine.detach(request.volume);
-                HostError::Refused(e.to_string())
-            })?;
-            front = Some(ServedFront { server, socket });
+        if let Some(present) = served.get_mut(&volume) {
+            present.held = false;
+            return Ok(());
         }
-        served.insert(request.volume, Served { front });
+        let mut front = None;
+        if let (Some(bound), Some(shown)) = (bound, shown) {
+            self.memory.note(&shown);
+            front = Some(self.serve(bound, shown)?);
+        }
+        let held = false;
+        served.insert(volume, Served { front, held });
         Ok(())
     }
 
@@ -665,10 +904,11 @@ impl Host for NodeHost {
         // The next guest begins with the default; a restart of this process does not come here.
         let socket = lock(&self.served)
             .get(&volume)
-            .and_then(|s| Some(s.front.as_ref()?.socket.clone()));
+            .and_then(|s| Some(s.front.as_ref()?.socket().to_owned()));
         if let Some(Err(e)) = socket.map(|s| WriteCache::of(&s).forget()) {
             log::warn!("volume {volume}: the write-cache switch stays: {e}");
         }
+        self.memory.forget(volume);
         self.release(volume).map_err(HostError::Io)
     }
 
@@ -679,7 +919,7 @@ impl Host for NodeHost {
     fn set_write_cache(&self, volume: VolumeId, writeback: bool) {
         let served = lock(&self.served);
         if let Some(front) = served.get(&volume).and_then(|s| s.front.as_ref()) {
-            WriteCache::of(&front.socket).set(writeback);
+            WriteCache::of(front.socket()).set(writeback);
             self.engine.write_cache(volume, writeback);
         }
     }
@@ -707,6 +947,20 @@ impl Host for NodeHost {
         let served = lock(&self.served);
         all.into_iter()
             .filter_map(|status| Some(status::describe(&status, served.get(&status.volume)?)))
+            .collect()
+    }
+
+    fn held(&self) -> Vec<Held> {
+        let served = lock(&self.served);
+        let held = served.values().filter(|served| served.held);
+        let fronts = held.filter_map(|served| served.front.as_ref());
+        fronts
+            .map(|ServedFront { server, shown }| Held {
+                volume: shown.volume,
+                name: shown.name.clone(),
+                socket: shown.socket.clone(),
+                connected: server.connected(),
+            })
             .collect()
     }
 

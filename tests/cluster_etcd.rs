@@ -3,9 +3,13 @@
 
 mod cluster_support;
 mod etcd_support;
+mod guest_driver;
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -13,9 +17,14 @@ use std::time::Duration;
 use cluster_support::client::{Load, Plan};
 use cluster_support::net::{Cut, How};
 use cluster_support::oracle::Oracle;
-use cluster_support::{Cluster, copies, eventually};
+use cluster_support::{Cluster, binary, copies, eventually};
 use etcd_support::Etcd;
+use guest_driver::tracked::*;
+use guest_driver::vm::{CONFIG, Vm};
+use guest_driver::*;
 use serde_json::Value;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
 
 const SIZE: u64 = 32 << 20;
 /// Longer than any test leaves etcd alone: no request may fail.
@@ -41,19 +50,28 @@ fn serve(cluster: &Cluster) -> (PathBuf, Load) {
     (socket, load)
 }
 
-/// What node n says of its only attachment, asked of the node itself: the registry has no part in it.
-fn attachment(cluster: &Cluster, n: usize) -> Option<Value> {
+/// What node n answers to this question: the registry has no part in it.
+fn ask(cluster: &Cluster, n: usize, path: &str) -> Option<Value> {
     let address = format!("{}:5705", cluster.ip(n));
     let mut stream = TcpStream::connect(address).ok()?;
     stream
         .set_read_timeout(Some(Duration::from_secs(10)))
         .ok()?;
-    let question = "GET /api/v1/local/status HTTP/1.1\r\nhost: n\r\nconnection: close\r\n\r\n";
+    let question = format!("GET {path} HTTP/1.1\r\nhost: n\r\nconnection: close\r\n\r\n");
     stream.write_all(question.as_bytes()).ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
-    let status: Value = serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()?;
-    Some(status["attachments"][0].clone())
+    serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
+}
+
+/// What node n does, by itself.
+fn status(cluster: &Cluster, n: usize) -> Option<Value> {
+    ask(cluster, n, "/api/v1/local/status")
+}
+
+/// What node n says of its only attachment.
+fn attachment(cluster: &Cluster, n: usize) -> Option<Value> {
+    Some(status(cluster, n)?["attachments"][0].clone())
 }
 
 /// Waits until n1 says that requests wait, and sees that they do.
@@ -203,17 +221,14 @@ fn a_node_that_is_cut_off_from_etcd_serves_on_until_a_copy_is_lost_and_again_whe
 }
 
 #[test]
-fn a_node_waits_for_etcd_when_it_starts() {
+fn a_node_that_has_never_joined_waits_for_etcd_when_it_starts() {
     let mut etcd = Etcd::start(1);
-    let mut cluster = cluster(&etcd, &[1], 1);
-    assert!(cluster.stop(1).success());
+    let mut cluster = Cluster::empty(Path::new("/dev/shm"));
+    cluster.registry_at = Some(etcd.location(&[1]));
     etcd.kill(1);
-    // When a node starts before its registry, it says so and waits,
+    // When a node that knows no cluster starts before its registry, it says so and waits,
     cluster.spawn_node(1);
-    eventually("n1 says what it waits for", || {
-        let log = cluster.log(1);
-        (log.contains("waiting for it") && log.contains(&etcd.url(1))).then_some(())
-    });
+    waits(&cluster, &etcd);
     assert!(cluster.is_alive(1));
     // ends when it is told to,
     assert!(cluster.stop(1).success());
@@ -221,4 +236,341 @@ fn a_node_waits_for_etcd_when_it_starts() {
     cluster.spawn_node(1);
     etcd.start_member(1);
     eventually("n1 answers", || cluster.answers(1).then_some(()));
+}
+
+/// n1's log says what it waits for.
+fn waits(cluster: &Cluster, etcd: &Etcd) {
+    eventually("n1 says what it waits for", || {
+        let log = cluster.log(1);
+        (log.contains("waiting for it") && log.contains(&etcd.url(1))).then_some(())
+    });
+}
+
+#[test]
+fn a_node_that_starts_without_etcd_says_so_to_whoever_asks() {
+    let mut etcd = Etcd::start(1);
+    let mut cluster = cluster(&etcd, &[1], 1);
+    assert!(cluster.stop(1).success());
+    etcd.kill(1);
+    // When a node of a cluster starts before its registry, then it says so in its log,
+    cluster.spawn_node(1);
+    waits(&cluster, &etcd);
+    // to whoever watches it,
+    eventually("n1 says so for itself", || {
+        let health = ask(&cluster, 1, "/healthz")?;
+        assert_eq!(health["status"], "waiting", "{health}");
+        let why = health["why"].as_str().unwrap();
+        why.contains(&etcd.url(1)).then_some(())
+    });
+    // to whoever asks for something,
+    cluster
+        .run(1, "volume ls")
+        .refused(12, &[&etcd.url(1), "go on serving"]);
+    // and to whoever looks for the reason.
+    let mut doctor = cluster_support::lockstep();
+    let flags = cluster.node_arguments(1, &cluster.data_dir(1));
+    let at = flags.iter().position(|flag| flag == "--listen").unwrap();
+    doctor.arg("doctor").args(&flags[at..]).args(["-o", "json"]);
+    let checks: Value = serde_json::from_slice(&doctor.output().unwrap().stdout).unwrap();
+    let check = |name: &str| {
+        let all = checks.as_array().unwrap().iter();
+        all.clone().find(|c| c["check"] == name).unwrap().clone()
+    };
+    assert_eq!(check("registry")["outcome"], "fail", "{checks}");
+    let node = check("node");
+    assert_eq!(node["outcome"], "warn", "{node}");
+    assert!(node["detail"].as_str().unwrap().contains(&etcd.url(1)));
+    // It ends when it is told to,
+    assert!(cluster.stop(1).success());
+    // and one that is not told to works when the registry is back, and says no more that it waits.
+    cluster.spawn_node(1);
+    eventually("n1 answers for itself", || ask(&cluster, 1, "/healthz"));
+    etcd.start_member(1);
+    eventually("n1 answers", || cluster.answers(1).then_some(()));
+    eventually("n1 waits no more", || {
+        (ask(&cluster, 1, "/healthz")?["status"] == "ok").then_some(())
+    });
+}
+
+/// The size that the front-end is shown, in bytes.
+fn capacity(vm: &mut Vm) -> u64 {
+    let (_, config) = vm.frontend.get_config(0, 8, CONFIG, &[0; 8]).unwrap();
+    512 * u64::from_le_bytes(config.try_into().unwrap())
+}
+
+/// A machine's front-end connects, as soon as there is something to connect to.
+fn new_machine(socket: &Path) -> Vm {
+    eventually("the socket is there", || {
+        UnixStream::connect(socket).is_ok().then_some(())
+    });
+    Vm::connect(socket)
+}
+
+/// The same again, with the memory and the ring that there are.
+fn reconnect(socket: &Path, vm: Vm) -> Vm {
+    let again = new_machine(socket);
+    Vm {
+        driver: vm.driver,
+        ..again
+    }
+}
+
+/// What n1 listens for without serving it.
+fn held(cluster: &Cluster) -> Vec<Value> {
+    let held = status(cluster, 1).map(|status| status["held"].clone());
+    held.and_then(|held| held.as_array().cloned())
+        .unwrap_or_default()
+}
+
+/// Nothing is answered.
+fn stands_by(vm: &mut Vm) {
+    std::thread::sleep(WATCHED);
+    assert_eq!(vm.driver.completions(), []);
+}
+
+const TWO_COPIES: &str = "--size 16MiB --replicas 1 --master n1 --suspend-deadline 10m";
+
+/// The node of a machine dies with a request in flight, while etcd is away, and begins again.
+fn a_machine_is_answered_at_once_and_served_when_etcd_is_back(
+    cloud_hypervisor: bool,
+    base: fn(&Driver) -> u16,
+) {
+    let mut etcd = Etcd::start(1);
+    let mut cluster = cluster(&etcd, &[1], 2);
+    let socket = cluster.serve("vm1", TWO_COPIES, "--node n1 --num-queues 2");
+    let mut vm = Vm::connect(&socket);
+    let mut region = None;
+    start(&mut vm, &mut region, 0, cloud_hypervisor);
+    let first = (60, T_OUT, 64, 1);
+    submit(&mut vm, first);
+    answered(&mut vm, &[first]);
+    cluster.ok(1, "volume update vm1 --size 32MiB");
+    eventually("the machine is shown the new size", || {
+        (capacity(&mut vm) == 32 << 20).then_some(())
+    });
+
+    // Given a request that waits for a silent replica, which cannot be put out because etcd is gone,
+    etcd.kill(1);
+    cluster.freeze(2);
+    let waiting = (9, T_OUT, 0, 0xa1);
+    submit(&mut vm, waiting);
+    let in_flight = |region: &Option<Region>| region.as_ref().map_or(0, Region::in_flight);
+    eventually("it is in flight", || {
+        (in_flight(&region) == 1).then_some(())
+    });
+    // when its node dies and begins again,
+    cluster.kill(1);
+    cluster.thaw(2);
+    let more = (30, T_OUT, 192, 0xa6);
+    submit(&mut vm, more);
+    cluster.spawn_node(1);
+    // then the whole handshake is answered, with the size that the machine knows,
+    let mut vm = reconnect(&socket, vm);
+    let base = base(&vm.driver);
+    start(&mut vm, &mut region, base, cloud_hypervisor);
+    assert_eq!(capacity(&mut vm), 32 << 20);
+    // and nothing else: the volume may be another node's by now.
+    stands_by(&mut vm);
+    assert_eq!(in_flight(&region), 1);
+    let held = held(&cluster);
+    assert_eq!(held.len(), 1, "{held:?}");
+    assert_eq!(held[0]["name"], "default/vm1");
+    assert_eq!(held[0]["connected"], true);
+    assert_eq!(
+        status(&cluster, 1).unwrap()["attachments"],
+        Value::Array(vec![])
+    );
+    // When etcd is back, both requests are answered, each once, on the connection that there is.
+    etcd.start_member(1);
+    answered(&mut vm, &[waiting, more]);
+    for (sector, fill) in [(0, 0xa1), (64, 1), (192, 0xa6)] {
+        assert_eq!(reads(&mut vm, sector), fill, "sector {sector}");
+    }
+    // What is beyond the size at its birth is there, too.
+    let last = (12, T_OUT, (32 << 11) - 8, 0xa7);
+    submit(&mut vm, last);
+    answered(&mut vm, &[last]);
+    assert_eq!(vm.driver.completions(), []);
+    drop(vm);
+    cluster.wait_for(1, "vm1", "is well", |v| v["health"] == "healthy");
+    cluster.detach(1, "vm1");
+    cluster.copies_are_identical(1, "vm1");
+}
+
+#[test]
+fn cloud_hypervisor_is_answered_by_a_node_that_begins_without_etcd() {
+    a_machine_is_answered_at_once_and_served_when_etcd_is_back(true, Driver::avail_idx);
+}
+
+#[test]
+fn qemu_is_answered_by_a_node_that_begins_without_etcd() {
+    a_machine_is_answered_at_once_and_served_when_etcd_is_back(false, Driver::used_idx);
+}
+
+#[test]
+fn what_was_taken_from_a_node_that_begins_without_etcd_is_not_served_there() {
+    // Given a node that died, and of whose volumes one was attached elsewhere then, and one removed,
+    let mut etcd = Etcd::start(1);
+    let mut cluster = cluster(&etcd, &[1], 2);
+    let moved = cluster.serve("moved", TWO_COPIES, "--node n1 --num-queues 2");
+    let gone = cluster.serve(
+        "gone",
+        "--size 16MiB --master n2",
+        "--node n1 --num-queues 2",
+    );
+    let write = |vm: &mut Vm, wish: Wish| {
+        submit(vm, wish);
+        answered(vm, &[wish]);
+    };
+    let mut here = Vm::connect(&moved);
+    start(&mut here, &mut None, 0, true);
+    write(&mut here, (60, T_OUT, 0, 1));
+    cluster.kill(1);
+    drop(here);
+    for volume in ["moved", "gone"] {
+        cluster.ok(2, &format!("volume detach {volume} --force"));
+    }
+    cluster.ok(2, "volume rm gone");
+    let there = cluster.ok(2, "volume attach moved --node n2 --num-queues 2");
+    let mut there = Vm::connect(Path::new(there.trim()));
+    start(&mut there, &mut None, 0, true);
+    write(&mut there, (60, T_OUT, 0, 2));
+    // when it begins again without etcd,
+    etcd.kill(1);
+    cluster.spawn_node(1);
+    // then it listens for machines that may have waited for it,
+    let mut vm = new_machine(&moved);
+    start(&mut vm, &mut None, 0, true);
+    let stale = (60, T_IN, 0, 0xee);
+    submit(&mut vm, stale);
+    // and answers no request; a ring can be stopped, and started again;
+    stands_by(&mut vm);
+    let mut other = new_machine(&gone);
+    start(&mut other, &mut None, 0, true);
+    assert_eq!(other.frontend.get_vring_base(0).unwrap(), 0);
+    other.start_like_qemu(guest_driver::vm::LINUX, 0);
+    other.settle();
+    // and who serves the volume notices nothing of it, though nobody could be asked.
+    write(&mut there, (60, T_OUT, 64, 3));
+    assert_eq!(attachment(&cluster, 2).unwrap()["phase"], "serving");
+    // When etcd is back, the machines are let go, with the reason,
+    etcd.start_member(1);
+    for (vm, socket, name) in [(&mut vm, &moved, "moved"), (&mut other, &gone, "gone")] {
+        eventually("its connection is closed", || {
+            vm.frontend.get_features().is_err().then_some(())
+        });
+        eventually("nobody listens there", || (!socket.exists()).then_some(()));
+        let reason = format!("default/{name}: ");
+        let log = cluster.log(1);
+        let said = |line: &str| line.contains(&reason) && line.contains("is not to be served here");
+        assert!(log.lines().any(said), "{name}");
+    }
+    // without having seen a byte,
+    assert_eq!(vm.driver.completions(), []);
+    assert_eq!(vm.driver.read(buffers(60) + 0x1000, 1), [0xee]);
+    // and the volume is where it was.
+    assert_eq!([0, 64].map(|at| reads(&mut there, at)), [2, 3]);
+    drop(there);
+    cluster.wait_for(2, "moved", "is well", |v| v["health"] == "healthy");
+    cluster.detach(2, "moved");
+    cluster.copies_are_identical(2, "moved");
+    assert_eq!(held(&cluster), Vec::<Value>::new());
+    // Nor does it remember them the next time.
+    etcd.kill(1);
+    cluster.kill(1);
+    cluster.spawn_node(1);
+    eventually("n1 answers for itself", || status(&cluster, 1));
+    waits(&cluster, &etcd);
+    std::thread::sleep(WATCHED);
+    assert!(!moved.exists() && !gone.exists());
+    assert_eq!(held(&cluster), Vec::<Value>::new());
+}
+
+#[test]
+fn a_replica_whose_process_dies_serves_its_copy_again_without_etcd() {
+    // Given a volume under load whose etcd is gone,
+    let mut etcd = Etcd::start(1);
+    let mut cluster = cluster(&etcd, &[1], 3);
+    let (_, load) = serve(&cluster);
+    etcd.kill(1);
+    load.goes_on();
+    // when the process of a replica dies, which cannot be put out,
+    cluster.kill(3);
+    stands_still(&cluster, &load);
+    // and begins again, then it needs nobody but the attachment to take part.
+    cluster.spawn_node(3);
+    load.goes_on();
+    // So does the other one.
+    cluster.kill(2);
+    stands_still(&cluster, &load);
+    cluster.spawn_node(2);
+    load.goes_on();
+    assert_eq!(attachment(&cluster, 1).unwrap()["phase"], "serving");
+    // Nobody was put out for it, then or when etcd is back.
+    etcd.start_member(1);
+    for n in [2, 3] {
+        eventually("it answers", || cluster.answers(n).then_some(()));
+    }
+    assert!(!cluster.rules(1, "vm1").iter().any(|r| r == "2.6 eject"));
+    all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+}
+
+#[test]
+fn a_new_program_whose_etcd_vanishes_takes_the_machines_over_and_serves_them_later() {
+    // Given a machine whose node runs a program that can be replaced,
+    let mut etcd = Etcd::start(1);
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    cluster.registry_at = Some(etcd.location(&[1]));
+    let program = cluster.dir.path().join("lockstep");
+    let whole = program.with_file_name("whole");
+    fs::copy(binary(), &whole).unwrap();
+    fs::hard_link(&whole, &program).unwrap();
+    cluster.programs.insert(1, program.clone());
+    for n in [1, 2] {
+        cluster.start_node(n);
+    }
+    cluster.know_each_other();
+    let socket = cluster.serve("vm1", TWO_COPIES, "--node n1 --num-queues 2");
+    let mut vm = Vm::connect(&socket);
+    start(&mut vm, &mut None, 0, true);
+    let first = (60, T_OUT, 64, 1);
+    submit(&mut vm, first);
+    answered(&mut vm, &[first]);
+    // when etcd vanishes after everything was found well, before the new program has begun,
+    let (begun, go) = (
+        program.with_file_name("begun"),
+        program.with_file_name("go"),
+    );
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *--can-take-over*) ;; *) : > {}; while [ ! -e {} ]; do sleep 0.02; done;; esac\n\
+         exec {} \"$@\"\n",
+        begun.display(),
+        go.display(),
+        whole.display()
+    );
+    let fresh = program.with_file_name("fresh");
+    fs::write(&fresh, script).unwrap();
+    fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(&fresh, &program).unwrap();
+    cluster.ask_to_upgrade(1);
+    eventually("the program is replaced", || begun.exists().then_some(()));
+    let waiting = (9, T_OUT, 0, 0xa1);
+    submit(&mut vm, waiting);
+    etcd.kill(1);
+    fs::write(&go, "").unwrap();
+    // then the machine's connection is taken over,
+    eventually("the front-end is served on", || {
+        let line = "the front-end of the process before is served on";
+        cluster.log(1).contains(line).then_some(())
+    });
+    vm.settle();
+    stands_by(&mut vm);
+    // and its requests are answered when etcd is back.
+    etcd.start_member(1);
+    answered(&mut vm, &[waiting]);
+    assert_eq!([0, 64].map(|at| reads(&mut vm, at)), [0xa1, 1]);
+    drop(vm);
+    cluster.wait_for(1, "vm1", "is well", |v| v["health"] == "healthy");
+    cluster.detach(1, "vm1");
+    cluster.copies_are_identical(1, "vm1");
 }

@@ -86,20 +86,21 @@ async fn upgrade(State(plane): State<Arc<Plane>>) -> Reply<UpgradeView> {
 }
 
 async fn healthz(State(plane): State<Arc<Plane>>) -> Response {
-    let why = plane.fatal();
+    let (fatal, waits) = (plane.fatal(), plane.waits());
+    let (status, state) = match (&fatal, &waits) {
+        (Some(_), _) => (StatusCode::SERVICE_UNAVAILABLE, "failed"),
+        // It answers for its copies, whatever it waits for.
+        (None, Some(_)) => (StatusCode::OK, "waiting"),
+        (None, None) => (StatusCode::OK, "ok"),
+    };
     let answer = Healthz {
-        status: if why.is_none() { "ok" } else { "failed" },
+        status: state,
         identity: Identity {
             cluster: plane.cluster,
             node: plane.node.clone(),
             instance: plane.instance,
         },
-        why,
-    };
-    let status = if answer.why.is_none() {
-        StatusCode::OK
-    } else {
-        StatusCode::SERVICE_UNAVAILABLE
+        why: fatal.or(waits),
     };
     (status, Json(answer)).into_response()
 }

@@ -15,7 +15,7 @@ use hyper::Method;
 use io_uring::{IoUring, opcode};
 use rustix::fs::{Access, OFlags, statfs};
 use rustix::process::{Resource, getrlimit};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::node_flags::Flags;
 use super::output::{Format, Table, print};
@@ -30,6 +30,7 @@ use crate::cluster::placement::FREE_MIN;
 use crate::cluster::store::Store;
 use crate::cluster::units::{show_size, wall_ms};
 use crate::registry::Location;
+use crate::replication::ids::NodeName;
 
 const EXAMPLE: &str = "Examples:\n  lockstep doctor\n  \
     lockstep doctor --config /etc/lockstep/node.toml\n  \
@@ -168,6 +169,7 @@ fn checks(config: &NodeConfig) -> Vec<Check> {
         config.http,
     ));
     checks.push(port("HTTP port", "--http", config.http, config.http));
+    checks.extend(node(config.http));
     let (registry, nodes) = registry(config);
     checks.push(registry);
     checks.push(clock_source(
@@ -403,6 +405,35 @@ fn port(check: &'static str, flag: &str, address: SocketAddr, http: SocketAddr) 
 
 fn who(http: SocketAddr) -> Option<Identity> {
     serde_json::from_slice(&get(&http.to_string(), "/healthz")?).ok()
+}
+
+/// What a node says of itself.
+#[derive(Deserialize)]
+struct Health {
+    node: NodeName,
+    status: String,
+    #[serde(default)]
+    why: String,
+}
+
+/// How the node is that runs here, if one does.
+fn node(http: SocketAddr) -> Option<Check> {
+    const NAME: &str = "node";
+    let health: Health = serde_json::from_slice(&get(&http.to_string(), "/healthz")?).ok()?;
+    let Health { node, status, why } = health;
+    Some(match status.as_str() {
+        "ok" => Check::ok(NAME, format!("node {node} runs here")),
+        "waiting" => Check::warn(
+            NAME,
+            format!("node {node} runs here, and waits: {why}"),
+            "nothing has to be restarted: it serves its copies, and volumes when the registry answers",
+        ),
+        status => Check::fail(
+            NAME,
+            format!("node {node} is {status}: {why}"),
+            "start it again when that is put right",
+        ),
+    })
 }
 
 fn get(address: &str, path: &str) -> Option<Vec<u8>> {

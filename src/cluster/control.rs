@@ -92,6 +92,10 @@ impl Control {
 
     /// Runs until it is told to stop.
     pub(super) fn run(mut self) {
+        // Nobody's affairs are looked after under a name that another process may have.
+        while !self.stopped() && self.plane.waits().is_some() {
+            std::thread::sleep(NAP);
+        }
         while !self.stopped() {
             let follow = self.connect();
             match follow {
@@ -202,6 +206,7 @@ impl Control {
         self.clean_creations(snapshot)?;
         self.tend_copies(snapshot)?;
         self.attachments(snapshot)?;
+        self.plane.acted();
         // Machines may be waiting for the above: a node that has just begun serves first.
         self.write_capacity(snapshot)?;
         self.tend(snapshot)?;

@@ -86,7 +86,35 @@ impl Control {
                 );
             }
         }
+        self.let_held_go(snapshot);
         Ok(())
+    }
+
+    /// Machines that were served here before this process, and are not to be any more, have waited in vain.
+    fn let_held_go(&mut self, snapshot: &Snapshot) {
+        let me = &self.plane.node;
+        let is_wanted = |volume: VolumeId| match snapshot.volumes.get(&volume) {
+            None => false,
+            Some(entry) => entry.spec.as_ref().is_none_or(|(spec, _)| {
+                let desired = spec.attachment.as_ref();
+                let successor = desired.and_then(|d| d.successor.as_ref());
+                desired.is_some_and(|d| d.node == *me) || successor.is_some_and(|s| s.node == *me)
+            }),
+        };
+        let mut held = self.plane.host.held();
+        held.retain(|held| !is_wanted(held.volume));
+        for held in held {
+            log::warn!(
+                "{}: it was served at {} before this process began, and is not to be served here any more: {}",
+                held.name,
+                held.socket.display(),
+                match held.connected {
+                    true => "the machine that waited for it is let go",
+                    false => "no machine waited for it",
+                }
+            );
+            self.let_go(held.volume, held.name, "held", "not-wanted-here");
+        }
     }
 
     pub(super) fn tell(&mut self, id: VolumeId, record: &Versioned<Record>) {

@@ -25,6 +25,10 @@ const NAP: Duration = Duration::from_millis(100);
 pub(super) fn run(plane: &Arc<Plane>, mut serve: Vec<Serve>, stop: &AtomicBool) {
     let mut said: BTreeMap<String, String> = BTreeMap::new();
     while !serve.is_empty() && !stop.load(Ordering::Acquire) {
+        if plane.waits().is_some() {
+            thread::sleep(NAP);
+            continue;
+        }
         serve.retain(|wanted| {
             let name = wanted.name.to_string();
             match ensure(plane, wanted) {

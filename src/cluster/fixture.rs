@@ -103,6 +103,7 @@ pub fn status(name: &str) -> LocalStatus {
         copies_held: 0,
         copies: Vec::new(),
         attachments: Vec::new(),
+        held: Vec::new(),
         reports: Vec::new(),
         scrubs: Vec::new(),
         ways: Vec::new(),

@@ -140,6 +140,20 @@ pub struct AttachmentStatus {
     pub scrub: Option<ScrubStatus>,
 }
 
+/// A volume that was served here when the process before ended, and of which the registry has not said yet whether it still is to be:
+/// its machine finds a socket and is answered, and none of its requests is taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Which volume.
+    pub volume: VolumeId,
+    /// `namespace/name`, as it was called.
+    pub name: String,
+    /// Where it is listened for its machine.
+    pub socket: PathBuf,
+    /// Whether a virtual machine is connected.
+    pub connected: bool,
+}
+
 impl AttachmentStatus {
     /// Whether no machine is served, and only the copies are looked after.
     pub fn tends(&self) -> bool {
@@ -383,7 +397,7 @@ pub trait Host: Send + Sync {
         all.map(|c| (c.volume, c.copy)).collect()
     }
 
-    /// Starts to serve. On return the listening socket, if there is to be one, exists; the rest shows in
+    /// Starts to serve, or goes on with a machine that is [held](Host::held). On return the listening socket, if there is to be one, exists; the rest shows in
     /// [`Host::attachments`].
     fn attach(&self, request: AttachRequest) -> Result<(), HostError>;
 
@@ -413,6 +427,12 @@ pub trait Host: Send + Sync {
 
     /// Every attached volume.
     fn attachments(&self) -> Vec<AttachmentStatus>;
+
+    /// Every volume that is held for its machine without being attached. [`Host::attach`] goes on with its connection,
+    /// [`Host::detach`] ends it.
+    fn held(&self) -> Vec<Held> {
+        Vec::new()
+    }
 
     /// The data directory's file system.
     fn capacity(&self) -> Capacity;

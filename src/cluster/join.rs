@@ -6,7 +6,8 @@ use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fs, process};
 
@@ -18,7 +19,7 @@ use super::model::{ClusterRecord, NodeRecord};
 use super::store::{Race, Store};
 use super::units::wall_ms;
 use super::whois::{self, introducing, is_ours};
-use crate::registry::{Registry, RegistryError};
+use crate::registry::Registry;
 use crate::replication::ids::{BootId, ClusterId, Instance, NodeName};
 use crate::wire::tls::Security;
 
@@ -49,6 +50,8 @@ pub struct Membership {
     pub config: NodeConfig,
     /// What connections with other nodes are secured by.
     pub security: Security,
+    /// Why the cluster does not know this process yet; `None`: it does.
+    pub waits: Option<String>,
     /// `--listen`, bound, for replication.
     pub replication: TcpListener,
     pub(super) http: TcpListener,
@@ -96,32 +99,16 @@ pub fn open_registry(config: &NodeConfig) -> Result<Arc<dyn Registry>, Fault> {
     Ok(config.registry.open(&config.access)?)
 }
 
-/// Waits until the registry answers, for as long as it takes: machines that lost power together come back in any order.
-/// `false`: `give_up` said so.
-pub fn await_registry(
-    registry: &dyn Registry,
-    mut give_up: impl FnMut() -> bool,
-) -> Result<bool, Fault> {
-    let mut said = String::new();
-    loop {
-        match registry.get(super::store::CLUSTER) {
-            Err(e @ RegistryError::Unavailable { .. }) => {
-                let text = e.to_string();
-                if text != said {
-                    log::warn!("{text}; waiting for it");
-                    said = text;
-                }
-            }
-            other => {
-                other?;
-                return Ok(true);
-            }
-        }
-        if give_up() {
-            return Ok(false);
-        }
-        std::thread::sleep(REGISTRY_PAUSE);
-    }
+/// A process that has its ports and is not known to the cluster yet.
+pub struct Place {
+    config: NodeConfig,
+    security: Security,
+    store: Arc<Store>,
+    events: Arc<EventLog>,
+    replication: TcpListener,
+    http: TcpListener,
+    api: UnixListener,
+    node: NodeRecord,
 }
 
 /// Takes ports and name. Refuses when another process has them.
@@ -130,57 +117,191 @@ pub fn join(
     registry: Arc<dyn Registry>,
     doors: Doors,
 ) -> Result<Membership, Fault> {
-    let mut config = config.check()?;
-    let security = config.security()?;
-    // Sockets are handed to other processes, whose working directory is another.
-    config.run_dir = absolute(&config.run_dir)?;
-    config.data_dir = absolute(&config.data_dir)?;
-    make_dir("--data-dir", &config.data_dir)?;
-    make_dir("--run-dir", &config.run_dir)?;
-    let events = EventLog::open(config.name.clone(), &config.data_dir).map_err(|e| {
-        Fault::internal(format!(
-            "cannot write events in --data-dir {}: {e}",
-            config.data_dir.display()
-        ))
-    })?;
-    let replication = (doors.replication).map_or_else(|| bind("--listen", config.listen), Ok)?;
-    let http = doors.http.map_or_else(|| bind("--http", config.http), Ok)?;
-    let api = doors.api.map_or_else(|| bind_api(&config), Ok)?;
-    let store = Arc::new(Store::new(registry));
-    let cluster = cluster_id(&store)?;
-    let boot_id = boot_id()?;
-    let node = NodeRecord {
-        name: config.name.clone(),
-        instance: Instance(random()?),
-        boot_id,
-        address: match &config.advertise {
-            Some(address) => address.clone(),
-            None => local(&replication)?.to_string(),
-        },
-        http: http_address(&config, local(&http)?),
-        labels: config.labels.clone(),
-        relabelled: BTreeMap::new(),
-        cordoned: false,
-        draining: None,
-        version: env!("CARGO_PKG_VERSION").into(),
-        started: wall_ms(),
-        capacity: Capacity::default(),
-    };
-    claim(&store, cluster, (&node, &replication, local(&http)?))?;
-    Ok(Membership {
-        cluster,
-        node: node.name,
-        instance: node.instance,
-        boot_id,
-        started: node.started,
-        store,
-        events,
-        config,
-        security,
-        replication,
-        http,
-        api,
-    })
+    let place = Place::take(config, registry, doors)?;
+    let cluster = place.entrance()?.enter(None)?;
+    Ok(place.member(cluster))
+}
+
+impl Place {
+    /// Takes the ports. Refuses when another process has them. The registry is not asked.
+    pub fn take(
+        config: NodeConfig,
+        registry: Arc<dyn Registry>,
+        doors: Doors,
+    ) -> Result<Place, Fault> {
+        let mut config = config.check()?;
+        let security = config.security()?;
+        // Sockets are handed to other processes, whose working directory is another.
+        config.run_dir = absolute(&config.run_dir)?;
+        config.data_dir = absolute(&config.data_dir)?;
+        make_dir("--data-dir", &config.data_dir)?;
+        make_dir("--run-dir", &config.run_dir)?;
+        let events = EventLog::open(config.name.clone(), &config.data_dir).map_err(|e| {
+            Fault::internal(format!(
+                "cannot write events in --data-dir {}: {e}",
+                config.data_dir.display()
+            ))
+        })?;
+        let replication =
+            (doors.replication).map_or_else(|| bind("--listen", config.listen), Ok)?;
+        let http = doors.http.map_or_else(|| bind("--http", config.http), Ok)?;
+        let api = doors.api.map_or_else(|| bind_api(&config), Ok)?;
+        let node = NodeRecord {
+            name: config.name.clone(),
+            instance: Instance(random()?),
+            boot_id: boot_id()?,
+            address: match &config.advertise {
+                Some(address) => address.clone(),
+                None => local(&replication)?.to_string(),
+            },
+            http: http_address(&config, local(&http)?),
+            labels: config.labels.clone(),
+            relabelled: BTreeMap::new(),
+            cordoned: false,
+            draining: None,
+            version: env!("CARGO_PKG_VERSION").into(),
+            started: wall_ms(),
+            capacity: Capacity::default(),
+        };
+        Ok(Place {
+            store: Arc::new(Store::new(registry)),
+            config,
+            security,
+            events,
+            replication,
+            http,
+            api,
+            node,
+        })
+    }
+
+    fn entrance(&self) -> Result<Entrance, Fault> {
+        let none_left = |e| Fault::internal(format!("--listen {}: {e}", self.node.address));
+        Ok(Entrance {
+            store: Arc::clone(&self.store),
+            node: self.node.clone(),
+            replication: self.replication.try_clone().map_err(none_left)?,
+            http: local(&self.http)?,
+        })
+    }
+
+    /// Begins to make it known, on a thread of its own. With `known` it is of that cluster, and joins no other one.
+    pub fn join(&self, known: Option<ClusterId>) -> Result<Joining, Fault> {
+        let (send, answers) = channel();
+        let entrance = self.entrance()?;
+        let why = Arc::<Mutex<String>>::default();
+        let said = Arc::clone(&why);
+        let ask = move || {
+            loop {
+                match entrance.enter(known) {
+                    // The registry's silence, and not what it said.
+                    Err(fault) if fault.code == Code::TryAgain && !entrance.is_open() => {
+                        let mut said = lock(&said);
+                        if *said != fault.message {
+                            log::warn!("{}; waiting for it", fault.message);
+                            *said = fault.message;
+                        }
+                    }
+                    end => {
+                        let joined = end.is_ok();
+                        if let Err(fault) = &end {
+                            let hint = fault.hint.as_deref().map(|hint| format!(": {hint}"));
+                            *lock(&said) = format!("{fault}{}", hint.unwrap_or_default());
+                        }
+                        if send.send(end).is_err() || joined {
+                            return;
+                        }
+                    }
+                }
+                std::thread::sleep(REGISTRY_PAUSE);
+            }
+        };
+        let thread = std::thread::Builder::new().name("join".into()).spawn(ask);
+        thread.map_err(|e| Fault::internal(format!("a thread cannot start: {e}")))?;
+        Ok(Joining { answers, why })
+    }
+
+    /// The node that it is in this cluster, joined or not.
+    pub fn member(self, cluster: ClusterId) -> Membership {
+        Membership {
+            cluster,
+            node: self.node.name,
+            instance: self.node.instance,
+            boot_id: self.node.boot_id,
+            started: self.node.started,
+            store: self.store,
+            events: self.events,
+            config: self.config,
+            security: self.security,
+            waits: None,
+            replication: self.replication,
+            http: self.http,
+            api: self.api,
+        }
+    }
+}
+
+/// A process that becomes known to the cluster, for as long as it takes: machines that lost power together come back in any
+/// order.
+pub struct Joining {
+    answers: Receiver<Result<ClusterId, Fault>>,
+    why: Arc<Mutex<String>>,
+}
+
+impl Joining {
+    /// Waits at most `patience` until it is known. `None`: not yet.
+    ///
+    /// # Errors
+    ///
+    /// It is refused. It is tried again all the same.
+    pub fn wait(&self, patience: Duration) -> Result<Option<ClusterId>, Fault> {
+        match self.answers.recv_timeout(patience) {
+            Ok(answer) => answer.map(Some),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(Fault::internal(
+                "the thread that makes this node known has ended",
+            )),
+        }
+    }
+
+    /// What it waits for, one sentence.
+    pub fn why(&self) -> String {
+        match lock(&self.why).as_str() {
+            "" => "the registry has not answered yet".into(),
+            why => why.into(),
+        }
+    }
+}
+
+/// Replaced whole under the lock.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What it takes to become known.
+struct Entrance {
+    store: Arc<Store>,
+    node: NodeRecord,
+    replication: TcpListener,
+    http: SocketAddr,
+}
+
+impl Entrance {
+    /// Makes the node known: it has its name in the cluster of the registry, which is the `known` one if there is one.
+    fn enter(&self, known: Option<ClusterId>) -> Result<ClusterId, Fault> {
+        let cluster = cluster_id(&self.store, known)?;
+        claim(
+            &self.store,
+            cluster,
+            (&self.node, &self.replication, self.http),
+        )?;
+        Ok(cluster)
+    }
+
+    /// The registry answers.
+    fn is_open(&self) -> bool {
+        self.store.cluster().is_ok()
+    }
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, Fault> {
@@ -263,7 +384,18 @@ fn boot_id() -> Result<BootId, Fault> {
         .map_err(|e| Fault::internal(format!("{BOOT_ID}: {e}")))
 }
 
-fn cluster_id(store: &Store) -> Result<ClusterId, Fault> {
+fn cluster_id(store: &Store, known: Option<ClusterId>) -> Result<ClusterId, Fault> {
+    let found = store.cluster()?.map(|(record, _)| record.id);
+    if let Some(ours) = known
+        && found != known
+    {
+        let found = found.map_or("empty".into(), |found| format!("of cluster {found}"));
+        // Nothing is made in it: it may be about to be restored.
+        return Err(Fault::state(format!(
+            "this node belongs to cluster {ours}, but the registry is {found}"
+        ))
+        .hint("check --registry, restore the registry, or use another --data-dir"));
+    }
     store
         .retry(|| {
             if let Some((record, _)) = store.cluster()? {

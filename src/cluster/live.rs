@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
-use super::host::{AttachmentStatus, Capacity, LocalCopy, Phase};
+use super::host::{AttachmentStatus, Capacity, Held, LocalCopy, Phase};
 use super::model::NodeRecord;
 use super::plane::{EndedScrub, Plane, Report};
 use super::reach::Way;
@@ -67,6 +67,9 @@ pub struct LocalStatus {
     pub copies: Vec<LocalCopy>,
     /// What it serves.
     pub attachments: Vec<AttachmentStatus>,
+    /// What it does not serve, and is connected to the machine of, until the registry says whether it is to be served.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held: Vec<Held>,
     /// What it could not do.
     pub reports: Vec<Report>,
     /// The last scrub that ended on it, of each volume.
@@ -85,6 +88,7 @@ impl LocalStatus {
         Self {
             copies,
             attachments: plane.host.attachments(),
+            held: plane.host.held(),
             reports: plane.reports(),
             ..Self::holding(plane, copies_held)
         }
@@ -123,6 +127,7 @@ impl LocalStatus {
             copies_held,
             copies: Vec::new(),
             attachments: Vec::new(),
+            held: Vec::new(),
             reports: Vec::new(),
             scrubs: plane.scrubs(),
             ways: plane.reach.ways(),

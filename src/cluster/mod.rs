@@ -6,8 +6,9 @@
 //! change by its watch and calls its [`host::Host`]; the operation waits until the records or the live status say
 //! that it happened. Nothing is remembered elsewhere, so a node that restarts does what the records say.
 //!
-//! A node starts in two steps, because its engine needs what the first one brings: [`join::join`] takes ports and
-//! name and knows the cluster; [`start`] begins to act with the engine that was built meanwhile.
+//! A node starts in two steps, because its engine needs what the first one brings: [`join::Place`] takes ports and
+//! name and knows the cluster; [`start`] begins to act with the engine that was built meanwhile. A node that has been in its cluster
+//! before takes both steps without the registry, and acts when that has answered.
 
 pub mod attach;
 pub mod config;
@@ -79,10 +80,11 @@ pub struct Cluster {
     servers: Servers,
     threads: Vec<JoinHandle<()>>,
     /// Ends last: until then this process is one that runs.
-    _presence: Option<Presence>,
+    presence: Option<Presence>,
 }
 
-/// Begins to act: the API answers, and the control loop makes `host` do what the records say.
+/// Begins to act: the API answers, and the control loop makes `host` do what the records say, as soon as the cluster knows this
+/// process.
 pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> {
     let plane = Arc::new(Plane::new(&joined, host));
     let Membership {
@@ -127,20 +129,41 @@ pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> 
             Box::new(move || declared::run(&plane, config.serve, &stop)),
         )?);
     }
-    let presence = plane.store.announce(&plane.node).map_err(|e| {
-        // A hint less for people; volumes do not depend on it.
-        log::warn!("{e}; when this node does not answer, others cannot tell whether it runs");
-    });
-    Ok(Cluster {
+    let mut cluster = Cluster {
         plane,
         stop,
         servers,
         threads,
-        _presence: presence.ok(),
-    })
+        presence: None,
+    };
+    if cluster.plane.waits().is_none() {
+        cluster.joined();
+    }
+    Ok(cluster)
 }
 
 impl Cluster {
+    /// The cluster knows this process now.
+    pub fn joined(&mut self) {
+        let plane = &self.plane;
+        let presence = plane.store.announce(&plane.node).map_err(|e| {
+            // A hint less for people; volumes do not depend on it.
+            log::warn!("{e}; when this node does not answer, others cannot tell whether it runs");
+        });
+        self.presence = presence.ok();
+        plane.set_waits(None);
+    }
+
+    /// It does not yet, and this is why.
+    pub fn waits(&self, why: &str) {
+        self.plane.set_waits(Some(why.into()));
+    }
+
+    /// Whether what the records say has been served once: what they do not ask for is not asked for.
+    pub fn has_acted(&self) -> bool {
+        self.plane.has_acted()
+    }
+
     /// Why this process must end, if it must: its name belongs to another one now.
     pub fn fatal(&self) -> Option<String> {
         self.plane.fatal()

@@ -74,6 +74,8 @@ pub struct Plane {
     reports: Mutex<BTreeMap<VolumeId, Report>>,
     scrubs: Mutex<BTreeMap<VolumeId, ScrubStatus>>,
     fatal: Mutex<Option<String>>,
+    waits: Mutex<Option<String>>,
+    acted: AtomicBool,
 }
 
 /// A volume as one listing of the registry shows it, with both keys.
@@ -109,6 +111,8 @@ impl Plane {
             reports: Mutex::default(),
             scrubs: Mutex::default(),
             fatal: Mutex::default(),
+            waits: Mutex::new(joined.waits.clone()),
+            acted: AtomicBool::new(false),
         }
     }
 
@@ -209,6 +213,24 @@ impl Plane {
     /// Why this process must end, if it must.
     pub fn fatal(&self) -> Option<String> {
         lock(&self.fatal).clone()
+    }
+
+    /// Why the cluster does not know this process yet, if so: nothing is done for the records until it does.
+    pub fn waits(&self) -> Option<String> {
+        lock(&self.waits).clone()
+    }
+
+    pub(super) fn set_waits(&self, why: Option<String>) {
+        *lock(&self.waits) = why;
+    }
+
+    /// Whether what the records say has been served once.
+    pub(super) fn has_acted(&self) -> bool {
+        self.acted.load(Ordering::Acquire)
+    }
+
+    pub(super) fn acted(&self) {
+        self.acted.store(true, Ordering::Release);
     }
 
     pub(super) fn set_fatal(&self, why: String) {

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 use super::conn::Moved;
 use crate::cluster::metrics::{Histogram, VolumeMetrics};
 use crate::copy::{GrowthError, Metadata, Store};
-use crate::guest::{Capacity, GuestMem, ParkedRing, RingLog, RingStart};
+use crate::guest::{BlockSize, GuestMem, ParkedRing, RingLog, RingStart};
 use crate::replication::attachment::{CasOutcome, CopyView, Phase, Revision};
 use crate::replication::copy_state::{BITMAPS_MAX, CopyState};
 use crate::replication::dirty_map::DirtyMap;
@@ -33,6 +33,23 @@ pub struct OpenCopy {
     pub maps: [Option<DirtyMap>; BITMAPS_MAX],
 }
 
+/// Told the size of a volume that has become larger than what its guest was shown. Blocks nobody.
+pub type Grown = Box<dyn Fn(u64) + Send>;
+
+/// A volume whose machine may be waiting for this process, while nobody knows yet whether it is to be served from here.
+pub struct HoldVolume {
+    /// Which.
+    pub volume: VolumeId,
+    /// `namespace/name`.
+    pub name: String,
+    /// What its guest was shown.
+    pub size: u64,
+    /// See `size`.
+    pub block_size: BlockSize,
+    /// See `size`.
+    pub read_only: bool,
+}
+
 /// A volume to be served from here.
 pub struct AttachVolume {
     /// Which.
@@ -51,8 +68,8 @@ pub struct AttachVolume {
     pub read_only: bool,
     /// The machine may move between nodes: attached only while it runs its rings here.
     pub by_turns: bool,
-    /// What the guest is shown, if there is to be one; raised when the volume has grown.
-    pub capacity: Option<Capacity>,
+    /// Who is told when the volume has grown, if there is to be a guest.
+    pub grown: Option<Grown>,
 }
 
 /// What a vhost-user control thread asks for; each is answered before the front-end is.
@@ -170,7 +187,9 @@ pub enum Command {
     Open(Box<OpenCopy>, SyncSender<()>),
     /// Give the copy up; its files are closed when this is answered. An error says why not.
     Close(VolumeId, SyncSender<Result<(), String>>),
-    /// Attach.
+    /// Take the rings of this volume's machine, and none of their requests, until it is attached or detached.
+    Hold(Box<HoldVolume>, SyncSender<Result<(), String>>),
+    /// Attach; a volume that is held goes on with the rings it has.
     Attach(Box<AttachVolume>, SyncSender<Result<(), String>>),
     /// Finish what is under way, then detach cleanly; answered when that ended, with the reason if not cleanly.
     Detach(VolumeId, SyncSender<Result<(), String>>),

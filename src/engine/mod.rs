@@ -31,8 +31,8 @@ use command::GuestCommand;
 use syncs::{End, Places};
 
 pub use command::{
-    AttachVolume, Command, CopyStatus, Event, OpenCopy, Records, RegistryRequest, VolumeStatus,
-    WorkerMetrics,
+    AttachVolume, Command, CopyStatus, Event, Grown, HoldVolume, OpenCopy, Records,
+    RegistryRequest, VolumeStatus, WorkerMetrics,
 };
 pub use context::Identity;
 pub use plane::Plane;
@@ -151,6 +151,13 @@ impl Handle {
     pub fn close(&self, volume: VolumeId) -> Result<(), String> {
         self.owner(volume)
             .ask(ANSWER, |reply| Command::Close(volume, reply))
+            .unwrap_or_else(|| Err(silent()))
+    }
+
+    /// Takes the rings of a volume's machine before the volume is attached.
+    pub fn hold(&self, hold: HoldVolume) -> Result<(), String> {
+        self.owner(hold.volume)
+            .ask(ANSWER, |reply| Command::Hold(Box::new(hold), reply))
             .unwrap_or_else(|| Err(silent()))
     }
 

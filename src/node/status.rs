@@ -23,7 +23,7 @@ pub(super) fn describe(status: &VolumeStatus, served: &Served) -> AttachmentStat
         volume: status.volume,
         phase,
         why: why.unwrap_or_default(),
-        socket: served.front.as_ref().map(|f| f.socket.clone()),
+        socket: served.front.as_ref().map(|f| f.socket().to_owned()),
         connected: served.front.as_ref().is_some_and(|f| f.server.connected()),
         epoch: status.epoch,
         copies: status.copies.iter().filter(present).map(copy).collect(),

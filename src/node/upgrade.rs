@@ -169,7 +169,6 @@ pub(super) struct Upgrade {
 struct Past {
     version: String,
     stood_still: Instant,
-    began: Instant,
     tally: Tally,
 }
 
@@ -179,6 +178,8 @@ struct State {
     accepted: Option<Instant>,
     /// Why the last one failed.
     failed: Option<String>,
+    /// Since when the records have been acted on.
+    acted: Option<Instant>,
     /// What this program took over has been told.
     told: bool,
 }
@@ -197,7 +198,6 @@ impl Upgrade {
                 Some(Past {
                     version: inherited.version,
                     stood_still: inherited.stood_still,
-                    began: Instant::now(),
                     tally: inherited.tally,
                 }),
             ),
@@ -223,13 +223,15 @@ impl Upgrade {
         Some(handed)
     }
 
-    /// Closes what no volume has claimed, and tells how the takeover went once that is known.
-    pub(super) fn look_after(&self) {
+    /// Closes what no volume has claimed, and tells how the takeover went once that is known. `acted`: the records have been acted
+    /// on; until then it is not known what is to be claimed.
+    pub(super) fn look_after(&self, acted: bool) {
         let Some(past) = &self.past else { return };
-        if lock(&self.state).told {
+        let mut state = lock(&self.state);
+        if state.told {
             return;
         }
-        if past.began.elapsed() > CLAIMED {
+        if acted && state.acted.get_or_insert_with(Instant::now).elapsed() > CLAIMED {
             for (_, (socket, _)) in lock(&self.left).drain() {
                 log::warn!(
                     "{}: the program before served a volume there that is not attached any more; its front-end is let go",
@@ -240,7 +242,8 @@ impl Upgrade {
         if past.tally.open() > 0 {
             return;
         }
-        lock(&self.state).told = true;
+        state.told = true;
+        drop(state);
         let mut text = format!("took over from version {}", past.version);
         if let Some(ms) = past.standstill() {
             let (taken, lost) = (past.tally.taken(), past.tally.lost());
@@ -412,7 +415,7 @@ fn stand_still(fronts: &Fronts) -> Result<(Vec<Standing>, Nanos), String> {
         for (volume, front) in fronts.iter().filter(|(volume, _)| late.contains(volume)) {
             let_go.push(Standing {
                 volume: *volume,
-                socket: front.socket.clone(),
+                socket: front.socket().to_owned(),
                 handed: let_it_go(front)?,
                 lost: true,
             });
@@ -439,7 +442,7 @@ fn ask(
             Ok(Stand::GoesOn) => {}
             Ok(Stand::Still(handed)) => standing.push(Standing {
                 volume,
-                socket: front.socket.clone(),
+                socket: front.socket().to_owned(),
                 handed,
                 lost: false,
             }),
@@ -452,7 +455,7 @@ fn ask(
 
 /// Closes a connection, and has its server stand still without one.
 fn let_it_go(front: &ServedFront) -> Result<Handed, String> {
-    let socket = front.socket.display();
+    let socket = front.socket().display();
     log::warn!(
         "{socket}: {}; its connection is closed, so that the program can be replaced, and may be made again",
         Moves::Late

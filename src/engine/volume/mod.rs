@@ -11,14 +11,13 @@ use std::rc::Rc;
 use std::sync::mpsc::SyncSender;
 
 use super::buffer::{Bytes, GuestRequest};
-use super::command::{CopyStatus, VolumeStatus};
+use super::command::{CopyStatus, Grown, VolumeStatus};
 use super::context::Context;
 use super::disk::DataFile;
 use super::rings::Rings;
 use super::syncs::Held;
 use crate::cluster::metrics::{Layer, VolumeMetrics};
 use crate::copy::{MetaWrite, Metadata, Store};
-use crate::guest::Capacity;
 use crate::replication::attachment::{Action, Attachment, Phase};
 use crate::replication::ids::{LINKS_MAX, Nanos, VolumeId};
 use crate::replication::replica::{Replica, SessionId, Ticket};
@@ -60,14 +59,15 @@ struct Batch {
 
 /// The volume served from here.
 pub struct Serving {
-    /// Its state machine; `None` while the machine runs, or may run, on another node.
+    /// Its state machine; `None` while the machine runs, or may run, on another node, and while the volume is held.
     pub attachment: Option<Attachment<Bytes>>,
-    seat: turns::Seat,
+    /// `None`: it is held. Its machine may have waited for this process, and nobody has said yet that it is to be served here.
+    seat: Option<turns::Seat>,
     /// The guest's rings.
     pub rings: Rings,
     name: String,
-    /// What the guest is shown.
-    capacity: Option<Capacity>,
+    /// Told when the volume is larger than what the guest is shown.
+    grown: Option<Grown>,
     /// Tokens of the connections to the copies, by link.
     links: [Option<usize>; LINKS_MAX],
     /// The session with the copy of this process, and that copy's link; it has none for bulk.
@@ -267,18 +267,19 @@ impl Volume {
 
     // ---- for people
 
-    /// The attachment here.
+    /// The attachment here; not what is held.
     pub fn status(&self) -> Option<VolumeStatus> {
         let s = self.serving.as_ref()?;
         let writeback = s.rings.writeback();
         let Some(attachment) = &s.attachment else {
+            let seat = s.seat.as_ref()?;
             return Some(VolumeStatus {
                 volume: self.id,
                 phase: None,
                 why: Some("it waits for the machine to run here".into()),
-                epoch: s.seat.record.epoch,
-                record: s.seat.record.clone(),
-                copies: s.seat.copies(),
+                epoch: seat.record.epoch,
+                record: seat.record.clone(),
+                copies: seat.copies(),
                 in_flight: 0,
                 undecided: 0,
                 writeback,

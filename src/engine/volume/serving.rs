@@ -8,7 +8,7 @@ use super::{Detaching, LocalCopy, QUIESCE, Serving, Volume, seconds};
 use crate::cluster::metrics::Layer;
 use crate::engine::buffer::Bytes;
 use crate::engine::command::{
-    AttachVolume, Event, GuestAnswer, GuestCommand, ParkAnswer, RegistryRequest,
+    AttachVolume, Event, GuestAnswer, GuestCommand, HoldVolume, ParkAnswer, RegistryRequest,
 };
 use crate::engine::context::Context;
 use crate::engine::rings::Rings;
@@ -19,9 +19,22 @@ use crate::replication::ids::{COPIES_MAX, CopyId, LINKS_MAX, Nanos, Seq};
 use crate::replication::message::{Message, Refusal, Status};
 
 impl Volume {
+    /// Takes the rings of a machine that may have waited for this process. Nothing is taken from them: who may serve the volume is
+    /// for the registry to say (PROTOCOL 5).
+    pub fn hold(&mut self, hold: HoldVolume) -> Result<(), String> {
+        if self.serving.is_some() {
+            return Err(format!("volume {} is attached here already", hold.name));
+        }
+        let serial = Serial::new(&self.id.to_string());
+        let name = hold.name.clone();
+        let rings = Rings::new(name, serial, hold.size, hold.block_size, hold.read_only);
+        self.serving = Some(Serving::new(hold.name, rings));
+        Ok(())
+    }
+
     /// Serves the volume from here.
     pub fn attach(&mut self, ctx: &Context, attach: AttachVolume) -> Result<(), String> {
-        if self.serving.is_some() {
+        if self.serving.as_ref().is_some_and(|s| s.seat.is_some()) {
             return Err(format!("volume {} is attached here already", attach.name));
         }
         // Its machine submits them again. Answered before the kernel has let go of them, it would have other things in
@@ -36,26 +49,23 @@ impl Volume {
         let serial = Serial::new(&self.id.to_string());
         let (size, read_only) = (attach.record.size, attach.read_only);
         let block_size = BlockSize::of(attach.record.block_size);
-        let rings = Rings::new(attach.name.clone(), serial, size, block_size, read_only);
+        let name = attach.name.clone();
         let seat = Seat::new(attach.me, attach.record, attach.revision, attach.by_turns);
         let attachment = match attach.by_turns {
             true => None,
             false => Some(seat.attach(attach.proof, ctx.now)?),
         };
+        let new = || {
+            let rings = Rings::new(name.clone(), serial, size, block_size, read_only);
+            Serving::new(name, rings)
+        };
+        // The rings of a machine that was held go on.
+        let serving = self.serving.take().unwrap_or_else(new);
         self.serving = Some(Serving {
             attachment,
-            seat,
-            rings,
-            name: attach.name,
-            capacity: attach.capacity,
-            links: [None; LINKS_MAX],
-            local: None,
-            kicks: HashMap::new(),
-            detaching: None,
-            network: Layer::default(),
-            places: HashMap::new(),
-            told: Default::default(),
-            read_repairs: 0,
+            seat: Some(seat),
+            grown: attach.grown,
+            ..serving
         });
         Ok(())
     }
@@ -348,6 +358,25 @@ impl Volume {
 }
 
 impl Serving {
+    /// A machine's rings, and nobody who serves them.
+    fn new(name: String, rings: Rings) -> Self {
+        Self {
+            attachment: None,
+            seat: None,
+            rings,
+            name,
+            grown: None,
+            links: [None; LINKS_MAX],
+            local: None,
+            kicks: HashMap::new(),
+            detaching: None,
+            network: Layer::default(),
+            places: HashMap::new(),
+            told: Default::default(),
+            read_repairs: 0,
+        }
+    }
+
     /// A volume whose only copy is here: writes go straight from guest memory (PROTOCOL 2.1).
     pub(super) fn is_direct(&self, copy_here: bool) -> bool {
         let unlogged = |a: &Attachment<Bytes>| !a.record().logged();
@@ -357,11 +386,14 @@ impl Serving {
     /// S20: what the record says, every in-sync copy has. Requests up to there are taken before the guest hears of it.
     pub(super) fn follow_size(&mut self) {
         let record = self.attachment.as_ref().map(Attachment::record);
-        let size = record.unwrap_or(&self.seat.record).size;
+        let Some(record) = record.or(self.seat.as_ref().map(|seat| &seat.record)) else {
+            return;
+        };
+        let size = record.size;
         if self.rings.grow(size)
-            && let Some(capacity) = &self.capacity
+            && let Some(grown) = &self.grown
         {
-            capacity.grow(size);
+            grown(size);
         }
     }
 

@@ -89,8 +89,8 @@ impl Seat {
 impl Volume {
     /// The machine may move to another node, or not any more.
     pub fn by_turns(&mut self, on: bool) {
-        if let Some(s) = &mut self.serving {
-            s.seat.by_turns = on;
+        if let Some(seat) = self.serving.as_mut().and_then(|s| s.seat.as_mut()) {
+            seat.by_turns = on;
         }
     }
 
@@ -100,13 +100,14 @@ impl Volume {
         if let Some(attachment) = &mut s.attachment {
             return attachment.on_record(ctx.now, found);
         }
+        let Some(seat) = &mut s.seat else { return };
         let Some((record, revision)) = found else {
             log::warn!("volume {}: it was removed", s.name);
             return;
         };
         // Watched and read ones may overtake each other.
-        if revision >= s.seat.revision {
-            (s.seat.record, s.seat.revision) = (record, revision);
+        if revision >= seat.revision {
+            (seat.record, seat.revision) = (record, revision);
         }
         s.take_over(ctx);
     }
@@ -117,11 +118,16 @@ impl Volume {
         let Some(s) = &mut self.serving else {
             return false;
         };
+        // What is held asks nobody: it is told.
+        let Some(seat) = &mut s.seat else {
+            return false;
+        };
         if s.detaching.is_some() {
             return false;
         }
         let mut turned = false;
-        let wanted = !s.seat.by_turns || s.rings.any_started();
+        let by_turns = seat.by_turns;
+        let wanted = !by_turns || s.rings.any_started();
         if let Some(attachment) = &mut s.attachment {
             match attachment.phase() {
                 Phase::Serving if !wanted => {
@@ -135,21 +141,21 @@ impl Volume {
                 }
                 // It was not our turn yet. With requests under way the machine had been served already: that is for the
                 // control loop, as any loss of an attachment.
-                Phase::Fenced(_) if s.seat.by_turns && s.rings.in_flight() == 0 => {
+                Phase::Fenced(_) if by_turns && s.rings.in_flight() == 0 => {
                     self.stand_up(ctx);
                     turned = true;
                 }
                 _ => {}
             }
         } else if !wanted {
-            s.seat.called = None;
+            seat.called = None;
         } else {
             let now = ctx.now;
             let fresh = Called {
                 since: now,
                 read: Nanos(0),
             };
-            let called = s.seat.called.get_or_insert(fresh);
+            let called = seat.called.get_or_insert(fresh);
             if now.since(called.read) >= LOOK {
                 called.read = now;
                 ctx.read_record(self.id);
@@ -159,7 +165,7 @@ impl Volume {
             // Nothing is taken that an attachment which is about to end, or to be refused, would take along.
             let paused = match &s.attachment {
                 None => true,
-                Some(a) => s.seat.by_turns && (!wanted || *a.phase() != Phase::Serving),
+                Some(a) => by_turns && (!wanted || *a.phase() != Phase::Serving),
             };
             turned |= s.rings.paused && !paused;
             s.rings.paused = paused;
@@ -173,8 +179,10 @@ impl Volume {
         let Some(ended) = s.attachment.take() else {
             return;
         };
-        s.seat.record = ended.record().clone();
-        s.seat.revision = s.seat.revision.max(ended.revision());
+        if let Some(seat) = &mut s.seat {
+            seat.record = ended.record().clone();
+            seat.revision = seat.revision.max(ended.revision());
+        }
         s.end_links(ctx, &mut self.copy);
     }
 }
@@ -182,14 +190,13 @@ impl Volume {
 impl Serving {
     /// Begins a takeover, if it is our turn by the record.
     fn take_over(&mut self, ctx: &Context) {
-        let Some(called) = self.seat.called else {
-            return;
-        };
+        let Some(seat) = &mut self.seat else { return };
+        let Some(called) = seat.called else { return };
         let waited = ctx.now.since(called.since);
-        if self.seat.record.attachment.is_some() && waited < PATIENCE {
+        if seat.record.attachment.is_some() && waited < PATIENCE {
             return;
         }
-        match self.seat.attach(Proof::None, ctx.now) {
+        match seat.attach(Proof::None, ctx.now) {
             Ok(attachment) => {
                 log::info!(
                     "volume {}: the machine runs here now: taking over after {} ms",
@@ -198,7 +205,7 @@ impl Serving {
                 );
                 self.attachment = Some(attachment);
                 // Should it be refused, the wait begins anew.
-                self.seat.called = None;
+                seat.called = None;
             }
             Err(e) => log::error!("volume {}: {e}", self.name),
         }

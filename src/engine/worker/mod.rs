@@ -538,6 +538,10 @@ impl Loop {
                 };
                 let _ = reply.try_send(result);
             }
+            Command::Hold(hold, reply) => {
+                let at = self.place(hold.volume);
+                let _ = reply.try_send(self.volumes[at].hold(*hold));
+            }
             Command::Attach(attach, reply) => {
                 let at = self.place(attach.volume);
                 let _ = reply.try_send(self.volumes[at].attach(&self.ctx, *attach));

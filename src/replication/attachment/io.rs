@@ -689,7 +689,18 @@ impl<D: Payload> Attachment<D> {
             .change
             .as_ref()
             .is_some_and(|c| self.now.since(c.since) >= REGISTRY_PATIENCE);
-        slow.then(|| "a copy was lost and the registry does not answer, so it cannot be put out of the in-sync set".into())
+        (slow && !self.all_answer()).then(|| "a copy was lost and the registry does not answer, so it cannot be put out of the in-sync set".into())
+    }
+
+    /// Whether all whose answers are mandatory give them: then nothing waits for a change of the record, whatever is to be changed.
+    ///
+    /// A target that has everything is to be taken in, or a member that is to be put out is back and it is not known whether it
+    /// was: what completes is on every copy that the one record or the other names (S3). A member that comes back time and again
+    /// only to fail, as one with a full disk does, is not back: or each time the deadline would begin anew (S17).
+    fn all_answer(&self) -> bool {
+        let stays = |c: usize| self.now.since(self.peers[c].taken_up) >= REGISTRY_PATIENCE;
+        let answers = |c: usize| self.ready.has(c) && (!self.failing.has(c) || stays(c));
+        self.in_sync.iter().all(answers) && self.syncs.values().all(|s| s.is_there())
     }
 
     /// Until the write succeeds, also while it is tried again: otherwise each attempt would end the suspension, and its

@@ -141,6 +141,11 @@ impl Sync {
         self.stage == Stage::Opening && self.lost.is_none()
     }
 
+    /// Whether it was not lost while a change might have taken it in.
+    pub(super) fn is_there(&self) -> bool {
+        self.lost.is_none()
+    }
+
     /// Whether it only waits to be taken in.
     pub(super) fn is_synced(&self) -> bool {
         self.stage == Stage::Synced && self.lost.is_none()

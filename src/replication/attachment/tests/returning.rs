@@ -4,7 +4,7 @@ use super::*;
 
 impl Bench {
     /// Time passes while these copies answer heartbeats.
-    fn pass(&mut self, ms: u64, alive: &[usize]) {
+    pub(super) fn pass(&mut self, ms: u64, alive: &[usize]) {
         for _ in 0..ms / 50 {
             let (epoch, sent) = (self.a.record().epoch, self.now);
             for copy in alive {
@@ -410,4 +410,37 @@ fn a_read_that_completed_under_a_lease_is_not_shown_after_it() {
     let later = |b: &Bench, ms: u64| b.now.after(Nanos(ms * MS));
     assert!(b.a.may_show_reads(later(&b, 1_000)));
     assert!(!b.a.may_show_reads(later(&b, 2_000)));
+}
+
+#[test]
+fn a_member_that_is_back_while_its_ejection_is_in_doubt_suspends_nothing_when_it_stays() {
+    // Given a member that was lost, and a registry that does not say whether it was put out,
+    let mut b = Bench::serving(2);
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.pass(500, &[0]);
+    assert!(b.proposed().is_some());
+    b.a.on_cas(b.now, CasOutcome::Ambiguous);
+    b.pass(1_500, &[0]);
+    assert!(b.a.why_not_serving().is_some());
+    b.submit(1, write(SPAN));
+    // when it comes back and is lost again, and again, then nothing is served;
+    for _ in 0..3 {
+        b.a.on_connected(b.now, 1, boot(1));
+        b.says(1, Message::AttachAck { epoch: Epoch(2) });
+        b.pass(500, &[0, 1]);
+        assert!(b.a.why_not_serving().is_some());
+        b.a.on_disconnected(b.now, 1, "reset");
+        b.pass(500, &[0]);
+    }
+    // and when it stays, what waited completes with its answer, and not without it.
+    b.a.on_connected(b.now, 1, boot(1));
+    b.says(1, Message::AttachAck { epoch: Epoch(2) });
+    b.take();
+    b.pass(1_500, &[0, 1]);
+    assert_eq!(b.a.why_not_serving(), None);
+    let seq = writes(&b.take(), 1)[0].seq;
+    b.acks(0, seq, Status::Ok);
+    assert_eq!(completed(&b.take()), []);
+    b.acks(1, seq, Status::Ok);
+    assert_eq!(completed(&b.take()), [(1, Outcome::Ok)]);
 }
