@@ -24,6 +24,10 @@ pub struct Att {
     pub serves: Option<Epoch>,
     pub over: bool,
     pub leaving: bool,
+    /// It was cut off, or slept, for so long that another one could take over.
+    pub isolated: bool,
+    /// It served and does not now.
+    pub suspended: bool,
     /// Every in-sync copy lost power while it ran: its guest may be told that a flush failed.
     pub lost_power: bool,
     /// Since when requests have waited for space.
@@ -109,11 +113,19 @@ impl World {
             serves: None,
             over: false,
             leaving: false,
+            isolated: false,
+            suspended: false,
             lost_power: false,
             full: None,
         });
         self.pump(n);
         self.after(MS, Ev::Guest(a));
+    }
+
+    /// Whether an attachment that serves in a later epoch has completed something.
+    pub fn newer_served(&self, a: usize) -> bool {
+        let mine = self.atts[a].serves;
+        self.atts.iter().any(|o| o.served && o.serves > mine)
     }
 
     pub fn act(&mut self, a: usize, action: Action<Stamps>) {
@@ -173,6 +185,7 @@ impl World {
                 if rule == "2.6 ambiguous CAS" {
                     self.seen.count("ambiguous CAS");
                 }
+                self.note_service(a, rule, &text);
                 self.note_sync(a, rule, &text);
                 self.note_scrub(a, rule);
                 self.say(|_| format!("att {a}: [{rule}] {text}"));
@@ -271,6 +284,27 @@ impl World {
         }
     }
 
+    /// Counts suspensions, and how attachments ended.
+    fn note_service(&mut self, a: usize, rule: &str, text: &str) {
+        let att = &mut self.atts[a];
+        match rule {
+            "7 suspend" => {
+                att.suspended = true;
+                self.seen.count("suspension");
+            }
+            "7 serve" if std::mem::take(&mut att.suspended) => {
+                self.seen.count("suspension ended");
+            }
+            "4 fence" if text.contains("so says the copy") => {
+                self.seen.count("second attach refused by a copy");
+            }
+            "4 fence" if text.contains("is attached on") && att.isolated => {
+                self.seen.count("isolated attachment fenced");
+            }
+            _ => {}
+        }
+    }
+
     /// Counts how copies came back, from what the attachment tells people.
     fn note_sync(&mut self, a: usize, rule: &str, text: &str) {
         let record = self.atts[a].machine.record();
@@ -294,7 +328,8 @@ impl World {
         }
     }
 
-    /// A read that was answered and not completed is held back: by the failure mode, or for want of a lease (S8).
+    /// A read that was answered and not completed is held back: by the failure mode, or for want of a lease (S8). That matters
+    /// most where another attachment has served since.
     pub fn note_held_back(&mut self) {
         let Some((a, id)) = self.answered.take() else {
             return;
@@ -302,6 +337,9 @@ impl World {
         let att = &self.atts[a];
         if att.asked.contains_key(&id) && !att.over && att.machine.mode_serves() {
             self.seen.count("read held back by an expired lease");
+            if self.newer_served(a) {
+                self.seen.count("read held back after a newer one served");
+            }
         }
     }
 }

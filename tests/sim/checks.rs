@@ -363,13 +363,13 @@ impl World {
         }
     }
 
-    /// Whether every in-sync copy lost power since it was last whole: then the guest may miss what no flush covered.
+    /// Whether every in-sync copy lost power since it was last whole, but for those whose disks are dead: then the guest may miss
+    /// what no flush covered.
     pub fn weigh_power(&mut self) {
-        let record = &self.registry.record;
-        let whole = record
-            .in_sync()
-            .any(|c| self.holder(c).is_some_and(|n| !self.nodes[n].gapped));
-        if whole {
+        let members = self.in_sync();
+        let gapped = |n: &usize| self.nodes[*n].gapped;
+        let whole = members.iter().any(|n| !gapped(n) && !self.disk(*n).failed);
+        if whole || !members.iter().any(gapped) {
             return;
         }
         self.oracle.power_lost(self.moment);

@@ -31,6 +31,63 @@ impl World {
         }
     }
 
+    /// Instead of that: the registry and one in-sync copy are all that is left, for good. Where the failure mode serves with it, an attach
+    /// succeeds, every request ends, and what was completed is there. `false`: it did not come to that, and the others may be back.
+    pub fn last_stand(&mut self) -> bool {
+        let whole = |n: &usize| {
+            let disk = self.disk(*n);
+            !self.nodes[*n].gapped && !disk.failed && disk.bad.is_empty()
+        };
+        let left: Vec<usize> = self.in_sync().into_iter().filter(whole).collect();
+        let r = &self.registry.record;
+        if left.is_empty() || !r.failure_mode.serves(r.replicas_wanted, 1) {
+            return false;
+        }
+        let n = self.rng.pick(&left);
+        self.calm();
+        self.say(|_| format!("all but node {n} are lost"));
+        let others: Vec<usize> = (0..self.nodes.len()).filter(|m| *m != n).collect();
+        for &m in &others {
+            self.nodes[m].gone = true;
+            let power = self.rng.one_in(2);
+            self.crash(m, power);
+        }
+        // What was on its way to the registry arrives.
+        self.run_until(self.now + 3_000 * MS);
+        let whole = self.is_in_sync(n) && !self.disk(n).failed;
+        if !whole {
+            others.iter().for_each(|m| self.nodes[*m].gone = false);
+            return false;
+        }
+        self.budget = 60;
+        let patience = self.now + 60_000 * MS;
+        while self.now < patience && !(self.serves_from(n) && self.budget == 0) {
+            self.run_until(self.now + 500 * MS);
+        }
+        assert!(
+            self.serves_from(n),
+            "liveness: the registry and node {n} are left, and nobody could attach: {:?}; attachment {:?}",
+            self.registry.record,
+            self.atts
+                .last()
+                .map(|a| (a.machine.status(), a.machine.why_not_serving()))
+        );
+        self.guest_stopped = true;
+        self.read_back("with one copy left");
+        self.seen.count("attach with one copy left");
+        true
+    }
+
+    fn serves_from(&self, n: usize) -> bool {
+        self.live().is_some_and(|a| {
+            let machine = &self.atts[a].machine;
+            self.atts[a].node == n
+                && *machine.phase() == Phase::Serving
+                && machine.why_not_serving().is_none()
+                && machine.record().in_sync().count() == 1
+        })
+    }
+
     /// Resync ends under constant writes: the guest stops only when all copies are in sync.
     pub fn catch_up(&mut self) {
         if self.weather.constant {
@@ -103,36 +160,51 @@ impl World {
     pub fn verify(&mut self) {
         let i = self.live().unwrap();
         if self.atts[i].machine.mode_serves() {
-            self.verifying = true;
-            let mut at = 0;
-            let all = (self.registry.record.size / SECTOR) as usize;
-            let touched = self.oracle.touched();
-            while let Some(&s) = touched.iter().find(|s| **s >= at) {
-                let len = 64.min(all - s);
-                at = s + len;
-                let span = Span {
-                    offset: s as u64 * SECTOR,
-                    len: (len as u64 * SECTOR) as u32,
-                };
-                self.submit(i, Op::Read(span), None);
-            }
-            // Nobody wrote the end of it but perhaps the last sectors: zeros, also where the volume has grown.
-            let span = Span {
-                offset: (all as u64 - 16) * SECTOR,
-                len: 16 * SECTOR as u32,
-            };
-            self.submit(i, Op::Read(span), None);
-            let node = self.atts[i].node;
-            self.pump(node);
+            self.read_back("when all is calm");
             let patience = self.now + 60_000 * MS;
             while self.now < patience && !self.settled() {
-                let next = self.now + 500 * MS;
-                self.run_until(next);
+                self.run_until(self.now + 500 * MS);
             }
-            assert!(self.settled(), "liveness: the last reads did not end");
+            assert!(self.settled(), "liveness: the last reads left it unsettled");
         }
         self.check_identical();
         self.check_room();
+    }
+
+    /// The guest reads all it ever touched.
+    fn read_back(&mut self, when: &str) {
+        let i = self.live().unwrap();
+        self.verifying = true;
+        let mut at = 0;
+        // What it was told; without a machine that hears of it, the record may say more.
+        let all = (self.atts[i].machine.record().size / SECTOR) as usize;
+        let touched = self.oracle.touched();
+        while let Some(&s) = touched.iter().find(|s| **s >= at) {
+            let len = 64.min(all - s);
+            at = s + len;
+            let span = Span {
+                offset: s as u64 * SECTOR,
+                len: (len as u64 * SECTOR) as u32,
+            };
+            self.submit(i, Op::Read(span), None);
+        }
+        // Nobody wrote the end of it but perhaps the last sectors: zeros, also where the volume has grown.
+        let span = Span {
+            offset: (all as u64 - 16) * SECTOR,
+            len: 16 * SECTOR as u32,
+        };
+        self.submit(i, Op::Read(span), None);
+        let node = self.atts[i].node;
+        self.pump(node);
+        let patience = self.now + 60_000 * MS;
+        while self.now < patience && !self.atts[i].asked.is_empty() {
+            let next = self.now + 500 * MS;
+            self.run_until(next);
+        }
+        assert!(
+            self.atts[i].asked.is_empty(),
+            "liveness: the last reads {when} did not end"
+        );
     }
 
     /// A clean detach at the end: logs empty, copies clean and durable.

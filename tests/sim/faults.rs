@@ -6,8 +6,9 @@
 //! * **Processes.** Any may stop, sleep or lose power, all at once too. A sleeping process' messages, timers and disk answers wait.
 //!   A power cut takes any subset of the sectors that no flush covered, sector by sector; when every in-sync copy has lost power,
 //!   the guest may miss what no flush covered (S10), and otherwise nothing.
-//! * **Writes and flushes.** They fail for good (EIO) at a copy only while another in-sync copy is connected and whole; some
-//!   runs drop this rule (`last_disk`): then requests may fail, but each must end. A full disk may be any, all of them too.
+//! * **Writes and flushes.** They fail for good (EIO) at a copy only while another in-sync copy is whole, connected or not; some
+//!   runs drop this rule (`last_disk`): then requests may fail, but each must end. So they may where that other copy had been put
+//!   out already and the attachment did not know. The note that a disk has failed may fail, too. A full disk may be any, all of them.
 //! * **Growing** needs room: on a full disk it fails without harm, any copy's, and the files may be longer all the same.
 //! * **Reads.** Sectors that cannot be read are at one copy at a time: while another in-sync copy is connected and
 //!   whole. Once there is none, the disk finds them readable after all.
@@ -19,8 +20,8 @@
 //! * **Registry.** It may be slow, down, or not say whether it swapped; a late swap may still happen. It never loses
 //!   or takes back a value.
 
-use lockstep::replication::attachment::CopyView;
-use lockstep::replication::copy_state::BITMAPS_MAX;
+use lockstep::replication::attachment::{CopyView, Op};
+use lockstep::replication::copy_state::{BITMAPS_MAX, Standing};
 use lockstep::replication::ids::{SECTOR, Span};
 use lockstep::replication::record::CopyStatus;
 use lockstep::replication::replica::DiskOp;
@@ -190,8 +191,12 @@ impl World {
             Fault::Isolate => {
                 let Some(a) = self.live() else { return };
                 let (alone, until) = (self.atts[a].node, self.now + 8_000 * MS);
+                self.atts[a].isolated = true;
                 if self.rng.one_in(2) {
-                    // It sleeps through its own succession, reads on their way.
+                    // It sleeps through its own succession. The answers to its last reads wait for it to wake (S8).
+                    if self.nodes[alone].paused_until <= self.now && !self.atts[a].leaving {
+                        self.read_before_sleep(a);
+                    }
                     self.nodes[alone].paused_until = until;
                 } else {
                     for other in (0..self.nodes.len()).filter(|o| *o != alone) {
@@ -205,6 +210,16 @@ impl World {
                 }
             }
         }
+    }
+
+    fn read_before_sleep(&mut self, a: usize) {
+        let all = self.atts[a].machine.record().size / SECTOR;
+        for s in self.hot.clone() {
+            let offset = (s as u64).min(all - 16) * SECTOR;
+            let len = 16 * SECTOR as u32;
+            self.submit(a, Op::Read(Span { offset, len }), None);
+        }
+        self.pump(self.atts[a].node);
     }
 
     /// An open connection between two nodes.
@@ -229,13 +244,26 @@ impl World {
         };
         let rough = self.faults && self.weather.disk_faults;
         match op {
-            DiskOp::Write { .. } | DiskOp::Zero { .. } | DiskOp::Grow { .. } if full => Fate::Full,
-            DiskOp::Write { .. } | DiskOp::Zero { .. } | DiskOp::Sync if failed => Fate::Error,
-            DiskOp::Grow { .. } if rough && self.rng.one_in(10) => self.kill(n),
-            DiskOp::Write { .. } | DiskOp::Zero { .. } if rough && self.rng.one_in(400) => {
-                self.kill(n)
+            DiskOp::Write { .. } | DiskOp::Zero { .. } | DiskOp::Grow { .. } if full => {
+                self.seen.count("full disk");
+                Fate::Full
             }
-            DiskOp::Sync if rough && self.rng.one_in(60) => self.kill(n),
+            DiskOp::Superblock(s) if failed && s.standing == Standing::Failed => {
+                // Restarted, the copy knows nothing of it.
+                if self.rng.one_in(2) {
+                    Fate::Error
+                } else {
+                    Fate::Done
+                }
+            }
+            DiskOp::Write { .. } | DiskOp::Zero { .. } | DiskOp::Sync if failed => Fate::Error,
+            DiskOp::Grow { .. } if rough && self.rng.one_in(10) => {
+                self.kill(n, "disk died of growing")
+            }
+            DiskOp::Write { .. } | DiskOp::Zero { .. } if rough && self.rng.one_in(400) => {
+                self.kill(n, "disk died of a write")
+            }
+            DiskOp::Sync if rough && self.rng.one_in(60) => self.kill(n, "disk died of a flush"),
             _ if unreadable && self.has_equals(n) => Fate::Error,
             _ if unreadable => {
                 self.nodes[n].disk.as_mut().unwrap().bad.clear();
@@ -245,23 +273,36 @@ impl World {
         }
     }
 
-    fn kill(&mut self, n: usize) -> Fate {
-        if self.has_equals(n) || self.weather.last_disk {
-            self.say(|_| format!("the disk of node {n} dies"));
-            Fate::Error
-        } else {
-            Fate::Done
+    fn kill(&mut self, n: usize, how: &'static str) -> Fate {
+        let (reachable, somewhere) = (self.has_equals(n), self.has_equals_somewhere(n));
+        if !somewhere && !self.weather.last_disk {
+            return Fate::Done;
         }
+        self.say(|_| format!("the disk of node {n} dies"));
+        self.seen.count(how);
+        if somewhere && !reachable {
+            self.seen.count("disk died while its equal was away");
+        }
+        Fate::Error
     }
 
     /// Whether another in-sync copy is connected to the attachment, and nothing is wrong with its disk.
     fn has_equals(&self, n: usize) -> bool {
+        self.has_others(n, |c| c.connected)
+    }
+
+    /// The same of one that may have lost its connection, and is not put out.
+    fn has_equals_somewhere(&self, n: usize) -> bool {
+        self.has_others(n, |_| true)
+    }
+
+    fn has_others(&self, n: usize, which: impl Fn(&CopyView) -> bool) -> bool {
         let Some(a) = self.live() else {
             return false;
         };
         let status = self.atts[a].machine.status();
         // By its own view, too: it may not know yet whom the record has taken in.
-        let in_sync = |c: &&CopyView| c.connected && c.status == CopyStatus::InSync;
+        let in_sync = |c: &&CopyView| which(c) && c.status == CopyStatus::InSync;
         let mut others = status.copies.iter().filter(in_sync);
         others.any(|c| {
             let holder = self.node_named(&c.node);

@@ -130,9 +130,9 @@ impl World {
             let machine = &self.atts[a].machine;
             let deadline = Nanos::from_ms(machine.record().suspend_deadline_ms);
             let suspended = machine.status().suspended_for;
-            // The last copies' disks may have died, or lost power: a flush that cannot keep its promise says so.
-            let dead = self.in_sync().iter().any(|c| self.disk(*c).failed);
-            let excused = dead
+            // The disks of all that are left have died; or they lost power: a flush that cannot keep its promise says so. One
+            // whose disk works would have been waited for, also while the attachment cannot reach it.
+            let excused = self.is_dead()
                 || asked.op == Op::Flush && self.atts[a].lost_power
                 || self.atts[a].leaving
                 || suspended.is_some_and(|s| s >= deadline)
@@ -156,8 +156,7 @@ impl World {
             self.atts[a].machine.mode_serves(),
             "S17: completed while the mode says suspend"
         );
-        let mine = self.atts[a].serves;
-        let newer_served = self.atts.iter().any(|o| o.served && o.serves > mine);
+        let newer_served = self.newer_served(a);
         match asked.op {
             Op::Read(span) => {
                 assert!(

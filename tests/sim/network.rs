@@ -93,6 +93,7 @@ impl World {
         let slow = self.slow_net_until > self.now
             && self.slow_node.is_none_or(|slow| slow == a || slow == b);
         if self.faults && slow {
+            self.seen.count("message on a slow link");
             return base + self.rng.below(800) * MS;
         }
         if self.faults && self.rng.one_in(300) {

@@ -25,6 +25,8 @@ pub struct Node {
     pub copy: u64,
     pub replica: Option<Replica<Stamps>>,
     pub disk: Option<Disk>,
+    /// It does not start again.
+    pub gone: bool,
     /// The copy promised and no attachment has bound it since: nothing may be written (S7).
     pub fenced: bool,
     /// When it last lost power.
@@ -100,7 +102,7 @@ impl World {
         self.nodes[n].disk.as_ref().expect("a node with a copy")
     }
     pub fn start_node(&mut self, n: usize) {
-        if self.nodes[n].up {
+        if self.nodes[n].up || self.nodes[n].gone {
             return;
         }
         let instance = Instance(self.rng.id());
@@ -182,6 +184,9 @@ impl World {
             self.nodes[n].clock = Clock::new(&mut self.rng);
             self.nodes[n].gapped = self.is_in_sync(n);
             self.weigh_power();
+            if self.nodes[n].gapped {
+                self.seen.count("power cut of one in-sync copy");
+            }
         }
         self.check_differences(n, "its process ended");
         let down = if power {

@@ -129,9 +129,11 @@ impl World {
 
     pub fn cas(&mut self, a: usize, expected: Revision, record: &Record) {
         let delay = self.registry_delay();
-        let outcome = if self.registry_gone(a)
-            || self.faults && self.rng.one_in(self.weather.registry_down)
-        {
+        let gone = self.registry_gone(a);
+        if gone {
+            self.seen.count("swap asked of a registry that is away");
+        }
+        let outcome = if gone || self.faults && self.rng.one_in(self.weather.registry_down) {
             CasOutcome::Unavailable
         } else if self.faults && self.rng.one_in(self.weather.ambiguous) {
             match self.rng.below(3) {

@@ -84,6 +84,7 @@ impl World {
                 copy: 0,
                 replica: None,
                 disk,
+                gone: false,
                 fenced: false,
                 cut: 0,
                 gapped: false,

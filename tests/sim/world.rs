@@ -155,6 +155,9 @@ impl World {
     pub fn run(&mut self) {
         let rough = self.now + self.rng.between(6_000, 30_000) * MS;
         self.run_until(rough);
+        if self.rng.one_in(6) && self.last_stand() {
+            return self.finish();
+        }
         self.calm();
         self.catch_up();
         let patience = self.now + 150_000 * MS;
@@ -323,6 +326,7 @@ impl World {
                     None => {}
                 }
                 if matches!(result, DiskResult::NoSpace | DiskResult::Error) {
+                    self.weigh_power();
                     self.say(|_| format!("copy {n}: disk answers {result:?} to {ticket}"));
                 }
                 let replica = self.nodes[n].replica.as_mut().unwrap();
@@ -330,7 +334,9 @@ impl World {
             }
             Ev::Cas(a, expected, record) => return self.cas(a, expected, &record),
             Ev::LateCas(expected, record) => {
-                self.swap(expected, &record);
+                if self.swap(expected, &record) {
+                    self.seen.count("late swap that happened");
+                }
                 return;
             }
             Ev::CasAnswer(a, outcome) => {

@@ -158,6 +158,7 @@ impl<D: Payload> Attachment<D> {
             asked: self.now,
             failed: None,
             full: false,
+            no_space: CopySet::EMPTY,
         };
         let seq = self
             .pending
@@ -177,6 +178,7 @@ impl<D: Payload> Attachment<D> {
         // second would reach the disk after the first completed, and undo an overlapping write that followed.
         if !to.is_empty() {
             p.failed = None;
+            p.no_space = p.no_space.without(to);
         }
         let (span, fua) = (p.span, p.fua);
         let request = Request {
@@ -269,6 +271,7 @@ impl<D: Payload> Attachment<D> {
             // Nobody can take over: the guest waits for space (PROTOCOL 7), or is told (EIO).
             Status::NoSpace if only => {
                 p.failed = Some(status);
+                p.no_space.insert(copy);
                 return self.disk_full(copy, seq);
             }
             Status::Io if last => {
@@ -713,7 +716,7 @@ impl<D: Payload> Attachment<D> {
         let full: Vec<Seq> = self
             .pending
             .iter()
-            .filter(|(_, p)| p.failed == Some(Status::NoSpace))
+            .filter(|(_, p)| !p.no_space.and(p.waiting).is_empty())
             .map(|(seq, _)| seq)
             .collect();
         let over = self.failing_requests();
@@ -723,7 +726,8 @@ impl<D: Payload> Attachment<D> {
             }
             if let Some(p) = self.pending.get_mut(seq) {
                 p.asked = self.now;
-                let to = p.waiting.and(self.ready);
+                // S16: a target has not answered its first attempt when it is taken in. It is ready now, and not to be sent a second.
+                let to = p.waiting.and(p.no_space).and(self.ready);
                 self.transmit(seq, to);
             }
         }

@@ -344,6 +344,8 @@ struct Pending<D> {
     failed: Option<Status>,
     /// The last copy's disk had no space for it.
     full: bool,
+    /// Copies that answered so and are to be asked again.
+    no_space: CopySet,
 }
 
 #[derive(Debug)]

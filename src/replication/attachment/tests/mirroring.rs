@@ -99,8 +99,8 @@ fn a_write_to_a_chunk_that_is_still_to_be_copied_goes_to_the_target() {
     assert_eq!(writes(&b.take(), TARGET).len(), 1);
 }
 
-#[test]
-fn a_copy_that_is_taken_in_is_asked_for_its_lease_at_once() {
+/// The target has everything, and says so next.
+fn synced() -> Bench {
     let mut b = mapping();
     mirrored(&mut b, 0);
     // The flush of all, then the target's last one.
@@ -112,6 +112,12 @@ fn a_copy_that_is_taken_in_is_asked_for_its_lease_at_once() {
         let seq = seq_of(&b.take(), TARGET, flush);
         to.iter().for_each(|copy| b.acks(*copy, seq, Status::Ok));
     }
+    b
+}
+
+#[test]
+fn a_copy_that_is_taken_in_is_asked_for_its_lease_at_once() {
+    let mut b = synced();
     let epoch = Epoch(3);
     b.says(TARGET, Message::SyncDoneAck { epoch });
     assert!(b.proposed().is_some());
@@ -197,4 +203,28 @@ fn a_target_that_waits_for_the_registry_to_be_taken_in_suspends_nothing_unless_i
     b.a.on_record(b.now, Some(found));
     b.tick(500);
     assert_eq!(b.a.why_not_serving(), None);
+}
+
+#[test]
+fn a_write_without_space_is_not_tried_again_where_its_first_attempt_is_under_way() {
+    let mut b = synced();
+    // Copy 1 is put out and copy 0 is full; the target has been sent the write, and says nothing until it is taken in.
+    b.a.on_disconnected(b.now, 1, "reset");
+    b.tick(500);
+    assert!(b.proposed().is_some());
+    b.take();
+    b.swapped();
+    b.submit(1, write(SPAN));
+    let seq = writes(&b.take(), TARGET)[0].seq;
+    b.acks(0, seq, Status::NoSpace);
+    b.says(TARGET, Message::SyncDoneAck { epoch: Epoch(4) });
+    assert!(b.proposed().is_some());
+    b.take();
+    b.swapped();
+    assert!(b.a.in_sync.has(TARGET));
+    b.take();
+    b.tick(50);
+    let actions = b.take();
+    let again = |copy| writes(&actions, copy).iter().any(|r| r.seq == seq);
+    assert!(again(0) && !again(TARGET));
 }
