@@ -686,7 +686,12 @@ fn a_disk_that_hangs_costs_its_copy_and_no_request() {
         let load = loaded(&cluster);
         // When a disk answers nothing any more, then the volume goes on without its copy,
         sick.hang();
-        says(&cluster, n, &["unanswered"]);
+        says(&cluster, n, &[]);
+        let events = cluster.json(1, "events --volume vm1");
+        let mut events = events.as_array().unwrap().iter();
+        let out = events.find(|e| e["rule"] == "2.6 eject").unwrap()["text"].to_string();
+        let why = format!("copy on n{n}: a request unanswered for ");
+        assert!(out.contains(&why), "{out}");
         load.goes_on();
         // and when it has done all that it was asked, the copy comes back, and none of that is seen.
         sick.let_go();
