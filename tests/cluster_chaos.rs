@@ -27,8 +27,9 @@ use serde_json::Value;
 const RESYNC: bool = true;
 /// Steps of a schedule.
 const STEPS: usize = if RESYNC { 10 } else { 6 };
-/// The seeds of every run. Together they see everything there is to see.
-const SEEDS: [u64; 4] = [1, 2, 3, 4];
+/// The seeds of every run. Together they see everything there is to see; the last two with a volume that stands still without all of
+/// its copies.
+const SEEDS: [u64; 6] = [1, 2, 3, 4, 5, 11];
 const GUEST_SEED: u64 = 1;
 /// What a volume may take to be served again, or healthy again, once nothing is in the way. A schedule ends each fault
 /// within seconds; this is for a machine that has other things to do as well.
@@ -84,7 +85,7 @@ fn a_guest_survives_whatever_happens_to_copies() {
 struct Seen(BTreeMap<String, u64>);
 
 impl Seen {
-    const MUST: [&str; 17] = [
+    const MUST: [&str; 24] = [
         "kill",
         "kill of the attachment",
         "stop",
@@ -102,6 +103,13 @@ impl Seen {
         "promotion",
         "takeover",
         "request of a ghost",
+        "a volume that is strict",
+        "promote granted",
+        "reconciliation",
+        "suspension",
+        "sync broken off",
+        "sync of everything",
+        "sync of what was missed",
     ];
 
     fn note(&mut self, what: &str, count: u64) {
@@ -266,6 +274,9 @@ impl Chaos {
             ghosts: Vec::new(),
             seen: Seen::default(),
         };
+        if mode == "hard" {
+            chaos.seen.note("a volume that is strict", 1);
+        }
         let cast = &chaos.cast;
         chaos.tell(&format!(
             "{replicas} replicas on {} nodes, copies on {:?}, {mode}",

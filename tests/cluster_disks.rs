@@ -674,3 +674,90 @@ fn a_copy_whose_disk_fails_one_flush_is_out_for_good() {
     cluster.detach(1, "vm1");
     assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 2);
 }
+
+#[test]
+fn a_disk_that_hangs_costs_its_copy_and_no_request() {
+    own_mounts();
+    // A replica's disk, then the one that reads come from.
+    for n in [3, 1] {
+        let mut cluster = Cluster::empty(Path::new("/tmp"));
+        let sick = sick_disk(&cluster, n);
+        start(&mut cluster, 3);
+        let load = loaded(&cluster);
+        // When a disk answers nothing any more, then the volume goes on without its copy,
+        sick.hang();
+        says(&cluster, n, &[]);
+        let events = cluster.json(1, "events --volume vm1");
+        let mut events = events.as_array().unwrap().iter();
+        let out = events.find(|e| e["rule"] == "2.6 eject").unwrap()["text"].to_string();
+        let why = format!("copy on n{n}: a request unanswered for ");
+        assert!(out.contains(&why), "{out}");
+        load.goes_on();
+        // and when it has done all that it was asked, the copy comes back, and none of that is seen.
+        sick.let_go();
+        heals(&cluster, &["n1", "n2", "n3"], &load);
+        all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+    }
+}
+
+#[test]
+fn what_no_disk_can_read_holds_a_new_copy_up_until_it_is_written() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let sick = sick_disk(&cluster, 1);
+    start(&mut cluster, 2);
+    let create = "--size 32MiB --replicas 0 --master n1";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let mut oracle = Oracle::new(SIZE);
+    let mut disk = Disk::open(&socket, 1, 1);
+    disk.fill(&mut oracle);
+    let data = read(&mut disk, 5 * MIB, 4096);
+    assert_eq!(sick.lose(&data), 8);
+    // When a volume whose only copy cannot read everything gets a second one, then that is not in sync, and the volume says why;
+    cluster.ok(1, "volume update vm1 --replicas 1 --async");
+    let volume = cluster.wait_for(1, "vm1", "says what cannot be read", |v| {
+        let why = v["why"].as_str().unwrap_or_default();
+        why.contains("can be read on no in-sync copy")
+    });
+    assert_eq!(in_sync(&volume), ["n1"]);
+    // and when the guest has written there, it is.
+    let ticket = oracle.begin((5 * MIB) as usize / 512, disk.buffer(0, 4096));
+    disk.write(0, 5 * MIB, 4096);
+    assert_eq!(disk.finish(), 0);
+    oracle.end(ticket, true);
+    cluster.wait_for(1, "vm1", "is healthy", |v| v["health"] == "healthy");
+    disk.sweep(&mut oracle);
+    drop(disk);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 2);
+}
+
+#[test]
+fn a_scrub_finds_what_a_replicas_disk_cannot_read_and_mends_it() {
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let sick = sick_disk(&cluster, 2);
+    start(&mut cluster, 3);
+    let socket = served(&cluster);
+    let mut oracle = Oracle::new(SIZE);
+    let mut disk = Disk::open(&socket, 1, 1);
+    disk.fill(&mut oracle);
+    // Given a copy that nobody reads from, with sectors that its disk has lost,
+    let data = read(&mut disk, 7 * MIB + 512, 1024);
+    assert_eq!(sick.lose(&data), 2);
+    // when the copies are compared, then that is found and mended, since the others agree,
+    let report = cluster.json(1, "volume scrub vm1");
+    assert_eq!(report["unreadable_bytes"], 4096, "{report:#}");
+    assert_eq!(report["repaired_bytes"], 4096, "{report:#}");
+    assert_eq!(report["differing_bytes"], 0, "{report:#}");
+    assert_eq!(
+        report["differences"][0]["unreadable"][0], "n2",
+        "{report:#}"
+    );
+    // and it can be read again.
+    assert_eq!(sick.lost(), 0);
+    disk.sweep(&mut oracle);
+    drop(disk);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 3);
+}

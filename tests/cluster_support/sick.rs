@@ -1,6 +1,6 @@
 //! A disk of which this process says what it does: a file system in user space (FUSE) with one file, which is the memory here, a
 //! loop device over that file, and ext4 on it. So reads of some sectors can fail with EIO until those are written, as on a disk
-//! that lost them and has spare ones, and a flush can fail once. The kernel's own requests are the specification:
+//! that lost them and has spare ones, a flush can fail once, and all of it can hang. The kernel's own requests are the specification:
 //! include/uapi/linux/fuse.h. Needs root.
 
 use std::collections::BTreeSet;
@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use super::disks::{Mount, mount, mount_ext4, run};
 use super::oracle::SECTOR;
@@ -17,6 +18,8 @@ use super::oracle::SECTOR;
 const WRITE_MAX: usize = 128 << 10;
 const ROOM: usize = WRITE_MAX + 4096;
 const HEADER: usize = 40;
+/// How often it is asked whether the disk still hangs.
+const LOOK: Duration = Duration::from_millis(5);
 /// Requests, by the names of fuse.h.
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
@@ -43,6 +46,8 @@ struct State {
     refused: u64,
     /// So many flushes fail from now on.
     failing_flushes: u64,
+    /// Nothing is answered.
+    hangs: bool,
 }
 
 /// The disk, mounted. Declare it after the cluster whose node uses it, so that it goes first.
@@ -60,6 +65,7 @@ impl SickDisk {
             lost: BTreeSet::new(),
             refused: 0,
             failing_flushes: 0,
+            hangs: false,
         }));
         let device = File::options().read(true).write(true).open("/dev/fuse");
         let device = device.unwrap_or_else(|e| panic!("/dev/fuse, for a disk that fails: {e}"));
@@ -115,9 +121,28 @@ impl SickDisk {
         self.state().failing_flushes = 1;
     }
 
+    /// Nothing is answered from now on, until it is let go.
+    pub fn hang(&self) {
+        self.state().hangs = true;
+    }
+
+    /// It does all that it was asked meanwhile.
+    pub fn let_go(&self) {
+        self.state().hangs = false;
+    }
+
     /// Whether it has.
     pub fn has_failed_it(&self) -> bool {
         self.state().failing_flushes == 0
+    }
+}
+
+impl Drop for SickDisk {
+    /// Or nobody could end a process that waits for it.
+    fn drop(&mut self) {
+        if let Ok(mut state) = self.state.lock() {
+            state.hangs = false;
+        }
     }
 }
 
@@ -131,6 +156,9 @@ fn serve(mut device: File, state: &Mutex<State>) {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::ENOENT)) => continue,
             Err(_) => return,
         };
+        while state.lock().unwrap().hangs {
+            std::thread::sleep(LOOK);
+        }
         let Some(answer) = answer(&request[..len], &mut state.lock().unwrap()) else {
             continue;
         };
