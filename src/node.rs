@@ -44,9 +44,6 @@ use crate::replication::message::Proof;
 use crate::replication::record::{self, Record};
 use handover::Inherited;
 
-/// Data segments of one guest request: with indirect descriptors Linux uses what it is offered.
-const SEG_MAX: u32 = 254;
-
 /// How often a node looks whether it is to end.
 const SIGNAL_LOOK: Duration = Duration::from_millis(50);
 
@@ -447,7 +444,8 @@ fn bind(
         size: record.size,
         block_size: BlockSize::of(record.block_size),
         num_queues: front.num_queues,
-        seg_max: SEG_MAX,
+        // The rings come later, and a driver that has no indirect tables tries for ever to put in what does not fit.
+        seg_max: DeviceConfig::DEFAULT_SEG_MAX,
         read_only: front.read_only,
         writeback: WriteCache::of(&front.socket).is_on(),
     };
