@@ -48,9 +48,6 @@ use crate::replication::record::{self, Record};
 use handover::Inherited;
 use shown::{Memory, Shown};
 
-/// Data segments of one guest request: with indirect descriptors Linux uses what it is offered.
-const SEG_MAX: u32 = 254;
-
 /// How long a registry may take to answer before what needs nothing of it begins. It answers in milliseconds; copies elsewhere
 /// wait for ours meanwhile, and machines for their sockets.
 const REGISTRY_ANSWERS: Duration = Duration::from_secs(1);
@@ -665,7 +662,8 @@ fn bind(shown: &Shown, handed: Option<Handed>) -> Result<Bound, HostError> {
         size: shown.size,
         block_size: BlockSize::of(shown.block_size),
         num_queues: shown.num_queues,
-        seg_max: SEG_MAX,
+        // The rings come later, and a driver that has no indirect tables tries for ever to put in what does not fit.
+        seg_max: DeviceConfig::DEFAULT_SEG_MAX,
         read_only: shown.read_only,
         writeback: WriteCache::of(&shown.socket).is_on(),
     };

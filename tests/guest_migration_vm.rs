@@ -7,7 +7,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use cluster_support::qemu::{Qemu, programs};
+use cluster_support::qemu::{Qemu, cpus, programs};
 use cluster_support::{Cluster, eventually};
 use serde_json::json;
 
@@ -22,7 +22,10 @@ const SLOW: (u64, u64) = (24 << 20, 1);
 const FAST: (u64, u64) = (4 << 30, 2000);
 
 fn start(program: &Path, dir: &Path, number: usize, socket: &Path) -> Qemu {
+    // Linux uses a queue for each of its processors, of those that there are.
+    let queues = cpus(program);
     let mut arguments = vec!["--run", "cached", "--mem", MEMORY];
+    arguments.extend(["--cpus", queues, "--queues", queues]);
     arguments.extend((number > 0).then_some("--incoming"));
     Qemu::start(program, dir, number, socket, &arguments)
 }
@@ -47,7 +50,7 @@ fn moves_on_one_socket(program: &Path) {
     let socket = cluster.serve(
         "vm1",
         "--size 64MiB --replicas 0 --master n1",
-        "--node n1 --num-queues 1",
+        "--node n1 --num-queues 2",
     );
     let dir = cluster.dir.path();
     let mut guest = start(program, dir, 0, &socket);
@@ -134,7 +137,7 @@ fn moves_to_another_node(program: &Path) {
     let mut socket = cluster.serve(
         "vm1",
         "--size 64MiB --replicas 1 --master n1",
-        "--node n1 --num-queues 1",
+        "--node n1 --num-queues 2",
     );
     let dir = cluster.dir.path();
     let mut guest = start(program, dir, 0, &socket);
@@ -149,6 +152,18 @@ fn moves_to_another_node(program: &Path) {
         guest.speed(SLOW);
         guest.ask("migrate", json!({"uri": uri}));
         guest.works(2);
+        // and the programs of both nodes are replaced meanwhile,
+        for n in [1, 2] {
+            let view = cluster.json(n, "node upgrade");
+            let fate = [&view["state"], &view["lost"]];
+            assert_eq!(fate, [&json!("done"), &json!(0)], "{view}");
+        }
+        guest.works(2);
+        let now = guest.ask("query-migrate", json!({}));
+        assert_eq!(
+            now["status"], "active",
+            "the programs were replaced too late"
+        );
         guest.speed(FAST);
         guest.migration("completed");
         println!(
@@ -171,4 +186,55 @@ fn moves_to_another_node(program: &Path) {
     // and both copies are the same.
     cluster.detach(1, "vm1");
     assert_eq!(cluster.copies_are_identical(1, "vm1"), ["n1", "n2"]);
+}
+
+#[test]
+fn a_guest_that_moves_while_its_volume_waits_sees_a_pause_and_no_error() {
+    programs()
+        .iter()
+        .for_each(|qemu| moves_while_its_volume_waits(qemu));
+}
+
+fn moves_while_its_volume_waits(program: &Path) {
+    // Given a guest whose volume serves only while all copies are there, and whose replica's node has died,
+    let mut cluster = Cluster::start(3);
+    cluster.ok(1, "node cordon n2");
+    let socket = cluster.serve(
+        "vm1",
+        "--size 64MiB --replicas 1 --master n1 --failure-mode hard --suspend-deadline 10m",
+        "--node n1 --num-queues 2",
+    );
+    let dir = cluster.dir.path().to_path_buf();
+    let mut guest = start(program, &dir, 0, &socket);
+    guest.works(4);
+    cluster.kill(3);
+    cluster.wait_for(1, "vm1", "waits", |v| {
+        v["health"] == "suspended" && v["attachment"]["inflight"].as_u64() > Some(0)
+    });
+    // when it moves to a third node: its requests do not end, and QEMU takes no region along,
+    let there = PathBuf::from(
+        cluster
+            .ok(1, "volume attach vm1 --node n2 --incoming")
+            .trim(),
+    );
+    let mut there = start(program, &dir, 1, &there);
+    let uri = format!("unix:{}", dir.join("way").display());
+    there.ask("migrate-incoming", json!({"uri": uri}));
+    guest.speed(FAST);
+    guest.ask("migrate", json!({"uri": uri}));
+    guest.migration("completed");
+    assert!(
+        cluster
+            .log(1)
+            .contains("requests unanswered, of which 0 were failed now")
+    );
+    // then they wait there, and are answered when the replica is back.
+    cluster.start_node(3);
+    there.works(8);
+    is_served_on(&cluster, "n2");
+    drop(guest);
+    there.finish();
+    cluster.wait_for(1, "vm1", "is whole", |v| v["health"] == "healthy");
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1"), ["n1", "n3"]);
 }

@@ -28,6 +28,8 @@ const EARLY: usize = 4;
 /// Longest time under load before a kill, and from the start of a process to an early one, in milliseconds.
 const LOAD_MS: u64 = 300;
 const EARLY_MS: u64 = 1200;
+/// Where the second queue's ring is.
+const OTHER_RING: u64 = 0x1_0000;
 /// How long the guest writes to a silent replica: less than what makes the attachment give that one up.
 const SILENCE: Duration = Duration::from_millis(150);
 
@@ -64,10 +66,11 @@ fn spawn_n1(cluster: &Cluster) -> Process {
     Process(child.unwrap())
 }
 
-/// For each start of a ring, how many requests of the process before were submitted again.
-fn resubmitted(cluster: &Cluster) -> Vec<usize> {
+/// For each start of a queue's ring, how many requests of the process before were submitted again.
+fn resubmitted(cluster: &Cluster, queue: usize) -> Vec<usize> {
+    let starts = format!(": queue {queue} starts at ");
     let number = |line: &str| {
-        let (_, rest) = line.split_once(": queue 0 starts at ")?;
+        let (_, rest) = line.split_once(&starts)?;
         let (_, count) = rest.split_once(", ")?;
         count.split(' ').next()?.parse().ok()
     };
@@ -87,9 +90,11 @@ fn survives(program: &Path, all_kills: usize) {
     let socket = cluster.serve(
         "vm1",
         "--size 64MiB --replicas 1 --master n1",
-        "--node n1 --num-queues 1",
+        "--node n1 --num-queues 2",
     );
-    let arguments = ["--run", "writers", "--cpus", cpus(program)];
+    // Linux uses a queue for each of its processors, of those that there are.
+    let queues = cpus(program);
+    let arguments = ["--run", "writers", "--cpus", queues, "--queues", queues];
     let mut guest = Qemu::start(program, cluster.dir.path(), 0, &socket, &arguments);
     guest.works(4);
     cluster.kill(1);
@@ -99,13 +104,13 @@ fn survives(program: &Path, all_kills: usize) {
     // when its node's process is killed at random moments, and comes back each time,
     let mut n1 = spawn_n1(&cluster);
     while kills < all_kills {
-        let starts = resubmitted(&cluster).len();
+        let starts = resubmitted(&cluster, 0).len();
         if random.below(EARLY as u64) == 0 {
             std::thread::sleep(Duration::from_millis(random.below(EARLY_MS)));
         } else {
             eventually("the guest is served", || {
                 guest.goes_on();
-                (resubmitted(&cluster).len() > starts).then_some(())
+                (resubmitted(&cluster, 0).len() > starts).then_some(())
             });
             std::thread::sleep(Duration::from_millis(random.below(LOAD_MS)));
         }
@@ -125,13 +130,20 @@ fn survives(program: &Path, all_kills: usize) {
 
     // then the guest goes on, finds every byte as it wrote it, and its kernel has not complained;
     guest.works(4);
-    let resubmitted = resubmitted(&cluster);
-    println!("{kills} kills; submitted again at each start of the ring: {resubmitted:?}");
+    let queues: usize = queues.parse().unwrap();
+    let resubmitted: Vec<_> = (0..queues)
+        .map(|queue| resubmitted(&cluster, queue))
+        .collect();
+    println!("{kills} kills; submitted again at each start of each ring: {resubmitted:?}");
     guest.finish();
     assert_eq!(kills, all_kills);
-    // requests were in flight at some of the kills, or this has shown nothing;
-    let with_requests = resubmitted.iter().filter(|n| **n > 0).count();
-    assert!(with_requests >= all_kills / SILENT / 2, "{resubmitted:?}");
+    // requests were in flight at some of the kills, of each queue, or this has shown nothing;
+    let with_requests =
+        |starts: &Vec<usize>| starts.iter().filter(|requests| **requests > 0).count();
+    let counts: Vec<usize> = resubmitted.iter().map(with_requests).collect();
+    let most = counts.iter().max().unwrap();
+    assert!(*most >= all_kills / SILENT / 2, "{resubmitted:?}");
+    assert!(counts.iter().all(|count| *count > 0), "{resubmitted:?}");
     // and the copies are the same.
     n1.kill();
     cluster.start_node(1);
@@ -153,6 +165,9 @@ fn requests_outlive_the_process(cloud_hypervisor: bool, base: fn(&Driver) -> u16
     let mut vm = Vm::connect(&socket);
     let mut region = None;
     start(&mut vm, &mut region, 0, cloud_hypervisor);
+    // The second queue, whose chains have other heads and so other buffers.
+    let mut other = Driver::new(Arc::clone(&vm.driver.mem), OTHER_RING, 128);
+    start_queue(&mut vm, 1, &other, 0);
     for (sector, fill) in [(0, 1), (64, 2)] {
         let wish = (60, T_OUT, sector, fill);
         submit(&mut vm, wish);
@@ -172,9 +187,18 @@ fn requests_outlive_the_process(cloud_hypervisor: bool, base: fn(&Driver) -> u16
     for wish in wishes {
         submit(&mut vm, wish);
     }
-    let in_flight = |region: &Option<Region>| region.as_ref().map_or(0, Region::in_flight);
+    let others = [(70, T_OUT, 256, 0xb1), (64, T_OUT, 260, 0xb2)];
+    std::mem::swap(&mut vm.driver, &mut other);
+    for wish in others {
+        submit(&mut vm, wish);
+    }
+    std::mem::swap(&mut vm.driver, &mut other);
+    let in_flight = |region: &Option<Region>| {
+        let region = region.as_ref().unwrap();
+        [0, 1].map(|queue| region.in_flight_of(queue))
+    };
     eventually("all are in flight", || {
-        (in_flight(&region) == wishes.len()).then_some(())
+        (in_flight(&region) == [wishes.len(), others.len()]).then_some(())
     });
     cluster.kill(1);
     // The guest goes on meanwhile.
@@ -193,19 +217,28 @@ fn requests_outlive_the_process(cloud_hypervisor: bool, base: fn(&Driver) -> u16
         ..again
     };
     // The whole handshake is answered, though the volume cannot be taken over yet.
-    let base = base(&vm.driver);
-    start(&mut vm, &mut region, base, cloud_hypervisor);
-    assert_eq!(resubmitted(&cluster).last(), Some(&wishes.len()));
+    let bases = [base(&vm.driver), base(&other)];
+    start(&mut vm, &mut region, bases[0], cloud_hypervisor);
+    start_queue(&mut vm, 1, &other, bases[1]);
+    assert_eq!(resubmitted(&cluster, 0).last(), Some(&wishes.len()));
+    assert_eq!(resubmitted(&cluster, 1).last(), Some(&others.len()));
     cluster.thaw(2);
     let all: Vec<Wish> = wishes.into_iter().chain([more]).collect();
     answered(&mut vm, &all);
-    assert_eq!(in_flight(&region), 0);
-    for (sector, fill) in [(0, 0xa4), (64, 0xa5), (128, 0xa2), (192, 0xa6)] {
+    std::mem::swap(&mut vm.driver, &mut other);
+    answered(&mut vm, &others);
+    assert_eq!(vm.driver.completions(), []);
+    std::mem::swap(&mut vm.driver, &mut other);
+    assert_eq!(in_flight(&region), [0, 0]);
+    let written = [(0, 0xa4), (64, 0xa5), (128, 0xa2), (192, 0xa6), (260, 0xb2)];
+    for (sector, fill) in written {
         assert_eq!(reads(&mut vm, sector), fill, "sector {sector}");
     }
     assert_eq!(vm.driver.completions(), []);
-    let stopped = vm.frontend.get_vring_base(0).unwrap();
-    assert_eq!(stopped, u32::from(vm.driver.used_idx()));
+    for (queue, driver) in [(0, &vm.driver), (1, &other)] {
+        let stopped = vm.frontend.get_vring_base(queue).unwrap();
+        assert_eq!(stopped, u32::from(driver.used_idx()));
+    }
     drop(vm);
     n1.kill();
     cluster.start_node(1);

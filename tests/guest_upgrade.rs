@@ -576,13 +576,17 @@ fn does_not_notice(program: &Path) {
     let socket = cluster.serve(
         "vm1",
         "--size 64MiB --replicas 1 --master n1",
-        "--node n1 --num-queues 1",
+        "--node n1 --num-queues 2",
     );
+    // Linux uses a queue for each of its processors, of those that there are.
+    let queues = cpus(program);
     let arguments = [
         "--run",
         "writers",
         "--cpus",
-        cpus(program),
+        queues,
+        "--queues",
+        queues,
         "--set",
         "waits=100",
     ];

@@ -197,6 +197,17 @@ impl Cluster {
 
     /// Boots a guest on a socket with a workload and its parameters.
     fn boot(&self, socket: &Path, workload: &str, settings: &[&str]) -> Process {
+        self.boot_with(socket, workload, settings, &[])
+    }
+
+    /// The same with more arguments of `qemu/run-guest`.
+    fn boot_with(
+        &self,
+        socket: &Path,
+        workload: &str,
+        settings: &[&str],
+        arguments: &[&str],
+    ) -> Process {
         let mut command = Command::new(repository().join("qemu/run-guest"));
         command
             .arg("--socket")
@@ -207,7 +218,8 @@ impl Cluster {
         }
         command
             .arg("--console")
-            .arg(self.dir.path().join("console"));
+            .arg(self.dir.path().join("console"))
+            .args(arguments);
         Process(
             command
                 .stdin(Stdio::null())
@@ -309,6 +321,28 @@ fn a_guest_does_not_notice_the_death_of_a_replica() {
         "{}",
         String::from_utf8_lossy(&same.stdout)
     );
+}
+
+#[test]
+fn a_guest_without_indirect_tables_has_room_in_its_ring_for_the_largest_request() {
+    for off in [true, false] {
+        // Given a guest whose ring has QEMU's 128 entries, and whose requests must fit into them as they are, or need not,
+        let cluster = Cluster::start(1);
+        let socket = cluster.serve("large", 0);
+        let how = if off {
+            "indirect_desc=off"
+        } else {
+            "indirect_desc=on"
+        };
+        let arguments = ["--mem", "192", "--property", how];
+        // when it asks for as much at once as the disk allows, in as many pieces as that can have,
+        let mut guest = cluster.boot_with(&socket, "large", &["mib=16"], &arguments);
+        // then it is answered: one that does not fit would be tried again for ever.
+        cluster.expect_guest_ok(&mut guest);
+        let console = cluster.console();
+        let speeds = console.lines().filter(|l| l.starts_with("LARGE"));
+        speeds.for_each(|line| println!("{how}: {line}"));
+    }
 }
 
 #[test]

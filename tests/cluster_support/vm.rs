@@ -14,8 +14,21 @@ pub struct Guest {
 impl Guest {
     /// Boots one on a socket with a workload of `qemu/guest/run` and its parameters; its console goes to a file.
     pub fn boot(socket: &Path, workload: &str, settings: &[&str], console: &Path) -> Guest {
+        let installed = Path::new("qemu-system-x86_64");
+        Guest::boot_in(installed, socket, workload, settings, console)
+    }
+
+    /// The same in a QEMU of the caller's choice.
+    pub fn boot_in(
+        qemu: &Path,
+        socket: &Path,
+        workload: &str,
+        settings: &[&str],
+        console: &Path,
+    ) -> Guest {
         let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu/run-guest");
         let mut command = Command::new(run);
+        command.env("QEMU", qemu);
         command.arg("--socket").arg(socket);
         command.args(["--run", workload]);
         for setting in settings {
@@ -38,6 +51,11 @@ impl Guest {
         let console = self.console();
         let beats = console.lines().filter(|l| l.starts_with("HEARTBEAT"));
         beats.count()
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// It has been switched off.

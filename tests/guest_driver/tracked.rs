@@ -5,9 +5,9 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
+use vhost::{VhostBackend, VringConfigData};
 
 use super::vm::{LINUX, Vm, regions, until};
 use super::*;
@@ -21,9 +21,15 @@ pub struct Region {
 impl Region {
     /// Requests of queue 0 that were taken and not answered.
     pub fn in_flight(&self) -> usize {
+        self.in_flight_of(0)
+    }
+
+    /// The same of any queue; each has its part, at a multiple of 64 bytes.
+    pub fn in_flight_of(&self, queue: u64) -> usize {
+        let part = queue * (16u64 + 16 * 128).next_multiple_of(64);
         let flag = |head: &u16| {
             let mut byte = [0];
-            let at = 16 + 16 * u64::from(*head);
+            let at = part + 16 + 16 * u64::from(*head);
             self.file.read_exact_at(&mut byte, at).unwrap();
             byte[0] != 0
         };
@@ -79,6 +85,24 @@ pub fn reads(vm: &mut Vm, sector: u64) -> u8 {
     let data = vm.driver.read(buffers(60) + 0x1000, 4096);
     assert!(data.iter().all(|byte| *byte == data[0]));
     data[0]
+}
+
+/// Starts another queue, whose driver is not the machine's own.
+pub fn start_queue(vm: &mut Vm, index: usize, driver: &Driver, base: u16) {
+    let host = |guest| vm.host_addr(guest);
+    let vring = VringConfigData {
+        desc_table_addr: host(driver.desc),
+        used_ring_addr: host(driver.used),
+        avail_ring_addr: host(driver.avail),
+        ..vm.vring()
+    };
+    vm.frontend.set_vring_num(index, driver.size).unwrap();
+    vm.frontend.set_vring_base(index, base).unwrap();
+    vm.frontend.set_vring_addr(index, &vring).unwrap();
+    vm.frontend.set_vring_call(index, &driver.call).unwrap();
+    vm.frontend.set_vring_kick(index, &driver.kick).unwrap();
+    vm.frontend.set_vring_enable(index, true).unwrap();
+    vm.settle();
 }
 
 /// A front-end sends everything again to a process that has just begun.
