@@ -10,7 +10,7 @@ use std::process::Command;
 use cluster_support::client::{Load, Plan};
 use cluster_support::net::{Cut, How};
 use cluster_support::oracle::Oracle;
-use cluster_support::{Cluster, eventually};
+use cluster_support::{Cluster, copies, eventually, machine};
 use etcd_support::Etcd;
 use serde_json::Value;
 
@@ -327,4 +327,190 @@ fn a_node_whose_address_another_one_has_is_forgotten_and_starts_elsewhere() {
         });
     }
     cluster.know_each_other();
+}
+
+/// A cut of the replication port of node n, for these nodes.
+fn port_of(n: usize, from: &[usize]) -> Vec<Cut> {
+    let how = How::Port(5703);
+    let to = n;
+    from.iter().map(|&from| Cut { from, to, how }).collect()
+}
+
+#[test]
+fn a_node_whose_replication_port_nobody_reaches_gets_no_copies() {
+    // Given a volume on n1 to n3 that n1 serves, and n4 that answers everybody and whose data port is cut,
+    let mut cluster = Cluster::start_on_a_network(Path::new("/dev/shm"), 4);
+    cluster.ok(1, "node cordon n4");
+    let create = "--size 32MiB --replicas 2 --master n1 --suspend-deadline 10m";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    cluster.ok(1, "node uncordon n4");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(32 << 20));
+    load.goes_on();
+    let from_all = port_of(4, &[1, 2, 3]);
+    cut(&cluster, &from_all);
+    for n in 1..=3 {
+        is_named(&cluster, n, &[&format!("n{n} does not reach n4")]);
+    }
+    becomes(&cluster, 1, "n4", "online", &[]);
+    // then nothing is placed there: no new copy, whatever is asked for,
+    let cut_off = ["n4: no node reaches its replication port", "n1: no answer"];
+    cluster
+        .run(1, "volume create vm2 --size 32MiB --replicas 3")
+        .refused(11, &cut_off);
+    cluster
+        .run(1, "volume create vm2 --size 32MiB --master n4")
+        .refused(11, &["the master cannot be placed on n4", cut_off[0]]);
+    cluster.run(1, "volume move vm1 n2 n4").refused(
+        11,
+        &[
+            "no copy of volume default/vm1 can move to n4",
+            "n1: no answer",
+        ],
+    );
+    cluster
+        .run(1, "volume update vm1 --replicas 3")
+        .refused(11, &cut_off);
+    // none that leaves a node that is to be emptied,
+    cluster.ok(1, "node drain n2 --async");
+    eventually("the drain says what it waits for", || {
+        let node = cluster.json(1, "node inspect n2").to_string();
+        node.contains(cut_off[0]).then_some(())
+    });
+    // nor one in the place of a lost one.
+    cluster.ok(1, "node undrain n2");
+    cluster.ok(1, "cluster update --replace-after 1s");
+    cluster.kill(3);
+    eventually("n1 says why n3 is not replaced", || {
+        let log = cluster.log(1);
+        let said = "a missing copy of default/vm1 is not replaced";
+        let mut lines = log.lines().filter(|line| line.contains(said));
+        lines.any(|line| line.contains(cut_off[0])).then_some(())
+    });
+    let places = copies(&cluster.volume(1, "vm1"), "in_sync");
+    assert_eq!(places, ["n1", "n2"]);
+    load.goes_on();
+    // When only the node that serves the volume is cut off from it, it is no place for that volume,
+    heal(&cluster, &port_of(4, &[2]));
+    eventually("n2 reaches n4", || {
+        let node = cluster.json(2, "node inspect n2");
+        let ways = node["ways"].as_array()?.clone();
+        let open = |way: &Value| way["node"] == "n4" && way["reached"] == true;
+        ways.iter().any(open).then_some(())
+    });
+    let for_it = "n1, which serves the volume, does not reach its replication port";
+    cluster
+        .run(1, "volume move vm1 n2 n4")
+        .refused(11, &[for_it]);
+    // and for others it is one.
+    cluster.ok(2, "volume create vm2 --size 32MiB --master n4");
+    // With the last cut healed the copy is made anew by itself.
+    heal(&cluster, &port_of(4, &[1, 3]));
+    cluster.wait_for(1, "vm1", "has a third copy", |v| {
+        copies(v, "in_sync") == ["n1", "n2", "n4"]
+    });
+    load.goes_on();
+    assert_eq!(load.finish().failed, 0);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 3);
+}
+
+#[test]
+fn a_name_server_that_is_away_takes_no_address_away_and_holds_nobody_up() {
+    // Given nodes that know each other by name, a volume under load,
+    let mut cluster = Cluster::empty_on_a_network(Path::new("/dev/shm"), 4);
+    let names = |cluster: &Cluster, nodes: &[usize]| {
+        let hosts: Vec<_> = nodes.iter().map(|&n| (cluster.ip(n), machine(n))).collect();
+        cluster.network.as_ref().unwrap().name_machines(&hosts);
+    };
+    names(&cluster, &[1, 2, 3]);
+    cluster.by_name = true;
+    for n in 1..=3 {
+        cluster.start_node(n);
+    }
+    cluster.know_each_other();
+    ways_are_known(&cluster);
+    let create = "--size 32MiB --replicas 2 --master n1 --suspend-deadline 10m";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(32 << 20));
+    load.goes_on();
+    // when the names resolve no more,
+    names(&cluster, &[]);
+    eventually("n1 says so", || {
+        let log = cluster.log(1);
+        let said = "does not resolve";
+        let of = |n| {
+            log.lines()
+                .any(|line| line.contains(said) && line.contains(&machine(n)))
+        };
+        (of(2) && of(3)).then_some(())
+    });
+    // then all is as well as before: nodes answer each other, volumes are created and attached,
+    all_is_well(&cluster, 1);
+    cluster.serve("vm2", create, "--node n1");
+    // and a copy whose connection breaks is dialed again and comes back.
+    cluster.kill(2);
+    let degraded = |v: &Value| v["health"] == "degraded";
+    for name in ["vm1", "vm2"] {
+        cluster.wait_for(1, name, "is degraded", degraded);
+    }
+    cluster.start_node(2);
+    for name in ["vm1", "vm2"] {
+        cluster.wait_for(1, name, "is whole", |v| v["health"] == "healthy");
+    }
+    load.goes_on();
+    // When they resolve again, and one of them has moved, it is found where it is.
+    assert!(cluster.stop(3).success());
+    for name in ["vm1", "vm2"] {
+        cluster.wait_for(1, name, "is degraded", degraded);
+    }
+    cluster.at.insert(3, 4);
+    names(&cluster, &[1, 2, 3]);
+    cluster.start_node(3);
+    for name in ["vm1", "vm2"] {
+        cluster.wait_for(1, name, "is whole", |v| {
+            v["health"] == "healthy" && copies(v, "in_sync").len() == 3
+        });
+    }
+    load.goes_on();
+    assert_eq!(load.finish().failed, 0);
+    for name in ["vm1", "vm2"] {
+        cluster.detach(1, name);
+        assert_eq!(cluster.copies_are_identical(1, name).len(), 3);
+    }
+}
+
+#[test]
+fn a_replica_that_returns_at_another_address_is_found_there_by_a_running_attachment() {
+    // Given a volume under load, and a replica's node that stops,
+    let mut cluster = Cluster::empty_on_a_network(Path::new("/dev/shm"), 4);
+    for n in 1..=3 {
+        cluster.start_node(n);
+    }
+    cluster.know_each_other();
+    let create = "--size 32MiB --replicas 2 --master n1 --suspend-deadline 10m";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(32 << 20));
+    let whole = |v: &Value| v["health"] == "healthy" && copies(v, "in_sync").len() == 3;
+    load.goes_on();
+    cluster.kill(3);
+    cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
+    load.goes_on();
+    // when it starts on another machine, with its disk,
+    cluster.at.insert(3, 4);
+    cluster.start_node(3);
+    // then it gets what it missed,
+    cluster.wait_for(1, "vm1", "is whole", whole);
+    // also when another node has its old address by then, and when it goes back to where that was.
+    cluster.kill(3);
+    cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
+    cluster.kill(2);
+    cluster.at.extend([(2, 3), (3, 2)]);
+    for n in [2, 3] {
+        cluster.start_node(n);
+    }
+    cluster.wait_for(1, "vm1", "is whole", whole);
+    load.goes_on();
+    assert_eq!(load.finish().failed, 0);
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 3);
 }

@@ -131,7 +131,7 @@ fn round(
         .filter(|(node, _)| node.name != plane.node)
         .map(|(node, _)| Question {
             node: node.name.clone(),
-            address: node.http.clone(),
+            address: plane.http_of(node),
             path: format!(
                 "/api/v1/local/events?after={}&limit={limit}{filter}",
                 from(cursors, &node.name)

@@ -8,7 +8,7 @@
 //! is logged once, until it changes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use super::control_seen::Seen;
 use super::control_tend::Tending;
 use super::host::Capacity;
 use super::model::NodeRecord;
+use super::names::Known;
 use super::plane::Plane;
 use super::snapshot::Snapshot;
 use super::store::MaybeRace;
@@ -39,6 +40,10 @@ const REST: u32 = 4;
 const REST_MAX: Duration = Duration::from_millis(500);
 /// How long one wait for the watch is, and so how late a stop or a due retry is seen.
 const NAP: Duration = Duration::from_millis(200);
+/// How long a start waits for the addresses of nodes that go by a name.
+const NAMES_WAIT: Duration = Duration::from_secs(1);
+/// How often it looks whether they are there.
+const NAMES_LOOK: Duration = Duration::from_millis(20);
 /// Pause before a registry that failed is asked again.
 const REGISTRY_PAUSE: Duration = Duration::from_secs(1);
 /// The capacity in the node's record is a hint for when the node is gone; it is not written more often than this.
@@ -53,6 +58,8 @@ pub(super) struct Control {
     pub(super) said: BTreeMap<String, String>,
     pub(super) told_record: BTreeMap<VolumeId, Revision>,
     pub(super) told_peers: Vec<(NodeName, SocketAddr)>,
+    /// As of this version of what is known of names.
+    told_names: u64,
     pub(super) retry: BTreeMap<VolumeId, (Revision, Instant)>,
     pub(super) creations: Creations,
     pub(super) copies: Copies,
@@ -76,6 +83,7 @@ impl Control {
             said: BTreeMap::new(),
             told_record: BTreeMap::new(),
             told_peers: Vec::new(),
+            told_names: 0,
             retry: BTreeMap::new(),
             creations: Creations::default(),
             copies: Copies::default(),
@@ -138,6 +146,7 @@ impl Control {
         let (mut changed, mut rested) = (true, Instant::now());
         let mut tick = rested + TICK;
         let mut listing = rested + spread(LISTING, &self.plane.node);
+        self.await_names(&snapshot);
         while !self.stopped() {
             let rest = rested.saturating_duration_since(Instant::now());
             let mut patience = if changed { rest } else { NAP };
@@ -160,7 +169,8 @@ impl Control {
                 || self.replacements.due(now)
                 || self.tending.due(now)
                 || self.scrubs.due(now)
-                || self.drains.due(now);
+                || self.drains.due(now)
+                || self.plane.names.version() != self.told_names;
             // Something happened here, an attachment was fenced for instance: no change of a record may ever tell.
             let stirred = self.plane.events.last() > self.heard;
             if (changed || due || stirred) && now >= rested {
@@ -172,6 +182,15 @@ impl Control {
             }
         }
         Ok(())
+    }
+
+    /// Waits a moment until the addresses of nodes that go by a name are known: volumes are taken over better with them.
+    fn await_names(&self, snapshot: &Arc<Snapshot>) {
+        self.plane.know(snapshot);
+        let until = Instant::now() + NAMES_WAIT;
+        while !self.plane.names.all_asked(snapshot) && !self.stopped() && Instant::now() < until {
+            std::thread::sleep(NAMES_LOOK);
+        }
     }
 
     /// One comparison of wish and reality. A registry that fails ends it; everything else is noted and left for the
@@ -260,18 +279,25 @@ impl Control {
         Ok(())
     }
 
+    /// Where each node takes replication connections. One whose name does not resolve is where it was.
     fn peers(&mut self, snapshot: &Snapshot) -> Vec<(NodeName, SocketAddr)> {
+        self.told_names = self.plane.names.version();
         let mut peers = Vec::new();
         for (node, _) in snapshot.nodes.values() {
             let key = format!("address of {}", node.name);
-            match node.address.to_socket_addrs().map(|mut a| a.next()) {
-                Ok(Some(address)) => {
-                    self.unsay(&key, &format!("{} resolves again", node.address));
-                    peers.push((node.name.clone(), address));
-                }
-                Ok(None) => self.say(&key, &format!("{} has no address", node.address)),
-                Err(e) => self.say(&key, &format!("{} does not resolve: {e}", node.address)),
+            let name = &node.address;
+            let Known { address, trouble } = self.plane.names.known(name).unwrap_or_default();
+            let told = self.told_peers.iter().find(|(told, _)| *told == node.name);
+            let address = address.or(told.map(|(_, address)| *address));
+            match address {
+                _ if trouble.is_empty() => self.unsay(&key, &format!("{name} resolves again")),
+                Some(at) => self.say(
+                    &key,
+                    &format!("{name} does not resolve: {trouble}; node {} is taken to be at {at} as before", node.name),
+                ),
+                None => self.say(&key, &format!("{name} does not resolve: {trouble}")),
             }
+            peers.extend(address.map(|at| (node.name.clone(), at)));
         }
         peers
     }

@@ -212,7 +212,7 @@ pub(super) fn topology_key(labels: &Labels) -> Option<String> {
     labels.get(&format!("{PREFIX}topology-key")).cloned()
 }
 
-/// The nodes as placement sees them. Copies are counted where the node says how many it has; a listing of all volumes knows
+/// The nodes as placement sees them: a copy needs one that answers and that others reach where data goes. Copies are counted where the node says how many it has; a listing of all volumes knows
 /// better (`replicas::Room`).
 pub(super) fn candidates(snapshot: &Snapshot, live: &Live) -> Vec<Candidate> {
     snapshot
@@ -220,9 +220,10 @@ pub(super) fn candidates(snapshot: &Snapshot, live: &Live) -> Vec<Candidate> {
         .values()
         .map(|(node, _)| Candidate {
             name: node.name.clone(),
-            free: match live.node(&node.name) {
-                Some(status) => Ok(status.capacity.free),
-                None => Err(format!(
+            free: match (live.node(&node.name), live.cut_off(&node.name)) {
+                (Some(status), None) => Ok(status.capacity.free),
+                (Some(_), Some(cut)) => Err(cut),
+                (None, _) => Err(format!(
                     "it cannot be reached ({})",
                     live.why_not(&node.name)
                 )),

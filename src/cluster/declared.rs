@@ -1,6 +1,5 @@
 //! Volumes named on the node's command line: created when absent, served from here.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -15,40 +14,71 @@ use super::plane::{Found, Plane};
 use super::settings::{Wishes, parse_failure_mode, show_failure_mode};
 use super::units::show_size;
 
-/// Pause before a volume that could not be served is tried again: other nodes may still be starting.
+/// Pause before a volume that could not be served is tried again: other nodes may still be starting. It doubles up to
+/// [`PAUSE_MAX`] as long as the reason is the same, since each attempt asks the registry: the volume may be served elsewhere for
+/// good.
 const PAUSE: Duration = Duration::from_secs(2);
+const PAUSE_MAX: Duration = Duration::from_secs(120);
 /// How late a stop is seen.
 const NAP: Duration = Duration::from_millis(100);
 
+/// What became of a volume that is not served yet.
+struct Waiting {
+    wanted: Serve,
+    /// Why it is not.
+    said: String,
+    /// Attempts that failed for that reason.
+    vain: u32,
+    /// Not before.
+    next: Instant,
+}
+
+impl Waiting {
+    /// It failed once more: whether for another reason than before.
+    fn failed(&mut self, text: String, now: Instant) -> bool {
+        let new = self.said != text;
+        if new {
+            (self.said, self.vain) = (text, 0);
+        }
+        self.next = now + PAUSE_MAX.min(PAUSE * (1 << self.vain.min(6)));
+        self.vain += 1;
+        new
+    }
+}
+
 /// Sees to every declared volume until all are served or `stop` is set. A reason for waiting is logged when it
 /// changes.
-pub(super) fn run(plane: &Arc<Plane>, mut serve: Vec<Serve>, stop: &AtomicBool) {
-    let mut said: BTreeMap<String, String> = BTreeMap::new();
+pub(super) fn run(plane: &Arc<Plane>, serve: Vec<Serve>, stop: &AtomicBool) {
+    let now = Instant::now();
+    let waiting = |wanted| Waiting {
+        wanted,
+        said: String::new(),
+        vain: 0,
+        next: now,
+    };
+    let mut serve: Vec<Waiting> = serve.into_iter().map(waiting).collect();
     while !serve.is_empty() && !stop.load(Ordering::Acquire) {
         if plane.waits().is_some() {
             thread::sleep(NAP);
             continue;
         }
-        serve.retain(|wanted| {
-            let name = wanted.name.to_string();
-            match ensure(plane, wanted) {
-                Ok(()) => false,
-                Err(fault) => {
-                    let hint = fault.hint.map_or(String::new(), |h| format!(" ({h})"));
-                    let text = format!("--vhost-user-blk {name}: {}{hint}", fault.message);
-                    if said.get(&name) != Some(&text) {
-                        log::warn!("{text}");
-                        said.insert(name, text);
-                    }
-                    // What was given will not make more sense later.
-                    fault.code != Code::InvalidInput
-                }
+        serve.retain_mut(|waiting| {
+            if waiting.next > Instant::now() {
+                return true;
             }
+            let Err(fault) = ensure(plane, &waiting.wanted) else {
+                return false;
+            };
+            let name = &waiting.wanted.name;
+            let hint = fault.hint.map_or(String::new(), |h| format!(" ({h})"));
+            let text = format!("--vhost-user-blk {name}: {}{hint}", fault.message);
+            if waiting.failed(text, Instant::now()) {
+                log::warn!("{}", waiting.said);
+            }
+            // What was given will not make more sense later.
+            fault.code != Code::InvalidInput
         });
-        let until = Instant::now() + PAUSE;
-        while !serve.is_empty() && Instant::now() < until && !stop.load(Ordering::Acquire) {
-            thread::sleep(NAP);
-        }
+        thread::sleep(NAP);
     }
 }
 
@@ -149,4 +179,28 @@ fn differences(wanted: &Serve, found: &Found) -> Vec<String> {
         ));
     }
     differences
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fails_for_the_same_reason_is_tried_more_and_more_rarely() {
+        let now = Instant::now();
+        let mut waiting = Waiting {
+            wanted: "vm1".parse().unwrap(),
+            said: String::new(),
+            vain: 0,
+            next: now,
+        };
+        let mut fails = |why: &str| {
+            let new = waiting.failed(why.into(), now);
+            (new, (waiting.next - now).as_secs())
+        };
+        for pause in [2, 4, 8, 16, 32, 64, 120, 120] {
+            assert_eq!(fails("elsewhere"), (pause == 2, pause));
+        }
+        assert_eq!(fails("full"), (true, 2));
+    }
 }

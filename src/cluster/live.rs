@@ -158,6 +158,33 @@ impl Live {
         all.find(|a| a.volume == volume && a.tends() && a.phase != Phase::Fenced)
     }
 
+    /// The ways that are cut where data goes: from, to, why.
+    pub(super) fn cuts(&self) -> impl Iterator<Item = (&NodeName, &NodeName, &str)> {
+        let all = self
+            .0
+            .iter()
+            .filter_map(|(from, status)| Some((from, status.as_ref().ok()?)));
+        all.flat_map(|(from, status)| {
+            let lost = status.ways.iter().filter(|way| !way.reached);
+            lost.map(move |way| (from, &way.node, way.why.as_str()))
+        })
+    }
+
+    /// Why nobody can write to a copy on the node, if no other one reaches it and at least one says so.
+    pub(super) fn cut_off(&self, node: &NodeName) -> Option<String> {
+        let mut lost = Vec::new();
+        for (from, status) in &self.0 {
+            let Ok(status) = status else { continue };
+            match status.ways.iter().find(|way| way.node == *node) {
+                Some(way) if way.reached => return None,
+                Some(way) => lost.push(format!("{from}: {}", way.why)),
+                None => {}
+            }
+        }
+        let why = lost.join(", ");
+        (!lost.is_empty()).then(|| format!("no node reaches its replication port ({why})"))
+    }
+
     /// Why the node said nothing, one clause.
     pub fn why_not(&self, name: &NodeName) -> String {
         match self.0.get(name) {
@@ -198,7 +225,7 @@ fn gather_as<'a>(
     let (mine, others): (Vec<_>, Vec<_>) = nodes.partition(|n| n.name == plane.node);
     let questions = others.iter().map(|n| Question {
         node: n.name.clone(),
-        address: n.http.clone(),
+        address: plane.http_of(n),
         path: path.into(),
     });
     let mut live: BTreeMap<_, _> = fan_out::<LocalStatus>(questions.collect())
@@ -282,7 +309,7 @@ pub fn fan_out<T: DeserializeOwned>(
                 .collect();
         }
     };
-    runtime.block_on(async {
+    let answers = runtime.block_on(async {
         let mut asked = JoinSet::new();
         for question in questions {
             asked.spawn(async move {
@@ -306,5 +333,8 @@ pub fn fan_out<T: DeserializeOwned>(
             answers.push((node, read));
         }
         answers
-    })
+    });
+    // A name that does not resolve keeps a thread of its runtime busy, for which a drop would wait.
+    runtime.shutdown_background();
+    answers
 }

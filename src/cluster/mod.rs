@@ -38,6 +38,7 @@ pub mod membership;
 pub mod metrics;
 pub mod migrate;
 pub mod model;
+mod names;
 pub mod namespaces;
 pub mod nodes;
 pub mod placement;
@@ -110,11 +111,13 @@ pub fn start(joined: Membership, host: Arc<dyn Host>) -> Result<Cluster, Fault> 
     };
     let control = Control::new(plane.clone(), stop.clone());
     let mut threads = vec![spawn("control", Box::new(move || control.run()))?];
-    let watched = plane.clone();
-    threads.push(spawn(
-        "silence",
-        Box::new(move || silence::watch(&watched)),
-    )?);
+    for (name, watch) in [
+        ("silence", silence::watch as fn(&Plane)),
+        ("names", names::watch),
+    ] {
+        let watched = plane.clone();
+        threads.push(spawn(name, Box::new(move || watch(&watched)))?);
+    }
     {
         let (plane, stop) = (plane.clone(), stop.clone());
         threads.push(spawn(

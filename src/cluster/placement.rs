@@ -16,7 +16,7 @@ pub const FREE_MIN: u64 = 64 << 20;
 pub struct Candidate {
     /// Its name.
     pub name: NodeName,
-    /// Free bytes, or why the node does not answer.
+    /// Free bytes, or why the node does not answer or is not reached.
     pub free: Result<u64, String>,
     /// Copies that it has or was promised.
     pub copies: usize,

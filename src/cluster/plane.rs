@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::events::EventLog;
 use super::fault::Fault;
 use super::host::{Host, ScrubStatus};
-use super::model::VolumeName;
+use super::model::{NodeRecord, VolumeName};
+use super::names::Names;
 use super::reach::Reach;
 use super::silence::Silence;
 use super::snapshot::{Snapshot, VolumeEntry};
@@ -66,6 +67,8 @@ pub struct Plane {
     pub events: Arc<EventLog>,
     /// Since when each node does not answer.
     pub(super) silence: Silence,
+    /// Where nodes are that go by a name.
+    pub(super) names: Names,
     /// Which other nodes this one reaches.
     pub reach: Reach,
     stop: Arc<AtomicBool>,
@@ -104,6 +107,7 @@ impl Plane {
             host,
             events: joined.events.clone(),
             silence: Silence::default(),
+            names: Names::default(),
             reach: Reach::default(),
             stop: Arc::default(),
             known: Mutex::default(),
@@ -141,6 +145,11 @@ impl Plane {
 
     pub(super) fn know(&self, snapshot: &Arc<Snapshot>) {
         *lock(&self.known) = Some(Arc::clone(snapshot));
+    }
+
+    /// Where to ask a node over HTTP.
+    pub fn http_of(&self, node: &NodeRecord) -> String {
+        self.names.digits(&node.http)
     }
 
     /// Where a volume's socket is unless people say otherwise.

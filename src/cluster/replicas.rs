@@ -84,6 +84,8 @@ impl Around {
 /// What the nodes have room for, with what they were promised already: many copies may be placed by one look at them.
 pub(super) struct Room<'a> {
     snapshot: &'a Snapshot,
+    /// Ways that are cut: from, to, why.
+    cuts: Vec<(NodeName, NodeName, String)>,
     nodes: Vec<Candidate>,
     /// Bytes that a new copy of a volume will take.
     bytes: BTreeMap<VolumeId, u64>,
@@ -102,6 +104,10 @@ impl<'a> Room<'a> {
         }
         let mut room = Self {
             snapshot,
+            cuts: live
+                .cuts()
+                .map(|(from, to, why)| (from.clone(), to.clone(), why.into()))
+                .collect(),
             nodes: candidates(snapshot, live),
             bytes,
         };
@@ -131,6 +137,23 @@ impl<'a> Room<'a> {
         }
     }
 
+    /// The nodes, as whoever brings new copies of the volume up to date sees them: the node that serves it, or the master's.
+    fn for_volume(&self, found: &Found) -> Vec<Candidate> {
+        let record = &found.record.0;
+        let attached = found.spec.0.attachment.as_ref().map(|a| &a.node);
+        let server = attached.or_else(|| record.copy(record.master).map(|c| &c.node));
+        let mut nodes = self.nodes.clone();
+        for (from, to, why) in &self.cuts {
+            let node = nodes.iter_mut().find(|n| n.name == *to && n.free.is_ok());
+            if let Some(node) = node.filter(|_| Some(from) == server) {
+                node.free = Err(format!(
+                    "{from}, which serves the volume, does not reach its replication port ({why})"
+                ));
+            }
+        }
+        nodes
+    }
+
     /// New copies of the volume go to these nodes.
     pub(super) fn take(&mut self, nodes: &[NodeName], volume: VolumeId) {
         let bytes = self.bytes_of(volume);
@@ -156,7 +179,7 @@ pub(super) fn place_more(
         beside: found.record.0.present().map(beside).collect(),
         ..Wanted::default()
     };
-    place(&wanted, &room.nodes)
+    place(&wanted, &room.for_volume(found))
 }
 
 /// Writes blank copies on `nodes` into the record.
@@ -283,7 +306,7 @@ pub fn move_copy(plane: &Plane, name: &VolumeName, request: &MoveRequest) -> Res
             if old.leaving && new.is_some_and(|c| !c.leaving) {
                 return Ok(None); // under way, or our own unknown outcome
             }
-            may_go_to(&around, name, to, new)?;
+            may_go_to(&around, &found, to, new)?;
             add_all(name, &mut record, std::slice::from_ref(to))?;
             membership::leave(&mut record, &[old.copy_id]);
             plane.store.cas_record(found.id, at, &record)?;
@@ -318,10 +341,11 @@ fn no_copy(name: &VolumeName, node: &NodeName, record: &Record) -> Fault {
 /// Why the node takes no copy of the volume, if it does not.
 fn may_go_to(
     around: &Around,
-    name: &VolumeName,
+    found: &Found,
     to: &NodeName,
     present: Option<&CopyEntry>,
 ) -> Result<(), Fault> {
+    let name = &found.name;
     let refuse = |why: &str| {
         Fault::state(format!("no copy of volume {name} can move to {to}: {why}"))
             .hint("see: lockstep node ls")
@@ -335,7 +359,7 @@ fn may_go_to(
         Some(_) => return Err(refuse("it has a copy of the volume")),
         None => {}
     }
-    let nodes = candidates(&around.snapshot, &around.live);
+    let nodes = Room::of(&around.snapshot, &around.live).for_volume(found);
     let Some(node) = nodes.iter().find(|c| c.name == *to) else {
         return Err(
             Fault::not_found(format!("there is no node {to}")).hint("see: lockstep node ls")

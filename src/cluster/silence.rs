@@ -60,7 +60,7 @@ pub(super) fn watch(plane: &Plane) {
             let others = snapshot.nodes.values().map(|(n, _)| n);
             let questions = others.filter(|n| n.name != plane.node).map(|n| Question {
                 node: n.name.clone(),
-                address: n.http.clone(),
+                address: plane.http_of(n),
                 path: PATH.into(),
             });
             let answers = fan_out::<Identity>(questions.collect()).into_iter();

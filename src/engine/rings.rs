@@ -686,7 +686,6 @@ impl Rings {
             // SAFETY: the request is not answered yet, so its pieces are mapped.
             unsafe { copy_to_guest(buffer, &pieces) };
         }
-        self.read |= part.kind == Kind::In;
         guest
             .failed
             .set(guest.failed.get() || outcome == Outcome::IoError);
@@ -704,6 +703,9 @@ impl Rings {
         if let (Some(slot), Some(used)) = (self.origin(guest), used) {
             slot.ring.push_used(used);
             slot.pushed = true;
+            // A failed one shows nothing. Held back with all other answers until the lease holds, the errors of a volume that is
+            // suspended for too long would never reach its guest (S17).
+            self.read |= part.kind == Kind::In && status == Status::Ok;
         }
     }
 

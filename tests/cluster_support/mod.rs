@@ -126,6 +126,8 @@ pub struct Cluster {
     pub moved_by: usize,
     /// Nodes that are where another number's node was.
     pub at: BTreeMap<usize, usize>,
+    /// Nodes that are started from now on are known to others by their machines' names, and by nothing else.
+    pub by_name: bool,
 }
 
 impl Cluster {
@@ -158,6 +160,7 @@ impl Cluster {
             programs: BTreeMap::new(),
             moved_by: 0,
             at: BTreeMap::new(),
+            by_name: false,
         }
     }
 
@@ -252,7 +255,10 @@ impl Cluster {
             "--listen".into(),
             self.listen(n),
             "--http".into(),
-            format!("{}:5705", self.ip(n)),
+            match self.by_name {
+                true => "0.0.0.0:5705".into(),
+                false => format!("{}:5705", self.ip(n)),
+            },
             "--data-dir".into(),
             data.display().to_string(),
             "--run-dir".into(),
@@ -264,6 +270,9 @@ impl Cluster {
             },
         ]
         .into();
+        if self.by_name {
+            arguments.extend(["--advertise".into(), format!("{}:5703", machine(n))]);
+        }
         if !self.ip(n).starts_with("127.") {
             arguments.push("--insecure-plaintext".into());
         }
@@ -651,6 +660,11 @@ fn metrics_of(address: &str) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
+}
+
+/// The name of node n's machine.
+pub fn machine(n: usize) -> String {
+    format!("n{n}.lockstep.test")
 }
 
 /// The binary under test: the one built with the test, or any other that `LOCKSTEP_BIN` names.

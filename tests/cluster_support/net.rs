@@ -8,12 +8,16 @@
 //!
 //! Nodes whose registry is etcd have no such bound, and get addresses as machines have them: 10.A.B.n.
 
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
 /// What the names of all namespaces here begin with; the process's number follows.
 const PREFIX: &str = "lockstep-chaos-";
+
+/// Where `ip netns exec` looks for what is special in a namespace's /etc.
+const ETC: &str = "/etc/netns";
 
 /// How a way is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -122,6 +126,27 @@ impl Network {
         self.filter("-D", cut);
     }
 
+    /// What every node's machine finds in its /etc/hosts, and its name server (nobody has that address: whoever asks, waits).
+    /// From before a node's process starts; a change reaches those that run.
+    pub fn name_machines(&self, hosts: &[(String, String)]) {
+        let mut text: String = "127.0.0.1 localhost\n".into();
+        for (address, name) in hosts {
+            text += &format!("{address} {name}\n");
+        }
+        let server = format!(
+            "nameserver {}.250\noptions timeout:5 attempts:2\n",
+            self.net
+        );
+        for n in 1..=self.nodes {
+            // `ip netns exec` shows a process these in the place of the machine's. Written in place: they are mounted.
+            let etc = Path::new(ETC).join(self.namespace(n));
+            fs::create_dir_all(&etc).unwrap();
+            fs::write(etc.join("hosts"), &text).unwrap();
+            fs::write(etc.join("resolv.conf"), &server).unwrap();
+            fs::write(etc.join("nsswitch.conf"), "hosts: files dns\n").unwrap();
+        }
+    }
+
     /// Packets that cuts in force have stopped so far.
     pub fn stopped_packets(&self) -> u64 {
         (1..=self.nodes).map(|n| self.stopped_at(n)).sum()
@@ -174,9 +199,15 @@ impl Drop for Network {
         let nodes = (1..=self.nodes).map(|n| format!("n{n}"));
         for name in nodes.chain(["switch".to_string()]) {
             // One that was never made is no reason to leave the others.
-            let _ = run("ip", &["netns", "del", &self.name(&name)]);
+            delete(&self.name(&name));
         }
     }
+}
+
+/// A namespace, and what is special in its /etc.
+fn delete(name: &str) {
+    let _ = run("ip", &["netns", "del", name]);
+    let _ = fs::remove_dir_all(Path::new(ETC).join(name));
 }
 
 fn run(program: &str, arguments: &[&str]) -> std::io::Result<Output> {
@@ -231,7 +262,7 @@ fn sweep() {
             for pid in pids.split_whitespace() {
                 let _ = run("kill", &["-KILL", pid]);
             }
-            let _ = run("ip", &["netns", "del", name]);
+            delete(name);
         }
     }
 }

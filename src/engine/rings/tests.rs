@@ -207,9 +207,12 @@ impl World {
     }
 
     fn complete(&mut self, id: RequestId) {
+        self.end(id, Outcome::Ok);
+    }
+
+    fn end(&mut self, id: RequestId, outcome: Outcome) {
         let attachment = &mut self.attachment;
-        self.rings
-            .complete(START, attachment, id, Outcome::Ok, None);
+        self.rings.complete(START, attachment, id, outcome, None);
     }
 
     fn stop(&mut self) -> Receiver<GuestAnswer> {
@@ -881,9 +884,8 @@ fn a_volume_that_is_detached_ends_the_zeros_it_began() {
     assert_eq!((world.rings.in_flight(), world.answered()), (0, vec![0]));
 }
 
-#[test]
-fn what_was_read_is_shown_only_when_it_may_be() {
-    // Given a read that is answered,
+/// A read that was submitted.
+fn reading() -> (World, Vec<RequestId>) {
     let mut world = World::tracked();
     world.start(0, true);
     world.offer(0);
@@ -893,6 +895,22 @@ fn what_was_read_is_shown_only_when_it_may_be() {
     world.put(DESC + 16 + 8, &513u32.to_le_bytes());
     world.turn();
     let under_way = world.under_way();
+    (world, under_way)
+}
+
+#[test]
+fn a_read_that_failed_shows_nothing_and_holds_nothing_back() {
+    let (mut world, under_way) = reading();
+    world.end(under_way[0], Outcome::IoError);
+    let hold = world.rings.shows_reads();
+    world.rings.end_turn(hold);
+    assert_eq!((hold, world.answered()), (false, vec![0]));
+}
+
+#[test]
+fn what_was_read_is_shown_only_when_it_may_be() {
+    // Given a read that is answered,
+    let (mut world, under_way) = reading();
     assert!(!world.rings.shows_reads());
     world.complete(under_way[0]);
     assert!(world.rings.shows_reads());
