@@ -1,7 +1,7 @@
 //! One node process: builds the rooms and joins them. The registry and the control loop say what should be served and
 //! stored here; the engine does it; the guest room gives each attached volume its socket.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -226,11 +226,20 @@ fn dir_fault(error: NodeDirError) -> Fault {
 }
 
 /// The records of the registry, as the engine sees them.
-struct RegistryRecords(Arc<dyn Registrar>);
+struct RegistryRecords {
+    store: Arc<dyn Registrar>,
+    /// Volumes whose record could not be changed when that was last tried: it is tried several times a second, for hours if need
+    /// be, and said once.
+    stuck: Mutex<HashSet<VolumeId>>,
+}
 
 impl Records for RegistryRecords {
     fn cas(&self, volume: VolumeId, expected: attachment::Revision, record: &Record) -> CasOutcome {
-        match self.0.cas_record(volume, Revision(expected), record) {
+        let answer = self.store.cas_record(volume, Revision(expected), record);
+        if answer.is_ok() {
+            lock(&self.stuck).remove(&volume);
+        }
+        match answer {
             Ok(revision) => CasOutcome::Done(revision.0),
             Err(CasError::Conflict { .. }) => match self.read(volume) {
                 Ok(found) => CasOutcome::Conflict(found.map(Box::new)),
@@ -238,14 +247,16 @@ impl Records for RegistryRecords {
             },
             Err(CasError::Ambiguous { .. }) => CasOutcome::Ambiguous,
             Err(e) => {
-                log::warn!("volume {volume}: its record could not be changed: {e}");
+                if lock(&self.stuck).insert(volume) {
+                    log::warn!("volume {volume}: its record cannot be changed: {e}; trying on");
+                }
                 CasOutcome::Unavailable
             }
         }
     }
 
     fn read(&self, volume: VolumeId) -> Result<Option<(Record, attachment::Revision)>, String> {
-        match self.0.get_record(volume) {
+        match self.store.get_record(volume) {
             Ok(found) => Ok(found.map(|(record, revision)| (record, revision.0))),
             Err(e) => Err(e.to_string()),
         }
@@ -358,7 +369,10 @@ impl NodeHost {
             boot_id: membership.boot_id,
             instance: membership.instance,
         };
-        let records = RegistryRecords(Arc::clone(&membership.store) as Arc<dyn Registrar>);
+        let records = RegistryRecords {
+            store: Arc::clone(&membership.store) as Arc<dyn Registrar>,
+            stuck: Mutex::default(),
+        };
         let cannot = |e: std::io::Error| Fault::internal(format!("the engine cannot start: {e}"));
         let security = &membership.security;
         let (engine, events) =
