@@ -306,6 +306,8 @@ pub struct NodeHost {
     began: Instant,
     /// What the process before served is listened for, or need not be.
     listened: AtomicBool,
+    /// What is remembered is what is served.
+    settled: AtomicBool,
 }
 
 /// Why a copy could not be opened.
@@ -397,6 +399,7 @@ impl NodeHost {
             sizes,
             began: Instant::now(),
             listened: AtomicBool::new(false),
+            settled: AtomicBool::new(false),
         });
         let shows = Arc::downgrade(&host);
         thread::Builder::new()
@@ -435,7 +438,25 @@ impl NodeHost {
         if !acted && self.began.elapsed() > ACTS {
             self.hold();
         }
+        if acted && !self.settled.swap(true, Ordering::Relaxed) {
+            self.forget_what_is_not_served();
+        }
         self.upgrade.look_after(acted);
+    }
+
+    /// What was taken from this node while it was away, and so was never released here.
+    fn forget_what_is_not_served(&self) {
+        self.listened.store(true, Ordering::Relaxed);
+        let served = lock(&self.served);
+        for shown in self.memory.recall() {
+            if !served.contains_key(&shown.volume) {
+                log::info!(
+                    "volume {}: it is not served here any more, and no longer remembered",
+                    shown.name
+                );
+                self.memory.forget(shown.volume);
+            }
+        }
     }
 
     /// Listens for the machines of what the process before served, once. They are answered, and their requests wait until the registry
