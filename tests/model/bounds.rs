@@ -187,9 +187,21 @@ pub fn small() -> Vec<Bound> {
     ]
 }
 
-/// Those of `scripts/model`: two or three faults, more writes, both syncs at once.
+/// Those of `scripts/model`: two or three faults, or two writes. The one that takes longest needs 5 GB.
 pub fn large() -> Vec<Bound> {
     let quiet = Bound::quiet;
+    let crash_and_power_cut = Bound {
+        crashes: 1,
+        power_cuts: 1,
+        epochs: 4,
+        ..quiet("a crash and a power cut of the attachment's machine")
+    };
+    let cut_off = Bound {
+        partitions: 1,
+        cuts: set(&[0]),
+        starts: set(&[1]),
+        ..quiet("an attachment cut off, and another one, around a write")
+    };
     vec![
         Bound {
             crashes: 1,
@@ -199,6 +211,68 @@ pub fn large() -> Vec<Bound> {
         Bound {
             crashes: 2,
             ..quiet("crashes")
+        },
+        Bound {
+            circuits: vec![set(&[0])],
+            ..crash_and_power_cut.clone()
+        },
+        Bound {
+            name: "a crash and a power cut of a replica's machine",
+            circuits: vec![set(&[1])],
+            ..crash_and_power_cut.clone()
+        },
+        Bound {
+            name: "a crash and a power cut of all copies",
+            circuits: vec![CopySet(ALL_COPIES)],
+            epochs: 3,
+            ..crash_and_power_cut.clone()
+        },
+        Bound {
+            name: "two writes, a crash and a power cut of the attachment's machine",
+            writes: 2,
+            circuits: vec![set(&[0])],
+            starts: set(&[1]),
+            epochs: 3,
+            ..crash_and_power_cut
+        },
+        Bound {
+            writes: 2,
+            crashes: 1,
+            faults: 1,
+            starts: set(&[1]),
+            epochs: 4,
+            ..quiet("two writes and a crash")
+        },
+        Bound {
+            writes: 2,
+            partitions: 1,
+            cuts: set(&[2]),
+            attachments: 1,
+            ..quiet("two writes and a copy cut off")
+        },
+        Bound {
+            disks: 1,
+            partitions: 1,
+            cuts: set(&[2]),
+            attachments: 1,
+            ..quiet("a disk that fails and a copy cut off")
+        },
+        Bound {
+            partitions: 1,
+            cuts: set(&[2]),
+            ambiguous: 1,
+            attachments: 1,
+            ..quiet("a copy cut off and a swap that nobody answers")
+        },
+        Bound {
+            epochs: 3,
+            ..cut_off.clone()
+        },
+        Bound {
+            name: "the same, and a swap that nobody answers",
+            ambiguous: 1,
+            epochs: 2,
+            ..cut_off
         },
     ]
 }
