@@ -81,10 +81,12 @@ enum Case {
     Drained,
     /// A copy that was away is brought up to date and counts again.
     TakenIn,
+    /// The serving process is killed and started again, and a replica is killed with it.
+    BothKilled,
 }
 
 impl Case {
-    const ALL: [(Case, &str); 14] = [
+    const ALL: [(Case, &str); 15] = [
         (Case::Nothing, "nothing"),
         (Case::ReplicaKilled, "replica killed"),
         (Case::MasterKilled, "remote master killed"),
@@ -99,6 +101,7 @@ impl Case {
         (Case::WayAndRegistryCut, "way cut, registry away for 5 s"),
         (Case::Drained, "drain under load"),
         (Case::TakenIn, "copy taken in"),
+        (Case::BothKilled, "with a replica killed, restarted"),
     ];
 
     /// The node that serves the volume; n1 to n3 have copies, n1 the master.
@@ -249,6 +252,13 @@ fn one(case: Case, cluster: &mut Cluster, load: &Load) -> (Duration, Duration) {
             load.connect_again();
             cluster.spawn_node(1);
         }
+        Case::BothKilled => {
+            cluster.kill(3);
+            cluster.kill(1);
+            load.connect_again();
+            cluster.spawn_node(1);
+            degraded(cluster);
+        }
         Case::AttachmentStopped => {
             cluster.ask_to_stop(1);
             while cluster.ended(1).is_none() {
@@ -286,7 +296,7 @@ fn one(case: Case, cluster: &mut Cluster, load: &Load) -> (Duration, Duration) {
     std::thread::sleep(AFTERWARDS);
     let seen = (load.longest_gap(), load.longest_wait());
     match case {
-        Case::ReplicaKilled => cluster.start_node(3),
+        Case::ReplicaKilled | Case::BothKilled => cluster.start_node(3),
         Case::MasterKilled => cluster.start_node(master),
         Case::ReplicaSilent => cluster.thaw(3),
         Case::MasterSilent => cluster.thaw(master),
