@@ -345,18 +345,15 @@ fn memory_and_rings_that_go_away_under_requests() {
 
 #[test]
 fn memory_that_goes_away_under_requests_that_wait() {
-    // Given requests for another node's copy, which does not answer: into memory that is taken away, and from there,
+    // Given requests for the only copy, on another node, which does not answer: into memory that is taken away, and from there,
     let mut cluster = Cluster::start(2);
-    let create = "--size 16MiB --replicas 1 --master n2";
+    let create = "--size 16MiB --replicas 0 --master n2";
     let socket = cluster.serve("far", create, "--node n1 --num-queues 2");
     let mut vm = Vm::with_memory(&socket, shared_memory(&[HERE, THERE]), 0);
     vm.negotiate_with(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
     vm.start_like_qemu(LINUX, 0);
     vm.works(5);
     let written = vm.driver.read(vm.scratch + 0x10, 4096);
-    // Nobody can put it out.
-    let registry = rusqlite::Connection::open(cluster.registry()).unwrap();
-    registry.execute_batch("BEGIN IMMEDIATE").unwrap();
     cluster.freeze(2);
     let data_out = THERE.0 + 0x2000;
     vm.driver.write(THERE.0, &[0xee; 4096]);
@@ -383,7 +380,6 @@ fn memory_that_goes_away_under_requests_that_wait() {
     vm.frontend.remove_mem_region(&both[1]).unwrap();
     vm.settle();
     assert_eq!(vm.driver.completions(), []);
-    drop(registry);
     cluster.thaw(2);
     // then they end well, in the memory that they came with.
     let mut got = 0;
@@ -396,9 +392,6 @@ fn memory_that_goes_away_under_requests_that_wait() {
     assert_eq!(vm.driver.read(THERE.0, 4096), written);
     vm.driver.set_used_event(vm.driver.used_idx());
     assert_eq!(vm.io(T_IN, 64, &[0; 4096]), (0, vec![0xa7; 4096]));
-    drop(vm);
-    cluster.detach(1, "far");
-    assert_eq!(cluster.copies_are_identical(1, "far").len(), 2);
 }
 
 #[test]
