@@ -47,6 +47,8 @@ fn is_served_on(cluster: &Cluster, node: &str) {
 fn a_volume_follows_its_machine() {
     let cluster = Cluster::start(2);
     let (load, there) = prepared(&cluster);
+    let epoch = || cluster.volume(1, "vm1")["epoch"].as_u64().unwrap();
+    let first = epoch();
     // When the machine stops here and runs there,
     let outcome = stop(load);
     let load = Load::start(&there, Plan::mixed(), outcome.oracle);
@@ -54,6 +56,9 @@ fn a_volume_follows_its_machine() {
     load.goes_on();
     is_served_on(&cluster, "n2");
     load.goes_on();
+    // in an epoch of its own, so that copies refuse what the first one may still have on its way,
+    let second = epoch();
+    assert!(second > first, "{second} after {first}");
     // the first node listens no more, and back again by the same way.
     let back = cluster.ok(2, "volume attach vm1 --node n1 --incoming");
     load.goes_on();
@@ -62,6 +67,8 @@ fn a_volume_follows_its_machine() {
     load.goes_on();
     is_served_on(&cluster, "n1");
     load.goes_on();
+    let third = epoch();
+    assert!(third > second, "{third} after {second}");
     stop(load);
     let volume = cluster.volume(1, "vm1");
     assert_eq!(copies(&volume, "in_sync"), ["n1", "n2"]);

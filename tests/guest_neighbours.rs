@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cluster_support::client::{Load, Plan};
 use cluster_support::oracle::Oracle;
@@ -18,7 +19,7 @@ use guest_driver::vm::{LINUX, Vm, regions, shared_memory};
 use guest_driver::*;
 use vhost::VhostBackend;
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The machine's memory: the ring and what must stay, and what it does its mischief with.
@@ -339,6 +340,140 @@ fn memory_and_rings_that_go_away_under_requests() {
     let _ = vm.frontend.get_vring_base(1);
     drop(vm);
     street.is_quiet("odd orders");
+    street.end();
+}
+
+#[test]
+fn memory_that_goes_away_under_requests_that_wait() {
+    // Given requests for the only copy, on another node, which does not answer: into memory that is taken away, and from there,
+    let mut cluster = Cluster::start(2);
+    let create = "--size 16MiB --replicas 0 --master n2";
+    let socket = cluster.serve("far", create, "--node n1 --num-queues 2");
+    let mut vm = Vm::with_memory(&socket, shared_memory(&[HERE, THERE]), 0);
+    vm.negotiate_with(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+    vm.start_like_qemu(LINUX, 0);
+    vm.works(5);
+    let written = vm.driver.read(vm.scratch + 0x10, 4096);
+    cluster.freeze(2);
+    let data_out = THERE.0 + 0x2000;
+    vm.driver.write(THERE.0, &[0xee; 4096]);
+    vm.driver.write(data_out, &[0xa7; 4096]);
+    for (head, kind, sector, data, flags) in
+        [(0u16, T_IN, 8, THERE.0, WRITE), (3, T_OUT, 64, data_out, 0)]
+    {
+        let at = AT + 0x100 * u64::from(head);
+        vm.driver.write(at, &header(kind, sector));
+        vm.driver.write(at + 0x80, &[0xff]);
+        let chain = [
+            desc(at, 16, 0, 0),
+            desc(data, 4096, flags, 0),
+            desc(at + 0x80, 1, WRITE, 0),
+        ];
+        vm.driver.offer_chain(head, &chain);
+    }
+    vm.driver.kick.write(1).unwrap();
+    eventually("both are in flight", || {
+        (cluster.volume(1, "far")["attachment"]["inflight"] == 2).then_some(())
+    });
+    // when it is taken away, and then the copy answers,
+    let both = regions(&vm.driver.mem);
+    vm.frontend.remove_mem_region(&both[1]).unwrap();
+    vm.settle();
+    assert_eq!(vm.driver.completions(), []);
+    cluster.thaw(2);
+    // then they end well, in the memory that they came with.
+    let mut got = 0;
+    eventually("both are answered", || {
+        got += vm.driver.completions().len();
+        (got == 2).then_some(())
+    });
+    let status = [0u64, 3].map(|head| vm.driver.read(AT + 0x100 * head + 0x80, 1)[0]);
+    assert_eq!(status, [0, 0]);
+    assert_eq!(vm.driver.read(THERE.0, 4096), written);
+    vm.driver.set_used_event(vm.driver.used_idx());
+    assert_eq!(vm.io(T_IN, 64, &[0; 4096]), (0, vec![0xa7; 4096]));
+}
+
+#[test]
+fn a_machine_that_rewrites_what_it_is_writing_leaves_copies_that_are_the_same() {
+    /// Writes, each of two blocks and, with the others, all over the volume.
+    const WRITES: u64 = 400;
+    let cluster = Cluster::start(3);
+    let create = "--size 16MiB --replicas 2 --master n1";
+    let socket = cluster.serve("vm1", create, "--node n1 --num-queues 2");
+    let mut vm = Vm::with_memory(&socket, shared_memory(&[HERE, THERE]), 0);
+    vm.negotiate();
+    vm.start_like_qemu(LINUX, 0);
+    // Given a machine whose other processor never stops changing the buffer,
+    let over = AtomicBool::new(false);
+    let mem = Arc::clone(&vm.driver.mem);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut n = 0u64;
+            while !over.load(Ordering::Relaxed) {
+                n += 1;
+                for at in (0..8192).step_by(256) {
+                    mem.write_obj(n, GuestAddress(THERE.0 + at)).unwrap();
+                }
+            }
+        });
+        // when that is written, to each copy by a way of its own,
+        for n in 0..WRITES {
+            vm.driver.write(AT, &header(T_OUT, n % 200 * 64));
+            vm.driver.write(STATUS, &[0xff]);
+            let chain = [
+                desc(AT, 16, 0, 0),
+                desc(THERE.0, 8192, 0, 0),
+                desc(STATUS, 1, WRITE, 0),
+            ];
+            vm.driver.offer_chain(0, &chain);
+            vm.driver.kick.write(1).unwrap();
+            assert_eq!(answer(&mut vm), 0);
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    drop(vm);
+    // then each write was one and the same everywhere.
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 3);
+}
+
+/// What a process waits for in all its epolls, also if its own descriptor of it is closed.
+fn waits_for(pid: u32) -> usize {
+    let all = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+    let texts = all.filter_map(|file| std::fs::read_to_string(file.ok()?.path()).ok());
+    texts.map(|text| text.matches("tfd:").count()).sum()
+}
+
+#[test]
+fn kicks_that_were_replaced_are_not_waited_for() {
+    const REPLACED: usize = 40;
+    let mut street = Street::new();
+    let mut vm = street.machine();
+    vm.works(1);
+    let before = waits_for(street.pid);
+    assert!(before > 0);
+    // The machine keeps the old ones open, so that closing ours does not take them out.
+    let mut kept = Vec::new();
+    for _ in 0..REPLACED {
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        vm.frontend.set_vring_kick(0, &kick).unwrap();
+        kept.push(std::mem::replace(&mut vm.driver.kick, kick));
+    }
+    vm.works(2);
+    // (others come and go: connections of people, and of nodes)
+    assert!(waits_for(street.pid) < before + REPLACED / 2);
+    // Nor those of rings that were stopped.
+    for _ in 0..REPLACED {
+        let base = vm.frontend.get_vring_base(0).unwrap();
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        kept.push(std::mem::replace(&mut vm.driver.kick, kick));
+        vm.start_like_qemu(LINUX, base as u16);
+    }
+    vm.works(3);
+    assert!(waits_for(street.pid) < before + REPLACED / 2);
+    drop((vm, kept));
+    street.is_quiet("many kicks");
     street.end();
 }
 

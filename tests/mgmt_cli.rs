@@ -228,7 +228,8 @@ fn a_volume_lives_its_life_on_the_command_line() {
     assert!(Path::new(socket.trim()).exists(), "{socket}");
     let flags = ok(&n1, "volume attach vm1 --num-queues 2 --print qemu");
     assert!(
-        flags.contains(&format!("path={},reconnect=1", socket.trim()))
+        // Which of its two words depends on the QEMU that is installed.
+        flags.contains(&format!("path={},reconnect", socket.trim()))
             && flags.contains("num-queues=2"),
         "{flags}"
     );

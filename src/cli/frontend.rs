@@ -1,5 +1,7 @@
 //! What to give a virtual machine monitor so that it uses an attached volume.
 
+use std::process::{Command, Stdio};
+
 use clap::ValueEnum;
 
 use crate::cluster::attach::Attached;
@@ -20,16 +22,24 @@ impl Frontend {
     pub(super) fn remark(self) -> &'static str {
         match self {
             Self::Qemu => {
-                "size= of the memory object must be the machine's -m; the memory flags are given once; from QEMU 9.2 on \
-                 reconnect=1 is called reconnect-ms=1000"
+                "size= of the memory object must be the machine's -m; the memory flags are given once; \
+                 up to QEMU 9.1 it is reconnect=1, from 10.2 on reconnect-ms=1000, between them either"
             }
             Self::CloudHypervisor => "size= is the machine's memory; --memory is given once",
             Self::Libvirt => "memoryBacking is given once a domain; choose a free target dev",
         }
     }
 
-    /// The text.
+    /// The text, for the programs of this machine.
     pub(super) fn text(self, volume: &Attached) -> String {
+        let reconnect = match self {
+            Self::Qemu => reconnect(&qemu_version()),
+            Self::CloudHypervisor | Self::Libvirt => "",
+        };
+        self.text_with(volume, reconnect)
+    }
+
+    fn text_with(self, volume: &Attached, reconnect: &str) -> String {
         let path = volume.socket.display().to_string();
         let queues = volume.num_queues;
         match self {
@@ -37,7 +47,7 @@ impl Frontend {
                 let id = format!("disk-{}", volume.volume.replace('/', "-"));
                 // QEMU reads a doubled comma as one.
                 let chardev = quote(&format!(
-                    "socket,id={id},path={},reconnect=1",
+                    "socket,id={id},path={},{reconnect}",
                     path.replace(',', ",,")
                 ));
                 format!(
@@ -71,6 +81,32 @@ impl Frontend {
                 )
             }
         }
+    }
+}
+
+/// What the QEMU that is installed here says of its version; nothing without one.
+fn qemu_version() -> String {
+    let program = format!("qemu-system-{}", std::env::consts::ARCH);
+    let asked = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output();
+    asked.map_or_else(
+        |_| String::new(),
+        |said| String::from_utf8_lossy(&said.stdout).into_owned(),
+    )
+}
+
+/// How a QEMU of that version is told to connect again: by `reconnect`, which was removed in 10.2, or by `reconnect-ms`, which
+/// there is since 9.2. Where nothing is known the first, as scripts know it.
+fn reconnect(version: &str) -> &'static str {
+    let numbers = version.strip_prefix("QEMU emulator version ").map(|rest| {
+        let mut parts = rest.split(['.', ' ']).map(|part| part.parse().ok());
+        (parts.next().flatten(), parts.next().flatten())
+    });
+    match numbers {
+        Some((Some(major), Some(minor))) if (major, minor) >= (9u32, 2u32) => "reconnect-ms=1000",
+        _ => "reconnect=1",
     }
 }
 
@@ -111,7 +147,7 @@ mod tests {
     fn the_flags_are_exact() {
         let volume = attached("/run/lockstep/vhost/default/vm1.sock", 1);
         assert_eq!(
-            Frontend::Qemu.text(&volume),
+            Frontend::Qemu.text_with(&volume, "reconnect=1"),
             "-object memory-backend-memfd,id=mem,size=1G,share=on -machine memory-backend=mem \
              -chardev socket,id=disk-default-vm1,path=/run/lockstep/vhost/default/vm1.sock,reconnect=1 \
              -device vhost-user-blk-pci,chardev=disk-default-vm1,num-queues=1\n"
@@ -122,7 +158,29 @@ mod tests {
         );
         let xml = Frontend::Libvirt.text(&attached("/a'b", 4));
         assert!(xml.contains("path='/a&apos;b'") && xml.contains("queues='4'"));
-        let odd = Frontend::Qemu.text(&attached("/a b,c", 1));
-        assert!(odd.contains("-chardev 'socket,id=disk-default-vm1,path=/a b,,c,reconnect=1'"));
+        let odd = Frontend::Qemu.text_with(&attached("/a b,c", 1), "reconnect-ms=1000");
+        assert!(
+            odd.contains("-chardev 'socket,id=disk-default-vm1,path=/a b,,c,reconnect-ms=1000'")
+        );
+    }
+
+    #[test]
+    fn each_qemu_is_told_to_connect_again_in_its_own_words() {
+        let said =
+            |version: &str| reconnect(&format!("QEMU emulator version {version}\nCopyright"));
+        for old in ["7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", "8.0.0", "9.1.3"] {
+            assert_eq!(said(old), "reconnect=1", "{old}");
+        }
+        for new in [
+            "9.2.0",
+            "10.0.2 (Debian 1:10.0.2+ds-2~bpo12+1)",
+            "10.2.0",
+            "11.0",
+        ] {
+            assert_eq!(said(new), "reconnect-ms=1000", "{new}");
+        }
+        for unknown in ["", "qemu: 11", "QEMU emulator version x.y"] {
+            assert_eq!(reconnect(unknown), "reconnect=1", "{unknown}");
+        }
     }
 }

@@ -312,3 +312,72 @@ fn hear(said: Said) -> io::Result<Message> {
             .collect::<io::Result<_>>()?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a program of format 1 leaves. Not to be changed: another program reads it, of another version.
+    const WRITTEN: &str = concat!(
+        r#"{"format":1,"version":"0.1.0","stood_still":5,"replication":{"address":"127.0.0.1:5703","fd":3},"#,
+        r#""http":{"address":"127.0.0.1:5705","fd":4},"api":{"address":"/run/api.sock","fd":5},"#,
+        r#""volumes":[{"volume":"30313233-3435-3637-3839-616263646566","socket":"/run/v.sock","listener":6,"inode":7,"#,
+        r#""session":{"stream":8,"messages":[{"request":12,"body":[0,0,0,0,0,0,0,0],"fds":[9]}]},"lost":false}]}"#
+    );
+
+    fn state() -> State {
+        let door = |address: &str, fd| Door {
+            address: address.into(),
+            fd,
+        };
+        State {
+            format: FORMAT,
+            version: "0.1.0".into(),
+            stood_still: 5,
+            replication: door("127.0.0.1:5703", 3),
+            http: door("127.0.0.1:5705", 4),
+            api: door("/run/api.sock", 5),
+            volumes: vec![Served {
+                volume: VolumeId(*b"0123456789abcdef"),
+                socket: "/run/v.sock".into(),
+                listener: 6,
+                inode: 7,
+                session: Some(Session {
+                    stream: 8,
+                    messages: vec![Said {
+                        request: 12,
+                        body: vec![0; 8],
+                        fds: vec![9],
+                    }],
+                }),
+                lost: false,
+            }],
+        }
+    }
+
+    #[test]
+    fn the_file_is_written_and_read_as_format_1_always_was() {
+        assert_eq!(serde_json::to_string(&state()).unwrap(), WRITTEN);
+        // The first programs of this format said nothing of lost connections; a later one may say more than we know.
+        let first = WRITTEN.replace(r#","lost":false"#, "");
+        let later = WRITTEN.replace(r#""format":1"#, r#""format":1,"more":[1]"#);
+        assert!(first != WRITTEN && later != WRITTEN);
+        for text in [first, later] {
+            let read: State = serde_json::from_str(&text).unwrap();
+            assert_eq!(serde_json::to_string(&read).unwrap(), WRITTEN);
+        }
+    }
+
+    #[test]
+    fn a_format_is_told_before_anything_else_is_read() {
+        let AnyFormat { format } = serde_json::from_str(r#"{"volumes":"?","format":2}"#).unwrap();
+        assert!(reads(format).unwrap_err().contains("format 2"));
+    }
+
+    #[test]
+    fn the_variable_names_the_process_and_the_file() {
+        let file = File::open("/dev/null").unwrap();
+        let (pid, fd) = (std::process::id(), file.as_raw_fd());
+        assert_eq!(variable(&file), format!("{pid}:{fd}"));
+    }
+}
