@@ -6,6 +6,7 @@ mod cluster_support;
 mod etcd_support;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -27,7 +28,10 @@ const WATCHED: Duration = Duration::from_secs(3);
 
 /// n1 to n5, with etcd at n1 to n3.
 fn machines() -> (Etcd, Cluster) {
-    let mut cluster = Cluster::empty_on_machines(Path::new("/dev/shm"), NODES);
+    machines_with(Cluster::empty_on_machines(Path::new("/dev/shm"), NODES))
+}
+
+fn machines_with(mut cluster: Cluster) -> (Etcd, Cluster) {
     let network = cluster.network.as_ref().unwrap();
     let places: Vec<String> = (1..=MEMBERS).map(|m| network.namespace(m)).collect();
     let etcd = Etcd::start_at(
@@ -221,5 +225,113 @@ fn a_small_cluster_lives_through_all_that_happens_to_it() {
         assert_eq!(places(&is_whole(&cluster, name)), expected, "{name}");
         cluster.detach(node, name);
         assert_eq!(cluster.copies_are_identical(1, name).len(), 3, "{name}");
+    }
+}
+
+/// Rules by which a copy is made elsewhere, in all that every node remembers of a volume.
+fn replaced(cluster: &Cluster, name: &str) -> usize {
+    let rules = cluster.rules(1, name);
+    rules.iter().filter(|rule| *rule == "6 replace").count()
+}
+
+/// How each sync of a volume began that is remembered, oldest first.
+fn syncs(cluster: &Cluster, name: &str) -> Vec<String> {
+    let events = cluster.json(1, &format!("events --volume {name}"));
+    let events = events.as_array().unwrap().iter();
+    let begins = events.filter(|e| e["rule"] == "6 sync begins");
+    begins
+        .map(|e| e["text"].as_str().unwrap().to_string())
+        .collect()
+}
+
+#[test]
+fn machines_are_restarted_and_programs_replaced_one_after_the_other_under_load() {
+    // Given nodes each with a program of its own; a volume that n5 serves, one that rests, their copies on n1 to n3, and n4 with
+    // room for more,
+    let installed = tempfile::tempdir().unwrap();
+    let [old, new] = ["old", "new"].map(|name| installed.path().join(name));
+    let mut cluster = Cluster::empty_on_machines(Path::new("/dev/shm"), NODES);
+    for file in [&old, &new] {
+        fs::copy(cluster_support::binary(), file).unwrap();
+    }
+    for n in 1..=NODES {
+        let program = installed.path().join(format!("lockstep-n{n}"));
+        fs::hard_link(&old, &program).unwrap();
+        cluster.programs.insert(n, program);
+    }
+    let (mut etcd, mut cluster) = machines_with(cluster);
+    for n in [4, 5] {
+        cluster.ok(1, &format!("node cordon n{n}"));
+    }
+    let create = format!("--size 32MiB --replicas 2 --master n1 {DEADLINE}");
+    let socket = cluster.serve("vm1", &create, "--node n5");
+    let resting = cluster.serve("resting", &create, "--node n1");
+    let at_rest = Load::start(&resting, Plan::small(), Oracle::new(SIZE)).finish();
+    assert_eq!(at_rest.failed, 0);
+    cluster.detach(1, "resting");
+    cluster.ok(1, "node uncordon n4");
+    let load = Load::start(&socket, Plan::mixed(), Oracle::new(SIZE));
+
+    // etcd comes first: nobody notices that a member is replaced.
+    for m in 1..=MEMBERS {
+        etcd.kill(m);
+        load.goes_on();
+        etcd.start_member(m);
+        etcd.await_member(m);
+    }
+
+    // In maintenance each machine is away for a while, much longer than a lost copy is waited for,
+    cluster.ok(1, "cluster maintenance on");
+    cluster.ok(1, "cluster update --replace-after 1ms");
+    for n in [2, 3, 1] {
+        let (name, asked) = (format!("n{n}"), if n == 1 { 2 } else { 1 });
+        assert!(cluster.stop(n).success());
+        cluster.wait_for(asked, "vm1", "goes on without it", |v| {
+            v["health"] == "degraded" && !places(v).contains(&name)
+        });
+        std::thread::sleep(WATCHED);
+        load.goes_on();
+        cluster.start_node(n);
+        for volume in ["vm1", "resting"] {
+            let whole = is_whole(&cluster, volume);
+            assert_eq!(places(&whole), ["n1", "n2", "n3"], "{volume}");
+        }
+    }
+    // and nothing was made anew: each copy got what it had missed.
+    for volume in ["vm1", "resting"] {
+        assert_eq!(replaced(&cluster, volume), 0, "{volume}");
+    }
+    let how = syncs(&cluster, "vm1");
+    // Those of before the maintenance, if any, were of new copies.
+    assert!(how.len() >= 3, "{how:?}");
+    assert!(
+        how.iter().all(|text| text.contains("what it missed")),
+        "{how:?}"
+    );
+    assert_eq!(files(&cluster, 4), 0);
+    cluster.ok(1, "cluster update --replace-after 1h");
+    cluster.ok(1, "cluster maintenance off");
+
+    // Then the program, node after node, the one that serves last: a new file in its place, and all is whole in between.
+    for n in 1..=NODES {
+        let program = cluster.programs[&n].clone();
+        let fresh = program.with_extension("fresh");
+        fs::hard_link(&new, &fresh).unwrap();
+        fs::rename(&fresh, &program).unwrap();
+        let pid = cluster.pid(n);
+        cluster.ok(n, "node upgrade");
+        assert_eq!(cluster.pid(n), pid);
+        let file = |path: &Path| fs::metadata(path).unwrap().ino();
+        assert_eq!(file(Path::new(&format!("/proc/{pid}/exe"))), file(&new));
+        for volume in ["vm1", "resting"] {
+            is_whole(&cluster, volume);
+        }
+        load.goes_on();
+    }
+    let outcome = load.finish();
+    assert_eq!(outcome.failed, 0);
+    cluster.detach(5, "vm1");
+    for volume in ["vm1", "resting"] {
+        assert_eq!(cluster.copies_are_identical(1, volume).len(), 3);
     }
 }
