@@ -442,6 +442,68 @@ fn a_full_disk_costs_a_copy_and_no_request(
 }
 
 #[test]
+fn what_a_disk_holds_is_shown_and_a_full_one_gets_no_copies() {
+    // Given nodes on disks of 300, 400 and 500 MiB, and the last one nearly full,
+    own_mounts();
+    let mut cluster = Cluster::empty(Path::new("/tmp"));
+    let disks = [300 * MIB, 400 * MIB, 500 * MIB];
+    let _disks: Vec<SmallDisk> = (1..=3)
+        .zip(disks)
+        .map(|(n, bytes)| SmallDisk::mount(&cluster.node_dir(n).join("data"), bytes))
+        .collect();
+    (1..=3).for_each(|n| cluster.start_node(n));
+    cluster.know_each_other();
+    let full = cluster.data_dir(3);
+    disks::fill(&full, 32 * MIB);
+    // then each node says what its own disk holds, and has left;
+    let nodes = eventually("n1 knows that n3 is full", || {
+        let nodes = cluster.json(1, "node ls");
+        (nodes[2]["capacity"]["free"].as_u64()? <= 32 * MIB).then_some(nodes)
+    });
+    for (n, bytes) in disks.into_iter().enumerate() {
+        let capacity = &nodes[n]["capacity"];
+        assert_eq!(capacity["total"], bytes, "{nodes:#}");
+        let free = capacity["free"].as_u64().unwrap();
+        assert!((free > bytes * 9 / 10) == (n < 2), "{nodes:#}");
+    }
+    let table = cluster.ok(1, "node ls");
+    let row = table.lines().find(|l| l.starts_with("n3")).unwrap();
+    assert!(row.contains("500 MiB") && row.contains("93."), "{table}");
+    // new copies go where the most is free, and none to the full one, by name;
+    cluster.ok(1, "volume create most --size 32MiB");
+    let holders = |name| in_sync(&cluster.volume(1, name));
+    assert_eq!(holders("most"), ["n2"]);
+    let refused = "volume create vm1 --size 32MiB --replicas 2";
+    let full_node = ["n3", "its disk is full (32 MiB free)"];
+    cluster.run(1, refused).refused(11, &full_node);
+    // nor by a hint for the master, which is followed where it can be: by label or by rule,
+    let hint = "--size 32MiB --label lockstep.io/hint.master";
+    let done = cluster.run(1, &format!("volume create vm0 {hint}=n3"));
+    let said = "the master is not on n3: its disk is full";
+    assert!(done.code == 0 && done.err.contains(said), "{done:?}");
+    assert_eq!(holders("vm0"), ["n2"]);
+    cluster.ok(1, &format!("volume create vm1 {hint}=n1"));
+    assert_eq!(holders("vm1"), ["n1"]);
+    cluster.ok(
+        1,
+        "rule create here -s at==one --label lockstep.io/hint.master=n1",
+    );
+    cluster.ok(
+        1,
+        "volume create vm2 --size 32MiB --replicas 1 --label at=one",
+    );
+    let vm2 = cluster.volume(1, "vm2");
+    assert_eq!(vm2["master"]["node"], "n1");
+    assert_eq!(holders("vm2"), ["n1", "n2"]);
+    // and when there is space again, it gets copies again.
+    disks::make_space(&full);
+    eventually("n3 gets a copy", || {
+        (cluster.run(1, refused.replace("vm1", "vm3").as_str()).code == 0).then_some(())
+    });
+    assert_eq!(holders("vm3"), ["n1", "n2", "n3"]);
+}
+
+#[test]
 fn a_full_memory_disk_costs_a_copy_and_no_request() {
     own_mounts();
     let mut cluster = Cluster::empty(Path::new("/tmp"));

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use lockstep::cluster::host::HostError;
+use lockstep::cluster::host::{HostError, SyncProgress};
 use mgmt_support::{Lab, Node, eventually};
 use serde_json::Value;
 
@@ -187,7 +187,10 @@ fn a_config_file_with_a_wrong_key_is_refused_by_its_name() {
     let done = output(&["node", "--config", path.to_str().unwrap()]);
     let err = String::from_utf8(done.stderr).unwrap();
     assert_eq!(done.status.code(), Some(10));
-    assert!(err.contains("lissten"), "{err}");
+    assert!(
+        err.contains("lissten") && err.contains("hint: did you mean listen?"),
+        "{err}"
+    );
 }
 
 #[test]
@@ -266,6 +269,154 @@ fn a_volume_lives_its_life_on_the_command_line() {
         ok(&n2, "volume update vm1 --failure-mode soft --label-rm env"),
         "default/vm1\n"
     );
+}
+
+#[test]
+fn what_libvirt_is_told_is_a_disk_of_its_domain() {
+    let lab = Lab::new();
+    let [n1]: [Node; 1] = lab.nodes();
+    ok(&n1, "volume create vm1 --size 1GiB");
+    let socket = lab.dir.path().join("it's <here> & now.sock");
+    let done = lockstep()
+        .args([
+            "--host",
+            &format!("unix:{}", n1.run_dir.join("api.sock").display()),
+        ])
+        .args([
+            "volume",
+            "attach",
+            "vm1",
+            "--num-queues",
+            "4",
+            "--read-only",
+            "--print",
+            "libvirt",
+        ])
+        .arg("--socket")
+        .arg(&socket)
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{done:?}");
+    // Elements of a domain, as its owner pastes them (they fit the schema of libvirt 9).
+    let text = format!(
+        "<domain>{}</domain>",
+        String::from_utf8(done.stdout).unwrap()
+    );
+    let domain = roxmltree::Document::parse(&text).unwrap();
+    let at = |path: &str, attribute: &str| {
+        let mut node = domain.root_element();
+        for name in path.split('/') {
+            let found = node.children().find(|c| c.has_tag_name(name));
+            node = found.unwrap_or_else(|| panic!("no {path} in {text}"));
+        }
+        node.attribute(attribute).unwrap_or_default().to_string()
+    };
+    // Memory that another process can map,
+    assert_eq!(at("memoryBacking/source", "type"), "memfd");
+    assert_eq!(at("memoryBacking/access", "mode"), "shared");
+    // and a disk of a back-end that is reached by that socket, and again when it was away.
+    assert_eq!(at("disk", "type"), "vhostuser");
+    assert_eq!(at("disk", "device"), "disk");
+    assert_eq!(at("disk/driver", "queues"), "4");
+    assert_eq!(at("disk/driver", "type"), "raw");
+    assert_eq!(at("disk/source", "type"), "unix");
+    assert_eq!(at("disk/source", "path"), socket.to_str().unwrap());
+    assert_eq!(at("disk/source/reconnect", "enabled"), "yes");
+    assert_eq!(at("disk/target", "bus"), "virtio");
+    at("disk/readonly", "");
+    assert!(socket.exists());
+}
+
+#[test]
+fn what_is_no_fault_of_the_user_exits_with_13() {
+    let lab = Lab::new();
+    let [n1]: [Node; 1] = lab.nodes();
+    ok(&n1, "volume create vm1 --size 1GiB");
+    let error = HostError::Io("the disk is on fire".into());
+    n1.host.levers.lock().unwrap().attach_error = Some(error);
+    let (code, out, err) = on(&n1, "volume attach vm1");
+    assert_eq!((code, out.as_str()), (13, ""), "{err}");
+    assert!(err.contains("the disk is on fire"), "{err}");
+    // Nor is a registry that is none.
+    let broken = lab.dir.path().join("broken.db");
+    std::fs::write(&broken, vec![7; 8192]).unwrap();
+    let registry = format!("sqlite:{}", broken.display());
+    let (data, run) = (lab.dir.path().join("d"), lab.dir.path().join("r"));
+    let (data, run) = (data.to_str().unwrap(), run.to_str().unwrap());
+    let done = output(&[
+        "node",
+        "--name",
+        "n9",
+        "--data-dir",
+        data,
+        "--run-dir",
+        run,
+        "--registry",
+        &registry,
+    ]);
+    let err = String::from_utf8(done.stderr).unwrap();
+    assert_eq!(done.status.code(), Some(13), "{err}");
+    assert!(err.contains("broken.db"), "{err}");
+}
+
+#[test]
+fn on_a_terminal_a_bar_is_drawn_over_itself_and_taken_away() {
+    // Given a volume that is to get a replica, of which three quarters are there,
+    let lab = Lab::new();
+    let [n1, _n2]: [Node; 2] = lab.nodes();
+    ok(&n1, "volume create vm1 --size 1GiB --master n1");
+    ok(&n1, "volume attach vm1");
+    // when that is waited for on a terminal (script(1) is one),
+    let host = format!("unix:{}", n1.run_dir.join("api.sock").display());
+    let binary = env!("CARGO_BIN_EXE_lockstep");
+    let line = format!("{binary} --host {host} volume update vm1 --replicas 1");
+    let log = lab.dir.path().join("screen");
+    let mut terminal = Command::new("script")
+        .args(["--quiet", "--return", "--flush", "--command", &line])
+        .arg(&log)
+        .env_remove("LOCKSTEP_HOST")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let copy = eventually("the replica is made", || {
+        let record = n1.record("vm1");
+        let new = record.present().find(|c| c.node.0 == "n2")?;
+        lab.copy_on("n2", record.volume_id).map(|_| new.copy_id)
+    });
+    let sync = |remaining_bytes| SyncProgress {
+        remaining_bytes,
+        total_bytes: 4 << 20,
+        bytes_per_second: 1 << 20,
+        eta_seconds: None,
+    };
+    let screen = || std::fs::read_to_string(&log).unwrap_or_default();
+    // then a bar is drawn, and drawn again over itself as it grows,
+    for (left, drawn) in [
+        (3 << 20, "\r\x1b[Kn2 [#####...............] 25 %"),
+        (1 << 20, "\r\x1b[Kn2 [###############.....] 75 %"),
+    ] {
+        n1.host
+            .levers
+            .lock()
+            .unwrap()
+            .syncs
+            .insert(copy, sync(left));
+        eventually("the bar is drawn", || {
+            screen().contains(drawn).then_some(())
+        });
+    }
+    // and at the end nothing is left of it.
+    n1.host.levers.lock().unwrap().syncs.clear();
+    n1.settle("vm1", &[copy]);
+    assert!(terminal.wait().unwrap().success(), "{}", screen());
+    let screen = screen();
+    let bars = screen.split("default/vm1").next().unwrap();
+    assert!(
+        !bars.contains('\n') || bars.starts_with("Script started"),
+        "{screen:?}"
+    );
+    assert!(bars.ends_with("\r\x1b[K"), "{screen:?}");
 }
 
 #[test]

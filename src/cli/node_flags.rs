@@ -4,13 +4,13 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, Command};
 use serde::Deserialize;
 
 use super::Failure;
 use crate::cluster::config::{DATA_DIR, HTTP, LISTEN, NodeConfig, RUN_DIR, Serve};
 use crate::cluster::fault::Fault;
-use crate::cluster::labels::{Of, parse_all};
+use crate::cluster::labels::{Of, nearest, parse_all};
 use crate::registry::{Access, Location};
 use crate::replication::ids::NodeName;
 
@@ -66,10 +66,28 @@ impl Flags {
     pub(super) fn of_file(path: &PathBuf) -> Result<Self, Failure> {
         let text = fs::read_to_string(path)
             .map_err(|e| Fault::input(format!("cannot read --config {}: {e}", path.display())))?;
-        Ok(toml::from_str(&text).map_err(|e| {
+        let wrong = |e: toml::de::Error| {
             Fault::input(format!("--config {}: {e}", path.display()))
                 .hint("the keys are the flags without their dashes: name = \"n1\"")
-        })?)
+        };
+        let table: toml::Table = toml::from_str(&text).map_err(wrong)?;
+        let command = Flags::augment_args(Command::new("node"));
+        let keys: Vec<&str> = command
+            .get_arguments()
+            .filter_map(|a| a.get_long())
+            .collect();
+        if let Some(key) = table.keys().find(|key| !keys.contains(&key.as_str())) {
+            let fault = Fault::input(format!(
+                "--config {}: no flag is called {key}",
+                path.display()
+            ));
+            return Err(match nearest(key, &keys) {
+                Some(near) => fault.hint(format!("did you mean {near}?")),
+                None => fault,
+            }
+            .into());
+        }
+        Ok(toml::from_str(&text).map_err(wrong)?)
     }
 
     /// These flags, and the file's where these say nothing. Of a label or volume named in both, these win.
@@ -175,7 +193,6 @@ mod tests {
 
     #[test]
     fn every_flag_is_a_key_of_the_file() {
-        use clap::{Args as _, Command};
         let command = Flags::augment_args(Command::new("node"));
         let names: Vec<&str> = command
             .get_arguments()

@@ -138,7 +138,8 @@ pub fn is_key_char(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/')
 }
 
-fn nearest(word: &str, known: &[&'static str]) -> Option<&'static str> {
+/// The known word that takes the fewest changes of letters.
+pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     known.iter().copied().min_by_key(|k| distance(word, k))
 }
 
