@@ -320,3 +320,251 @@ fn the_unit_starts_a_node_by_the_file_that_its_comment_names() {
     let help = String::from_utf8(help.stdout).unwrap();
     assert!(help.contains(words[2]), "{help}");
 }
+
+/// An etcd that asks for a user, and a file with ours.
+fn etcd_with_a_user(dir: &Path) -> (Etcd, PathBuf) {
+    let etcd = Etcd::start(1);
+    for line in [
+        "role add disks",
+        "role grant-permission disks --prefix=true readwrite /lockstep/blue/",
+        "user add root --new-user-password root",
+        "user add lockstep --new-user-password secret",
+        "role add root",
+        "user grant-role root root",
+        "user grant-role lockstep disks",
+        "auth enable",
+    ] {
+        etcd.ok(1, &line.split(' ').collect::<Vec<&str>>());
+    }
+    let file = dir.join("etcd-user");
+    fs::write(&file, "lockstep:secret\n").unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    (etcd, file)
+}
+
+/// A `--tls-dir` for a node of this name.
+fn certificates(dir: &Path, name: &str) -> PathBuf {
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let ca = rcgen::CertifiedIssuer::self_signed(params, key).unwrap();
+    let params = rcgen::CertificateParams::new(vec![name.into()]).unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = params.signed_by(&key, &ca).unwrap();
+    let tls = dir.join("tls");
+    fs::create_dir(&tls).unwrap();
+    fs::write(tls.join("ca.pem"), ca.pem()).unwrap();
+    fs::write(tls.join("node.pem"), certificate.pem()).unwrap();
+    fs::write(tls.join("node-key.pem"), key.serialize_pem()).unwrap();
+    fs::set_permissions(tls.join("node-key.pem"), fs::Permissions::from_mode(0o600)).unwrap();
+    tls
+}
+
+/// `lockstep node --config FILE` with more arguments; its log is beside the file. Dropped, it is killed.
+struct FileNode {
+    child: Child,
+    host: String,
+    log: PathBuf,
+}
+
+impl FileNode {
+    fn start(file: &Path, run: &Path, more: &[&str]) -> FileNode {
+        let log = file.with_extension("log");
+        let out = fs::File::create(&log).unwrap();
+        let child = lockstep()
+            .args(["node", "--config"])
+            .arg(file)
+            .args(more)
+            .env("RUST_LOG", "info")
+            .stdin(Stdio::null())
+            .stderr(out)
+            .spawn()
+            .unwrap();
+        let host = format!("unix:{}", run.join("api.sock").display());
+        let mut node = FileNode { child, host, log };
+        eventually("the node answers", || {
+            let ended = node.child.try_wait().unwrap();
+            assert!(ended.is_none(), "{}", node.log());
+            node.run("node ls").status.success().then_some(())
+        });
+        node
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    fn run(&self, line: &str) -> Output {
+        let mut command = lockstep();
+        command.args(["--host", &self.host]).args(line.split(' '));
+        command.output().unwrap()
+    }
+
+    /// The volume, once it is served.
+    fn serves(&self, name: &str) -> Value {
+        eventually("it is served", || {
+            let done = self.run(&format!("volume inspect {name} -o json"));
+            let volume: Value = serde_json::from_slice(&done.stdout).ok()?;
+            (volume["attachment"]["phase"] == "serving").then_some(volume)
+        })
+    }
+
+    fn stop(mut self) {
+        // SAFETY: a signal to a child that was not waited for yet: the number is its own.
+        assert_eq!(
+            unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) },
+            0
+        );
+        assert!(self.child.wait().unwrap().success(), "{}", self.log());
+    }
+}
+
+impl Drop for FileNode {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_node_is_what_its_file_says_and_a_volume_that_differs_is_served_as_it_is() {
+    // Given a file with every flag,
+    let addresses = Cluster::empty(Path::new("/tmp"));
+    let dir = addresses.dir.path();
+    let (etcd, user) = etcd_with_a_user(dir);
+    let tls = certificates(dir, "n7");
+    let (data, run) = (dir.join("data"), dir.join("run"));
+    let (file, socket) = (dir.join("node.toml"), dir.join("vm1.sock"));
+    let (listen, http) = (addresses.listen(1), format!("{}:5705", addresses.ip(1)));
+    let advertise = format!("{}:5999", addresses.ip(2));
+    let write = |first: &str| {
+        let text = format!(
+            "name = \"n7\"\ndata-dir = {data:?}\nrun-dir = {run:?}\nlisten = \"{listen}\"\nadvertise = \"{advertise}\"\n\
+             http = \"{http}\"\nregistry = \"{}/blue\"\netcd-credentials = {user:?}\ntls-dir = {tls:?}\n\
+             insecure-plaintext = true\nlabel = [\"zone=a\", \"rack=7\"]\n\
+             vhost-user-blk = [\"vm1,socket={},{first}\", \"vm2,size=16MiB\"]\n",
+            etcd.location(&[1]),
+            socket.display()
+        );
+        fs::write(&file, text).unwrap();
+        keys_of(&file)
+    };
+    let keys = write("num-queues=2,size=32MiB,replicas=0,failure-mode=hard");
+    let help = lockstep().args(["node", "--help"]).output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let flags = help
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("--"));
+    let flags = flags.filter_map(|line| line.split_whitespace().next());
+    // (what names the file, or a node to talk to, is no part of it)
+    let mut flags: Vec<&str> = flags
+        .filter(|f| !["config", "host", "help"].contains(f))
+        .collect();
+    flags.sort_unstable();
+    // (examples name some again)
+    flags.dedup();
+    assert_eq!(keys, flags);
+    // doctor finds nothing wrong with it; without the password, or without etcd, it says what is;
+    let doctor = |more: &[&str]| {
+        let mut command = lockstep();
+        command.args(["doctor", "--config"]).arg(&file).args(more);
+        let done = command.output().unwrap();
+        (done.status.code(), String::from_utf8(done.stdout).unwrap())
+    };
+    let (code, said) = doctor(&[]);
+    assert_eq!(code, Some(0), "{said}");
+    let location = format!("{}/blue", etcd.location(&[1]));
+    assert!(
+        said.contains(&format!("{location}: 0 nodes, 0 volumes")),
+        "{said}"
+    );
+    let nobody = dir.join("nobody");
+    fs::write(&nobody, "lockstep:wrong\n").unwrap();
+    fs::set_permissions(&nobody, fs::Permissions::from_mode(0o600)).unwrap();
+    let (code, said) = doctor(&["--etcd-credentials", nobody.to_str().unwrap()]);
+    assert!(
+        code == Some(11) && said.contains("is not accepted"),
+        "{said}"
+    );
+    let https = location.replace("http:", "https:");
+    let (code, said) = doctor(&["--registry", &https]);
+    assert!(code == Some(11) && said.contains("TLS"), "{said}");
+    let nowhere = location.replace(":2379", ":2378");
+    let (code, said) = doctor(&["--registry", &nowhere]);
+    assert!(
+        code == Some(11) && said.contains("Connection refused") && said.contains("-> start it"),
+        "{said}"
+    );
+    assert!(!data.exists() && !run.exists(), "doctor makes nothing");
+    // when a node is started by nothing else, it is and does all that;
+    let node = FileNode::start(&file, &run, &[]);
+    let said = |node: &FileNode| -> Value {
+        let done = node.run("node ls -o json");
+        let list: Value = serde_json::from_slice(&done.stdout).unwrap();
+        list[0].clone()
+    };
+    let is = said(&node);
+    for (key, value) in [("name", "n7"), ("address", &*advertise), ("http", &*http)] {
+        assert_eq!(is[key], value, "{is:#}");
+    }
+    assert_eq!(
+        (&is["labels"]["zone"], &is["labels"]["rack"]),
+        (&"a".into(), &"7".into())
+    );
+    let cluster = node.run("cluster status -o json");
+    let cluster: Value = serde_json::from_slice(&cluster.stdout).unwrap();
+    assert_eq!(cluster["registry"], *location);
+    assert!(data.join("volumes").exists());
+    assert!(std::net::TcpStream::connect(&listen).is_ok());
+    let vm1 = node.serves("vm1");
+    assert_eq!(vm1["attachment"]["socket"], socket.to_str().unwrap());
+    assert_eq!(vm1["attachment"]["num_queues"], 2);
+    assert_eq!(
+        (&vm1["size"], &vm1["failure_mode"]),
+        (&SIZE.into(), &"hard".into())
+    );
+    assert_eq!(node.serves("vm2")["size"], 16 << 20);
+    let load = Load::start(
+        &socket,
+        Plan {
+            queues: 2,
+            ..Plan::small()
+        },
+        Oracle::new(SIZE),
+    );
+    let outcome = load.finish();
+    assert_eq!(outcome.failed, 0);
+    assert!(!node.log().contains("is served as it is"), "{}", node.log());
+    node.stop();
+    // and started again with other wishes, and a flag, it serves the volume as it is and names each difference; the flag wins.
+    write("num-queues=1,size=64MiB,replicas=1,failure-mode=soft");
+    let node = FileNode::start(&file, &run, &["--label", "zone=b"]);
+    node.serves("vm1");
+    let log = node.log();
+    for difference in [
+        "it has 2 queues, not 1",
+        "its size is 32 MiB, not 64 MiB",
+        "it has 0 replicas, not 1",
+        "its failure mode is hard, not soft",
+    ] {
+        let line = format!("volume default/vm1 is served as it is: {difference}");
+        assert!(log.contains(&line), "no {line:?} in {log}");
+    }
+    let labels = said(&node)["labels"].clone();
+    assert_eq!(
+        (&labels["zone"], &labels["rack"]),
+        (&"b".into(), &"7".into())
+    );
+    let load = Load::start(&socket, Plan::small(), outcome.oracle);
+    assert_eq!(load.finish().failed, 0);
+    node.stop();
+}
+
+/// The keys of a file, in the order of the alphabet.
+fn keys_of(file: &Path) -> Vec<String> {
+    let text = fs::read_to_string(file).unwrap();
+    let keys = text.lines().filter_map(|line| line.split_once(" = "));
+    let mut keys: Vec<String> = keys.map(|(key, _)| key.to_string()).collect();
+    keys.sort_unstable();
+    keys
+}

@@ -22,7 +22,7 @@ use super::output::{Format, Table, print};
 use super::{Failure, Global};
 use crate::api::client::{Target, ask, runtime};
 use crate::cluster::config::NodeConfig;
-use crate::cluster::fault::Fault;
+use crate::cluster::fault::{Code, Fault};
 use crate::cluster::join::open_registry;
 use crate::cluster::live::{Identity, LocalStatus, STATUS_PATH};
 use crate::cluster::model::NodeRecord;
@@ -470,9 +470,12 @@ fn registry(config: &NodeConfig) -> (Check, Vec<NodeRecord>) {
     let snapshot = match read {
         Ok(snapshot) => snapshot,
         Err(fault) => {
-            let remedy = fault
-                .hint
-                .unwrap_or_else(|| "see --registry in lockstep node --help".into());
+            let remedy = match (fault.code, fault.hint) {
+                // What waits meanwhile is of no interest to one who has not begun.
+                (Code::TryAgain, _) => "start it, open the way to its port, or name in --registry a member that this machine reaches".into(),
+                (_, Some(hint)) => hint,
+                (_, None) => "see --registry in lockstep node --help".into(),
+            };
             return (Check::fail(NAME, fault.message, remedy), Vec::new());
         }
     };
