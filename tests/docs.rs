@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 /// Each `tests/FILE.rs::NAME` of docs/OPERATIONS.md: a procedure names the test that runs it.
 #[test]
@@ -128,6 +129,42 @@ fn what_the_protocol_says_of_the_code_is_there() {
         }
     }
     assert!(files > 50 && names > 20, "{files} files, {names} names");
+}
+
+/// What README and OPERATIONS tell people to type is understood, flag by flag.
+#[test]
+fn every_command_that_is_shown_is_one() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut typed = 0;
+    for page in ["README.md", "docs/OPERATIONS.md"] {
+        let text = fs::read_to_string(root.join(page)).unwrap();
+        let whole = text.replace(" \\\n", " ");
+        let lines = whole.lines().filter_map(|line| line.strip_prefix("    "));
+        let lines = lines.map(|line| line.split(" #").next().unwrap_or_default());
+        let spans = text.split('`').skip(1).step_by(2);
+        for line in lines.chain(spans) {
+            let line = line.trim().trim_end_matches('&');
+            // (dots stand for what everybody knows best himself)
+            let words = line.split_whitespace().filter(|w| !w.contains('…'));
+            let words = words.map(|w| if w == "SHELL" { "bash" } else { w });
+            let words: Vec<&str> = words.collect();
+            if words.first() != Some(&"lockstep") || line.contains('|') || line.contains('$') {
+                continue;
+            }
+            let done = Command::new(env!("CARGO_BIN_EXE_lockstep"))
+                .args(&words[1..])
+                .arg("--help")
+                .output()
+                .unwrap();
+            let err = String::from_utf8_lossy(&done.stderr);
+            // A flag that is only named is one without its value.
+            let named =
+                err.contains("a value is required") && words[words.len() - 1].starts_with("--");
+            assert!(done.status.success() || named, "{page}: {line}: {err}");
+            typed += 1;
+        }
+    }
+    assert!(typed > 40, "{typed}");
 }
 
 /// Each source file below `dir`: its path and its text.

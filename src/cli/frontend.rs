@@ -20,7 +20,8 @@ impl Frontend {
     pub(super) fn remark(self) -> &'static str {
         match self {
             Self::Qemu => {
-                "size= of the memory object must be the machine's -m; the memory flags are given once"
+                "size= of the memory object must be the machine's -m; the memory flags are given once; from QEMU 9.2 on \
+                 reconnect=1 is called reconnect-ms=1000"
             }
             Self::CloudHypervisor => "size= is the machine's memory; --memory is given once",
             Self::Libvirt => "memoryBacking is given once a domain; choose a free target dev",

@@ -39,7 +39,8 @@ use remote::Remote;
 pub type RunNode = fn(NodeConfig) -> Result<(), Fault>;
 
 const EXIT_CODES: &str = "Exit codes:\n  \
-    0 ok, 2 usage, 8 not found, 9 exists, 10 invalid input, 11 invalid state, 12 try again, 13 internal\n\n\
+    0 ok, 2 usage, 8 not found, 9 exists, 10 invalid input, 11 invalid state,\n  \
+    12 try again, 13 internal\n\n\
     Example:\n  \
     lockstep node --name n1 &\n  \
     lockstep volume create vm1 --size 10GiB\n  \
@@ -226,6 +227,10 @@ mod tests {
                 .unwrap_or_default();
             if command.get_subcommands().next().is_none() || command.get_name() == "node" {
                 assert!(help.contains("Example"), "{path}");
+            }
+            // Broken by the width, a command is another one when it is pasted.
+            for line in help.lines().filter(|l| l.starts_with(' ')) {
+                assert!(line.chars().count() <= 100, "{path}: {line}");
             }
             command.get_subcommands().for_each(|c| visit(c, &path));
         }

@@ -20,8 +20,10 @@ use crate::node::can_take_over;
 
 const EXAMPLE: &str = "Examples:\n  \
     lockstep node --name n1\n  \
-    lockstep node --name n2 --listen 127.0.0.2:5703 --http 127.0.0.2:5705 --data-dir /var/lib/lockstep-n2 \\\n      \
-    --run-dir /run/lockstep-n2 --registry sqlite:/var/lib/lockstep/registry.db\n  \
+    lockstep node --name n2 --listen 127.0.0.2:5703 --http 127.0.0.2:5705 \\\n      \
+    --data-dir /var/lib/lockstep-n2 --run-dir /run/lockstep-n2 \\\n      \
+    --registry sqlite:/var/lib/lockstep/registry.db\n  \
+    lockstep node --config /etc/lockstep/node.toml\n  \
     lockstep node --name n1 --vhost-user-blk vm1,size=10GiB,replicas=1\n  \
     lockstep node --name n1 --listen 10.0.0.1:5703 --http 10.0.0.1:5705 --insecure-plaintext \\\n      \
     --registry etcd:http://10.0.0.11:2379,http://10.0.0.12:2379,http://10.0.0.13:2379\n  \
@@ -37,7 +39,8 @@ const UNDRAIN_EXAMPLE: &str = "Example:\n  lockstep node undrain n1\n\n\
 const LABEL_EXAMPLE: &str = "Examples:\n  lockstep node label n1 zone=a rack=7\n  \
     lockstep node label n1 lockstep.io/computeonly=true\n  lockstep node label n1 rack-";
 const UPGRADE_EXAMPLE: &str = "Example:\n  \
-    install -m 755 lockstep-new /usr/local/bin/lockstep.new && mv /usr/local/bin/lockstep.new /usr/local/bin/lockstep\n  \
+    install -m 755 lockstep-new /usr/local/bin/lockstep.new &&\n    \
+    mv /usr/local/bin/lockstep.new /usr/local/bin/lockstep\n  \
     lockstep node upgrade\n\n\
     Nothing is stopped before the new program has said that it can take over. The process stays the same.";
 const RM_EXAMPLE: &str = "Example:\n  lockstep node rm n3";

@@ -13,8 +13,8 @@ use crate::registry::{Access, Location};
 const MIGRATE_EXAMPLE: &str = "Example:\n  \
     lockstep registry migrate sqlite:/var/lib/lockstep/registry.db \\\n      \
     etcd:http://10.0.0.11:2379,http://10.0.0.12:2379,http://10.0.0.13:2379\n\n\
-    Interrupted, the same command goes on. FROM keeps what it holds; a node that is started on it says where the\n\
-    registry went.";
+    Interrupted, the same command goes on. FROM keeps what it holds; a node that is started on\n\
+    it says where the registry went.";
 
 #[derive(Subcommand)]
 pub(super) enum Command {

@@ -44,7 +44,8 @@ const MOVE_EXAMPLE: &str =
     "Example:\n  lockstep volume move vm1 n2 n4\n  lockstep volume move vm1 n2 n4 --async";
 const PROMOTE_EXAMPLE: &str = "Example:\n  lockstep volume promote vm1 --node n2";
 const SCRUB_EXAMPLE: &str = "Exit codes:\n  \
-    0 all copies are the same, or are now (--repair); 11 copies differ, or cannot be read; 12 it broke off: try again\n\n\
+    0 all copies are the same, or are now (--repair); 11 copies differ, or cannot be read;\n  \
+    12 it broke off: try again\n\n\
     Example:\n  lockstep volume scrub vm1\n  lockstep volume scrub vm1 --repair\n  lockstep volume scrub vm1 --stop";
 const RM_EXAMPLE: &str = "Example:\n  lockstep volume rm vm1";
 
