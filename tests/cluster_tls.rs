@@ -5,6 +5,7 @@ mod cluster_support;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -231,9 +232,14 @@ fn nobody_gets_in_without_a_certificate_of_the_cluster_for_its_name() {
     let stranger = Authority::new();
     let other = tls_dir(&stranger.directory("n3"));
     let mut arguments = cluster.node_arguments(3, &cluster.data_dir(3));
-    arguments.extend(tls_dir(&authority.directory("n4")));
+    let mistaken = authority.directory("n4");
+    arguments.extend(tls_dir(&mistaken));
     let done = cluster.node_that_must_not_start(&arguments);
     done.refused(10, &["--tls-dir", "not of node n3", "DNS:n3"]);
+    let key = mistaken.join("node-key.pem");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+    let done = cluster.node_that_must_not_start(&arguments);
+    done.refused(10, &["node-key.pem", "chmod 600"]);
     for (extra, said) in [
         (other, "no TLS: invalid peer certificate"),
         (

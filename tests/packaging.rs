@@ -342,6 +342,24 @@ fn etcd_with_a_user(dir: &Path) -> (Etcd, PathBuf) {
     (etcd, file)
 }
 
+/// A `--tls-dir` for a node of this name.
+fn certificates(dir: &Path, name: &str) -> PathBuf {
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let ca = rcgen::CertifiedIssuer::self_signed(params, key).unwrap();
+    let params = rcgen::CertificateParams::new(vec![name.into()]).unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = params.signed_by(&key, &ca).unwrap();
+    let tls = dir.join("tls");
+    fs::create_dir(&tls).unwrap();
+    fs::write(tls.join("ca.pem"), ca.pem()).unwrap();
+    fs::write(tls.join("node.pem"), certificate.pem()).unwrap();
+    fs::write(tls.join("node-key.pem"), key.serialize_pem()).unwrap();
+    fs::set_permissions(tls.join("node-key.pem"), fs::Permissions::from_mode(0o600)).unwrap();
+    tls
+}
+
 /// `lockstep node --config FILE` with more arguments; its log is beside the file. Dropped, it is killed.
 struct FileNode {
     child: Child,
@@ -414,6 +432,7 @@ fn a_node_is_what_its_file_says_and_a_volume_that_differs_is_served_as_it_is() {
     let addresses = Cluster::empty(Path::new("/tmp"));
     let dir = addresses.dir.path();
     let (etcd, user) = etcd_with_a_user(dir);
+    let tls = certificates(dir, "n7");
     let (data, run) = (dir.join("data"), dir.join("run"));
     let (file, socket) = (dir.join("node.toml"), dir.join("vm1.sock"));
     let (listen, http) = (addresses.listen(1), format!("{}:5705", addresses.ip(1)));
@@ -421,7 +440,7 @@ fn a_node_is_what_its_file_says_and_a_volume_that_differs_is_served_as_it_is() {
     let write = |first: &str| {
         let text = format!(
             "name = \"n7\"\ndata-dir = {data:?}\nrun-dir = {run:?}\nlisten = \"{listen}\"\nadvertise = \"{advertise}\"\n\
-             http = \"{http}\"\nregistry = \"{}/blue\"\netcd-credentials = {user:?}\ntls-dir = {dir:?}\n\
+             http = \"{http}\"\nregistry = \"{}/blue\"\netcd-credentials = {user:?}\ntls-dir = {tls:?}\n\
              insecure-plaintext = true\nlabel = [\"zone=a\", \"rack=7\"]\n\
              vhost-user-blk = [\"vm1,socket={},{first}\", \"vm2,size=16MiB\"]\n",
             etcd.location(&[1]),
@@ -469,7 +488,7 @@ fn a_node_is_what_its_file_says_and_a_volume_that_differs_is_served_as_it_is() {
     );
     let https = location.replace("http:", "https:");
     let (code, said) = doctor(&["--registry", &https]);
-    assert!(code == Some(11) && said.contains("ca.pem"), "{said}");
+    assert!(code == Some(11) && said.contains("TLS"), "{said}");
     let nowhere = location.replace(":2379", ":2378");
     let (code, said) = doctor(&["--registry", &nowhere]);
     assert!(

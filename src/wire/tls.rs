@@ -6,6 +6,8 @@
 //! | `node.pem` | this node's certificate, with the node's name as a DNS name |
 //! | `node-key.pem` | its key |
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -131,6 +133,12 @@ impl Keys {
     fn load(dir: &Path, me: &NodeName) -> Result<Self, String> {
         let roots = Arc::new(authorities(&dir.join(CA_FILE))?);
         let (certificate, key) = (dir.join(CERT_FILE), dir.join(KEY_FILE));
+        if fs::metadata(&key).is_ok_and(|m| m.mode() & 0o007 != 0) {
+            return Err(format!(
+                "{} can be read by everybody: chmod 600 {0}",
+                key.display()
+            ));
+        }
         let (chain, secret) = identity(&certificate, &key)?;
         is_of(&chain, me).map_err(|why| format!("{}: {why}", certificate.display()))?;
         let unfit =
