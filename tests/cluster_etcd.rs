@@ -12,13 +12,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cluster_support::client::{Load, Plan};
 use cluster_support::net::{Cut, How};
 use cluster_support::oracle::Oracle;
-use cluster_support::{Cluster, binary, copies, eventually};
-use etcd_support::Etcd;
+use cluster_support::{Cluster, binary, copies, eventually, lockstep};
+use etcd_support::{Etcd, Pki, credentials};
 use guest_driver::tracked::*;
 use guest_driver::vm::{CONFIG, Vm};
 use guest_driver::*;
@@ -29,6 +29,8 @@ use vhost::vhost_user::VhostUserFrontend;
 const SIZE: u64 = 32 << 20;
 /// Longer than any test leaves etcd alone: no request may fail.
 const CREATE: &str = "--size 32MiB --replicas 2 --master n1 --suspend-deadline 10m";
+/// How long a node's lease lasts.
+const LEASE: Duration = Duration::from_secs(30);
 /// How long requests are watched not to end. Any is good; a longer one sees more.
 const WATCHED: Duration = Duration::from_secs(3);
 
@@ -110,8 +112,9 @@ fn io_goes_on_without_etcd_as_long_as_every_copy_is_healthy() {
     // then whoever wants to change something is told why not,
     let done = cluster.run(1, "volume create vm2 --size 32MiB");
     done.refused(12, &[&etcd.url(1), "go on serving"]);
-    // and the load goes on, through some more attempts of the nodes to reach it.
-    for _ in 0..3 {
+    // and the load goes on, for longer than any lease of a node lasts.
+    let begin = Instant::now();
+    while begin.elapsed() < 2 * LEASE {
         std::thread::sleep(WATCHED);
         load.goes_on();
     }
@@ -120,7 +123,47 @@ fn io_goes_on_without_etcd_as_long_as_every_copy_is_healthy() {
     eventually("volumes can be made again", || {
         (cluster.run(1, "volume create vm2 --size 32MiB").code == 0).then_some(())
     });
+    eventually("every node is announced", || {
+        let leases = etcd.ok(1, &["lease", "list"]);
+        leases.contains("found 3 leases").then_some(())
+    });
     all_is_well(&cluster, load, &["n1", "n2", "n3"]);
+}
+
+#[test]
+fn requests_that_wait_for_etcd_fail_after_the_deadline_and_are_served_again_when_it_is_back() {
+    // Given a volume whose requests wait for a second at most,
+    let mut etcd = Etcd::start(1);
+    let mut cluster = cluster(&etcd, &[1], 3);
+    let create = "--size 32MiB --replicas 2 --master n1 --suspend-deadline 1s";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let load = Load::start(&socket, Plan::small(), Oracle::new(SIZE));
+    // when a copy is lost and etcd is gone, so that it cannot be put out,
+    etcd.kill(1);
+    load.goes_on();
+    assert_eq!(load.failed(), 0);
+    cluster.kill(3);
+    // then they fail, more than those that were under way,
+    eventually("requests fail", || {
+        load.still_runs();
+        (load.failed() > 100).then_some(())
+    });
+    let phase = attachment(&cluster, 1).map(|a| a["phase"].clone());
+    assert_eq!(phase, Some("suspended".into()));
+    // and when etcd is back, all of them succeed again, with nothing done by anybody.
+    etcd.start_member(1);
+    cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
+    load.goes_on();
+    let failed = load.failed();
+    load.goes_on();
+    assert_eq!(load.failed(), failed);
+    cluster.start_node(3);
+    cluster.wait_for(1, "vm1", "is whole", |v| v["health"] == "healthy");
+    // What was acknowledged is there, what failed is there or not.
+    assert_eq!(load.finish().failed, failed);
+    cluster.detach(1, "vm1");
+    let all = ["n1", "n2", "n3"];
+    assert_eq!(cluster.copies_are_identical(1, "vm1"), all);
 }
 
 #[test]
@@ -162,44 +205,54 @@ fn a_copy_and_the_member_that_everybody_talks_to_are_lost_together() {
     all_is_well(&cluster, load, &["n1", "n2", "n3"]);
 }
 
-#[test]
-fn a_node_that_is_cut_off_from_etcd_serves_on_until_a_copy_is_lost_and_again_when_it_is_healed() {
-    // Given nodes n1 to n3 and members of etcd at n4 to n6, each with a network namespace of its own,
-    let mut cluster = Cluster::empty_on_a_network(Path::new("/dev/shm"), 6);
+/// Nodes n1 to n3, and members of etcd where n4 … would be, each with a network namespace of its own.
+fn apart(members: usize) -> (Etcd, Cluster) {
+    let mut cluster = Cluster::empty_on_a_network(Path::new("/dev/shm"), 3 + members);
     let network = cluster.network.as_ref().unwrap();
-    let places: Vec<String> = (4..=6).map(|n| network.namespace(n)).collect();
+    let all = 4..=3 + members;
+    let places: Vec<String> = all.clone().map(|n| network.namespace(n)).collect();
     let etcd = Etcd::start_at(
-        (4..=6).map(|n| cluster.ip(n)).collect(),
+        all.map(|n| cluster.ip(n)).collect(),
         Box::new(move |m, program| {
             let mut command = Command::new("ip");
             command.args(["netns", "exec", &places[m - 1]]).arg(program);
             command
         }),
     );
-    cluster.registry_at = Some(etcd.location(&[1, 2, 3]));
+    let all: Vec<usize> = (1..=members).collect();
+    cluster.registry_at = Some(etcd.location(&all));
     for n in 1..=3 {
         cluster.start_node(n);
     }
     cluster.know_each_other();
+    (etcd, cluster)
+}
+
+/// All ways between node n and etcd.
+fn to_etcd(n: usize, members: usize) -> Vec<Cut> {
+    let how = How::Drop;
+    let ways = (4..=3 + members).flat_map(|m| [(n, m), (m, n)]);
+    ways.map(|(from, to)| Cut { from, to, how }).collect()
+}
+
+fn cut(cluster: &Cluster, ways: &[Cut]) {
+    let network = cluster.network.as_ref().unwrap();
+    ways.iter().for_each(|way| network.cut(*way));
+}
+
+fn heal(cluster: &Cluster, ways: &[Cut]) {
+    let network = cluster.network.as_ref().unwrap();
+    ways.iter().for_each(|way| network.heal(*way));
+}
+
+#[test]
+fn a_node_that_is_cut_off_from_etcd_serves_on_until_a_copy_is_lost_and_again_when_it_is_healed() {
+    // Given nodes n1 to n3 and members of etcd at n4 to n6,
+    let (_etcd, mut cluster) = apart(3);
     let (_, load) = serve(&cluster);
     // when all ways between n1 and etcd are cut,
-    let ways: Vec<Cut> = (4..=6)
-        .flat_map(|m| [(1, m), (m, 1)])
-        .map(|(from, to)| Cut {
-            from,
-            to,
-            how: How::Drop,
-        })
-        .collect();
-    let cut = |cluster: &Cluster| {
-        let network = cluster.network.as_ref().unwrap();
-        ways.iter().for_each(|way| network.cut(*way));
-    };
-    let heal = |cluster: &Cluster| {
-        let network = cluster.network.as_ref().unwrap();
-        ways.iter().for_each(|way| network.heal(*way));
-    };
-    cut(&cluster);
+    let ways = to_etcd(1, 3);
+    cut(&cluster, &ways);
     // then its load goes on, also when its connection is known to be dead,
     let done = cluster.run(1, "volume ls");
     assert_eq!(done.code, 12, "{done:?}");
@@ -214,7 +267,7 @@ fn a_node_that_is_cut_off_from_etcd_serves_on_until_a_copy_is_lost_and_again_whe
     cluster.ok(3, "volume inspect vm1");
     load.still_runs();
     // and when the ways are healed, everything goes on by itself.
-    heal(&cluster);
+    heal(&cluster, &ways);
     load.goes_on();
     cluster.start_node(2);
     all_is_well(&cluster, load, &["n1", "n2", "n3"]);
@@ -588,4 +641,142 @@ fn a_new_program_whose_etcd_vanishes_takes_the_machines_over_and_serves_them_lat
     cluster.wait_for(1, "vm1", "is well", |v| v["health"] == "healthy");
     cluster.detach(1, "vm1");
     cluster.copies_are_identical(1, "vm1");
+}
+
+#[test]
+fn a_creation_whose_creator_is_gone_for_good_is_given_up_by_the_others() {
+    // Given a creation that waits for n3, which does not hear of it,
+    let (_etcd, mut cluster) = apart(1);
+    let ways = to_etcd(3, 1);
+    cut(&cluster, &ways);
+    let mut command = cluster.begin(1, "volume create vm1 --size 32MiB --replicas 2");
+    let copies_on = |cluster: &Cluster, n| {
+        let volumes = cluster.data_dir(n).join("volumes");
+        std::fs::read_dir(volumes).map_or(0, Iterator::count)
+    };
+    eventually("n1 and n2 have made their copies", || {
+        [1, 2]
+            .iter()
+            .all(|n| copies_on(&cluster, *n) == 1)
+            .then_some(())
+    });
+    // when its creator dies and does not return,
+    cluster.kill(1);
+    assert!(!command.wait().unwrap().success());
+    heal(&cluster, &ways);
+    eventually("n3 makes its copy", || {
+        (copies_on(&cluster, 3) == 1).then_some(())
+    });
+    let again = "volume create vm1 --size 32MiB --replicas 1";
+    cluster.run(2, again).refused(9, &["vm1 exists already"]);
+    // then the others give it up after a while, and nothing is left of it,
+    eventually("the name is free", || {
+        (cluster.run(2, "volume inspect vm1").code == 8).then_some(())
+    });
+    let log = format!("{}{}", cluster.log(2), cluster.log(3));
+    assert!(
+        log.contains("n1, which created it, cannot be reached"),
+        "{log}"
+    );
+    eventually("n2 and n3 have no copies", || {
+        [2, 3]
+            .iter()
+            .all(|n| copies_on(&cluster, *n) == 0)
+            .then_some(())
+    });
+    cluster.ok(2, again);
+    cluster.ok(2, "volume rm vm1");
+    // not on the creator either, should it return.
+    cluster.start_node(1);
+    cluster.nothing_was_made(2);
+}
+
+#[test]
+fn nodes_prove_themselves_to_etcd_by_certificate_and_password_and_the_password_changes_meanwhile() {
+    // Given a cluster on a file, and an etcd that wants a certificate of our authority, a user and a password,
+    let pki = Pki::new();
+    let mut etcd = Etcd::start_tls(3, &pki);
+    etcd.guard("lockstep:first");
+    let mut cluster = Cluster::start_in(Path::new("/dev/shm"), 3);
+    let (socket, load) = serve(&cluster);
+    let oracle = load.finish().oracle;
+    for n in 1..=3 {
+        assert!(cluster.stop(n).success());
+    }
+    let from = format!("sqlite:{}", cluster.registry().display());
+    let to = etcd.location(&[1, 2, 3]);
+    let dir = cluster.dir.path().to_path_buf();
+    let file = credentials(&dir, "lockstep:first\n");
+    let client = pki.directory("client", "etcd", vec!["a node".into()]);
+    let tls = ["--tls-dir".to_string(), client.display().to_string()];
+    let user = ["--etcd-credentials".to_string(), file.display().to_string()];
+    let shown = [tls.clone(), user].concat();
+    let run = |words: &[&str], shown: &[String]| {
+        let done = lockstep().args(words).args(shown).output().unwrap();
+        let text = [done.stdout, done.stderr].concat();
+        (done.status.code(), String::from_utf8(text).unwrap())
+    };
+    // when its registry is moved there, and a machine looked at, with half of what is wanted, then it is said what lacks,
+    let migrate = ["registry", "migrate", &from, &to];
+    let here = format!("{}:5703", cluster.ip(9));
+    let http = format!("{}:5705", cluster.ip(9));
+    let new = dir.join("new").display().to_string();
+    let mut doctor = vec![
+        "doctor",
+        "--registry",
+        &to,
+        "--listen",
+        &here,
+        "--http",
+        &http,
+    ];
+    doctor.extend(["--data-dir", &new, "--run-dir", &new]);
+    for words in [&migrate[..], &doctor] {
+        for (shown, part) in [(&[][..], "--tls-dir"), (&tls, "give --etcd-credentials")] {
+            let (code, text) = run(words, shown);
+            assert!(code != Some(0) && text.contains(part), "{words:?}: {text}");
+        }
+    }
+    // and with all of it, it works.
+    let (code, text) = run(&migrate, &shown);
+    assert_eq!(code, Some(0), "{text}");
+    let (code, text) = run(&doctor, &shown);
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("3 nodes, 1 volumes"), "{text}");
+    cluster.registry_at = Some(to);
+    for n in 1..=3 {
+        let data = cluster.data_dir(n);
+        cluster.start_node_with(n, &data, &shown);
+    }
+    cluster.know_each_other();
+    let serves = |v: &Value| v["health"] == "healthy" && v["attachment"]["phase"] == "serving";
+    cluster.wait_for(1, "vm1", "serves", serves);
+    let load = Load::start(&socket, Plan::small(), oracle);
+    load.goes_on();
+    // When the password changes while nodes run,
+    etcd.change_password("lockstep", "second");
+    credentials(&dir, "lockstep:second\n");
+    // then they log in with the new one by themselves: people's commands work, also through a member that has forgotten them,
+    let make = |name: &str| {
+        eventually(&format!("{name} is made"), || {
+            let done = cluster.run(2, &format!("volume create {name} --size 32MiB"));
+            (done.code == 0).then_some(())
+        });
+    };
+    make("vm2");
+    for m in 1..=3 {
+        etcd.kill(m);
+        etcd.start_member(m);
+        etcd.await_member(m);
+    }
+    make("vm3");
+    // nodes are announced, and a lost copy is put out and comes back under load.
+    eventually("every node is announced", || {
+        let leases = etcd.ok(1, &["lease", "list"]);
+        leases.contains("found 3 leases").then_some(())
+    });
+    cluster.kill(3);
+    cluster.wait_for(1, "vm1", "is degraded", |v| v["health"] == "degraded");
+    cluster.start_node(3);
+    all_is_well(&cluster, load, &["n1", "n2", "n3"]);
 }

@@ -10,6 +10,7 @@ use std::process::Command;
 
 use cluster_support::client::{Load, Plan};
 use cluster_support::oracle::Oracle;
+use cluster_support::vm::Guest;
 use cluster_support::{Cluster, Done, copies, eventually, lockstep};
 use etcd_support::Etcd;
 use rusqlite::Connection;
@@ -256,6 +257,18 @@ fn a_cluster_moves_its_registry_to_etcd_and_goes_on_with_all_it_has() {
     let keys = etcd.ok(1, &["get", "--prefix", "/lockstep/default/", "--keys-only"]);
     let keys = keys.lines().filter(|line| !line.is_empty()).count();
     assert_eq!(keys, before.len());
+    // Before any node was started there is a way back, and forth again.
+    let undone = Connection::open(&registry).unwrap();
+    undone.execute("DROP TABLE moved", []).unwrap();
+    drop(undone);
+    etcd.ok(1, &["del", "--prefix", "/lockstep/default/"]);
+    cluster.start_node(1);
+    assert_eq!(cluster.json(1, "volume ls").as_array().unwrap().len(), 2);
+    assert!(cluster.stop(1).success());
+    let before = content(&registry);
+    let done = migrate(&from, &to);
+    assert_eq!((done.code, done.out.trim()), (0, to.as_str()), "{done:?}");
+    assert_eq!(content(&registry), before);
     // A node that is started on it by mistake says where the registry went, and so does another move.
     let moved = [&format!("was moved to {to}"), "--registry"];
     let arguments = cluster.node_arguments(1, &cluster.data_dir(1));
@@ -285,4 +298,117 @@ fn a_cluster_moves_its_registry_to_etcd_and_goes_on_with_all_it_has() {
     eventually("the old file is not touched", || {
         (content(&registry) == before).then_some(())
     });
+}
+
+#[test]
+fn a_move_that_etcds_end_interrupts_is_gone_on_with() {
+    // Given the registry of a cluster, with so many keys that moving them takes a while,
+    let mut etcd = Etcd::start(1);
+    let mut cluster = Cluster::start_in(Path::new("/dev/shm"), 1);
+    cluster.ok(1, "volume create vm1 --size 32MiB");
+    assert!(cluster.stop(1).success());
+    let file = Connection::open(cluster.registry()).unwrap();
+    let more = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)
+        INSERT INTO entries (key, value, revision)
+        SELECT 'spare/' || printf('%05d', i), zeroblob(100), 1 FROM n";
+    file.execute(more, []).unwrap();
+    drop(file);
+    let before = content(&cluster.registry());
+    let from = format!("sqlite:{}", cluster.registry().display());
+    let to = etcd.location(&[1]);
+    let moved = |etcd: &Etcd| {
+        let keys = etcd.ok(1, &["get", "--prefix", "/lockstep/default/", "--keys-only"]);
+        keys.lines().filter(|line| !line.is_empty()).count()
+    };
+    // when etcd dies in the middle,
+    let watched = etcd.open();
+    let mut command = lockstep();
+    command.args(["registry", "migrate", &from, &to]);
+    let mut child = command.spawn().unwrap();
+    while watched.list("").is_ok_and(|all| all.entries.is_empty()) {
+        let ended = child.try_wait().unwrap();
+        assert!(ended.is_none(), "{ended:?}");
+    }
+    etcd.kill(1);
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(12), "{status}");
+    // then the file is the registry still, and the same command goes on.
+    assert_eq!(content(&cluster.registry()), before);
+    etcd.start_member(1);
+    etcd.await_member(1);
+    let half = moved(&etcd);
+    assert!(
+        0 < half && half < before.len(),
+        "{half} of {}",
+        before.len()
+    );
+    let done = migrate(&from, &to);
+    assert_eq!((done.code, done.out.trim()), (0, to.as_str()), "{done:?}");
+    assert_eq!(moved(&etcd), before.len());
+    cluster.registry_at = Some(to);
+    cluster.start_node(1);
+    assert_eq!(cluster.json(1, "volume ls").as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn one_machine_becomes_many_under_its_running_virtual_machine() {
+    // Given one machine with a node of its own, a registry in a file, and a guest that writes and checks what it wrote,
+    let mut cluster = Cluster::empty_on_machines(Path::new("/dev/shm"), 4);
+    cluster.alone = true;
+    cluster.start_node(1);
+    let create = "--size 512MiB --suspend-deadline 10m";
+    let socket = cluster.serve("vm1", create, "--node n1");
+    let console = cluster.dir.path().join("console");
+    let mut guest = Guest::boot(&socket, "demo", &["seconds=45"], &console);
+    let writes_on = |guest: &mut Guest| {
+        let goal = guest.steps() + 3;
+        eventually("the guest writes", || {
+            (guest.steps() >= goal || guest.is_content()).then_some(())
+        });
+    };
+    writes_on(&mut guest);
+    // when etcd is set up on three others, the node stopped, its registry moved, and the node started where others reach it,
+    let network = cluster.network.as_ref().unwrap();
+    let places: Vec<String> = (2..=4).map(|n| network.namespace(n)).collect();
+    let etcd = Etcd::start_at(
+        (2..=4).map(|n| network.address(n)).collect(),
+        Box::new(move |m, program| {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", &places[m - 1]]).arg(program);
+            command
+        }),
+    );
+    assert!(cluster.stop(1).success());
+    let from = format!("sqlite:{}", cluster.registry().display());
+    let to = etcd.location(&[1, 2, 3]);
+    let network = cluster.network.as_ref().unwrap();
+    let mut migrate = network.command(1, &cluster_support::binary());
+    let moved = migrate.args(["registry", "migrate", &from, &to]).output();
+    let moved = moved.unwrap();
+    assert!(moved.status.success(), "{moved:?}");
+    (cluster.alone, cluster.registry_at) = (false, Some(to));
+    cluster.start_node(1);
+    // then the guest goes on;
+    served_again(&cluster, "vm1");
+    writes_on(&mut guest);
+    // other machines join, and the volume spreads over them and leaves the first,
+    for n in 2..=4 {
+        cluster.start_node(n);
+    }
+    cluster.know_each_other();
+    cluster.ok(2, "volume update vm1 --replicas 1");
+    cluster.wait_for(1, "vm1", "has two copies", |v| {
+        v["health"] == "healthy" && copies(v, "in_sync").len() == 2
+    });
+    cluster.ok(3, "node drain n1");
+    let volume = cluster.wait_for(1, "vm1", "has two copies elsewhere", |v| {
+        let places = copies(v, "in_sync");
+        v["health"] == "healthy" && places.len() == 2 && !places.contains(&"n1".into())
+    });
+    assert_eq!(volume["attachment"]["node"], "n1");
+    // and the guest finds all that it wrote.
+    eventually("the guest's verdict", || guest.is_content().then_some(()));
+    eventually("the guest is off", || guest.is_off().then_some(()));
+    cluster.detach(1, "vm1");
+    assert_eq!(cluster.copies_are_identical(1, "vm1").len(), 2);
 }

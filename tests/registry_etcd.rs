@@ -6,14 +6,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use etcd_support::{Etcd, PATIENCE, append, eventually};
+use etcd_support::{Etcd, PATIENCE, Pki, append, eventually};
 use lockstep::registry::{
     Access, CasError, Event, Listing, Location, Registry, RegistryError, Revision, Watch,
     WatchError,
@@ -462,11 +461,8 @@ fn an_announcement_survives_a_member_and_comes_back_after_etcd_was_away_for_long
 }
 
 fn credentials(dir: &Path, text: &str) -> Access {
-    let path = dir.join("etcd-user");
-    fs::write(&path, text).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     Access {
-        credentials: Some(path),
+        credentials: Some(etcd_support::credentials(dir, text)),
         ..Access::default()
     }
 }
@@ -475,32 +471,18 @@ fn credentials(dir: &Path, text: &str) -> Access {
 fn a_user_and_password_are_shown_where_etcd_asks_for_them() {
     let mut etcd = Etcd::start(1);
     let dir = tempfile::tempdir().unwrap();
-    let (stranger, open) = (etcd.open(), |access: &Access| etcd.open_with(&[1], access));
+    let stranger = etcd.open();
     // A client that has a password works with an etcd that does not ask for one,
-    let ours = open(&credentials(dir.path(), "lockstep:secret:1\n")).unwrap();
+    let access = credentials(dir.path(), "lockstep:secret:1\n");
+    let ours = etcd.open_with(&[1], &access).unwrap();
     let one = ours.cas("k", None, Some(b"1")).unwrap();
     // and still does when it begins to.
-    etcd.ok(1, &["role", "add", "disks"]);
-    let prefix = "/lockstep/default/";
+    etcd.guard("lockstep:secret:1");
+    let open = |access: &Access| etcd.open_with(&[1], access);
     etcd.ok(
         1,
-        &[
-            "role",
-            "grant-permission",
-            "disks",
-            "--prefix=true",
-            "readwrite",
-            prefix,
-        ],
+        &["user", "add", "nobody", "--new-user-password", "secret"],
     );
-    for user in ["root:root", "lockstep:secret:1", "nobody:secret"] {
-        let (name, password) = user.split_once(':').unwrap();
-        etcd.ok(1, &["user", "add", name, "--new-user-password", password]);
-    }
-    etcd.ok(1, &["role", "add", "root"]);
-    etcd.ok(1, &["user", "grant-role", "root", "root"]);
-    etcd.ok(1, &["user", "grant-role", "lockstep", "disks"]);
-    etcd.ok(1, &["auth", "enable"]);
     let two = ours.cas("k", Some(one), Some(b"2")).unwrap();
     let watch = ours.watch("", one).unwrap();
     assert_eq!(collect(&watch, 1)[0].revision, two);
@@ -542,53 +524,10 @@ fn a_user_and_password_are_shown_where_etcd_asks_for_them() {
     announced(&*ours, "the user is still announced", &["n1"]);
 }
 
-/// Certificates for a TLS etcd on loopback addresses, and directories for its clients.
-struct Pki {
-    dir: tempfile::TempDir,
-    ca: rcgen::CertifiedIssuer<'static, rcgen::KeyPair>,
-}
-
-impl Pki {
-    fn new() -> Pki {
-        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let key = rcgen::KeyPair::generate().unwrap();
-        Pki {
-            dir: tempfile::tempdir().unwrap(),
-            ca: rcgen::CertifiedIssuer::self_signed(params, key).unwrap(),
-        }
-    }
-
-    /// A directory with our authority, and a certificate for `names` under this file name.
-    fn directory(&self, name: &str, files: &str, names: Vec<String>) -> std::path::PathBuf {
-        let dir = self.dir.path().join(name);
-        fs::create_dir_all(&dir).unwrap();
-        let params = rcgen::CertificateParams::new(names).unwrap();
-        let key = rcgen::KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.ca).unwrap();
-        fs::write(dir.join("etcd-ca.pem"), self.ca.pem()).unwrap();
-        fs::write(dir.join(format!("{files}.pem")), certificate.pem()).unwrap();
-        fs::write(dir.join(format!("{files}-key.pem")), key.serialize_pem()).unwrap();
-        dir
-    }
-}
-
 #[test]
 fn tls_proves_each_side_to_the_other() {
     let pki = Pki::new();
-    let all: Vec<String> = (1..=250).map(|b| format!("127.120.{b}.1")).collect();
-    let server = pki.directory("server", "etcd", all);
-    let file = |name: &str| server.join(name).display().to_string();
-    let etcd = Etcd::start_with(
-        1,
-        "https",
-        &[
-            format!("--cert-file={}", file("etcd.pem")),
-            format!("--key-file={}", file("etcd-key.pem")),
-            format!("--trusted-ca-file={}", file("etcd-ca.pem")),
-            "--client-cert-auth".into(),
-        ],
-    );
+    let etcd = Etcd::start_tls(1, &pki);
     let access = |dir: &Path| Access {
         tls_dir: Some(dir.into()),
         ..Access::default()

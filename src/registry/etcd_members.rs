@@ -376,6 +376,12 @@ impl Members {
     /// What etcd said, and what to do about it.
     fn advice(&self, code: Code, why: &str) -> String {
         match code {
+            // Our certificate's name was taken for the user.
+            Code::PERMISSION_DENIED if self.credentials.is_none() => format!(
+                "{why}; give --etcd-credentials FILE, or the user of our certificate's name a role: etcdctl role \
+                 grant-permission ROLE --prefix=true readwrite {}",
+                self.prefix
+            ),
             Code::PERMISSION_DENIED => format!(
                 "{why}; grant our user's role: etcdctl role grant-permission ROLE --prefix=true readwrite {}",
                 self.prefix

@@ -19,6 +19,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
+use super::etcd_proto::AUTHENTICATE;
+
 /// The longest message taken, in bytes: a listing of some ten thousand volumes. More is a fault of the other end.
 const MESSAGE_MAX: usize = 64 << 20;
 /// What one stream may have on its way to us, in bytes. A watch whose reader is slow holds this much.
@@ -177,11 +179,13 @@ impl Channel {
         if let Some(patience) = patience {
             request = request.header("grpc-timeout", format!("{}m", patience.as_millis()));
         }
+        // A log-in shows no token: etcd refuses whoever comes with one that it does not know any more, a new password or not.
         let token = self
             .token
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+            .clone()
+            .filter(|_| path != AUTHENTICATE);
         if let Some(token) = token {
             request = request.header("token", token);
         }

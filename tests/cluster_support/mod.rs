@@ -128,6 +128,8 @@ pub struct Cluster {
     pub at: BTreeMap<usize, usize>,
     /// Nodes that are started from now on are known to others by their machines' names, and by nothing else.
     pub by_name: bool,
+    /// Nodes that are started from now on are alone on their machine: by its loopback address.
+    pub alone: bool,
 }
 
 impl Cluster {
@@ -161,6 +163,7 @@ impl Cluster {
             moved_by: 0,
             at: BTreeMap::new(),
             by_name: false,
+            alone: false,
         }
     }
 
@@ -214,6 +217,9 @@ impl Cluster {
     /// 127.A.B.n, or the network's own.
     pub fn ip(&self, n: usize) -> String {
         let n = self.place(n);
+        if self.alone {
+            return "127.0.0.1".into();
+        }
         match &self.network {
             Some(network) => network.address(n),
             None => {

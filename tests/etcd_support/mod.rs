@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -40,6 +42,10 @@ pub struct Etcd {
     extra: Vec<String>,
     scheme: &'static str,
     launch: Option<Launch>,
+    /// A client's certificate, for etcdctl.
+    tls: Option<PathBuf>,
+    /// Whom etcdctl is.
+    user: Option<&'static str>,
     _lock: Option<File>,
 }
 
@@ -51,14 +57,64 @@ impl Etcd {
 
     /// The same with more arguments, and `https` if these say so.
     pub fn start_with(members: usize, scheme: &'static str, extra: &[String]) -> Etcd {
+        let mut etcd = Etcd::made(members, scheme, extra);
+        etcd.start_all();
+        etcd
+    }
+
+    fn made(members: usize, scheme: &'static str, extra: &[String]) -> Etcd {
         let (block, lock) = claim();
         let addresses = (1..=members)
             .map(|m| format!("127.120.{block}.{m}"))
             .collect();
         let mut etcd = Etcd::at(addresses, scheme, extra, None);
         etcd._lock = Some(lock);
+        etcd
+    }
+
+    /// Running members that speak TLS and want a certificate of each client.
+    pub fn start_tls(members: usize, pki: &Pki) -> Etcd {
+        let hosts =
+            (1..=BLOCKS).flat_map(|b| (1..=members).map(move |m| format!("127.120.{b}.{m}")));
+        let server = pki.directory("server", "etcd", hosts.collect());
+        let file = |name: &str| server.join(name).display().to_string();
+        let mut etcd = Etcd::made(
+            members,
+            "https",
+            &[
+                format!("--cert-file={}", file("etcd.pem")),
+                format!("--key-file={}", file("etcd-key.pem")),
+                format!("--trusted-ca-file={}", file("etcd-ca.pem")),
+                "--client-cert-auth".into(),
+            ],
+        );
+        // Without a name, which etcd would take for a user.
+        etcd.tls = Some(pki.directory("ctl", "etcd", Vec::new()));
         etcd.start_all();
         etcd
+    }
+
+    /// Asks for users and passwords from now on, and lets this one use the keys of a cluster.
+    pub fn guard(&mut self, ours: &str) {
+        let (name, password) = ours.split_once(':').expect("USER:PASSWORD");
+        let line = |line: &str| drop(self.ok(1, &line.split(' ').collect::<Vec<_>>()));
+        line("role add disks");
+        line("role grant-permission disks --prefix=true readwrite /lockstep/default/");
+        line("user add root --new-user-password root");
+        line("role add root");
+        line("user grant-role root root");
+        self.ok(1, &["user", "add", name, "--new-user-password", password]);
+        self.ok(1, &["user", "grant-role", name, "disks"]);
+        self.ok(1, &["auth", "enable"]);
+        self.user = Some("root:root");
+    }
+
+    /// Gives a user another password.
+    pub fn change_password(&self, user: &str, password: &str) {
+        let mut command = self.command(1, &["user", "passwd", user, "--interactive=false"]);
+        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+        writeln!(child.stdin.take().unwrap(), "{password}").unwrap();
+        assert!(child.wait().unwrap().success());
     }
 
     /// Members at these addresses, started by `launch`.
@@ -85,6 +141,8 @@ impl Etcd {
             extra: extra.to_vec(),
             scheme,
             launch,
+            tls: None,
+            user: None,
             _lock: None,
         }
     }
@@ -184,11 +242,6 @@ impl Etcd {
             let child = self.children[m - 1].as_mut().unwrap();
             let ended = child.try_wait().unwrap();
             assert!(ended.is_none(), "m{m} ended: {ended:?}");
-            // etcdctl has no certificates for one that speaks TLS.
-            if self.scheme == "https" {
-                let address = format!("{}:2379", self.addresses[m - 1]);
-                return std::net::TcpStream::connect(&address).ok().map(drop);
-            }
             self.status(m)?["leader"]
                 .as_u64()
                 .filter(|l| *l != 0)
@@ -305,17 +358,30 @@ impl Etcd {
 
     /// etcd's own command line, asking member m.
     pub fn ctl(&self, m: usize, arguments: &[&str]) -> Output {
+        self.command(m, arguments).output().unwrap()
+    }
+
+    fn command(&self, m: usize, arguments: &[&str]) -> Command {
         let program = Path::new("etcdctl");
         let mut command = match &self.launch {
             Some(launch) => launch(m, program),
             None => Command::new(program),
         };
+        command.args(["--endpoints", &self.url(m), "--command-timeout", "5s"]);
+        if let Some(dir) = &self.tls {
+            for (flag, file) in [
+                ("--cacert", "etcd-ca.pem"),
+                ("--cert", "etcd.pem"),
+                ("--key", "etcd-key.pem"),
+            ] {
+                command.arg(flag).arg(dir.join(file));
+            }
+        }
+        if let Some(user) = self.user {
+            command.args(["--user", user]);
+        }
+        command.args(arguments).env("ETCDCTL_API", "3");
         command
-            .args(["--endpoints", &self.url(m), "--command-timeout", "5s"])
-            .args(arguments)
-            .env("ETCDCTL_API", "3")
-            .output()
-            .unwrap()
     }
 
     #[track_caller]
@@ -348,6 +414,45 @@ impl Drop for Etcd {
             }
         }
     }
+}
+
+/// Certificates for a TLS etcd on loopback addresses, and directories for its clients.
+pub struct Pki {
+    dir: tempfile::TempDir,
+    pub ca: rcgen::CertifiedIssuer<'static, rcgen::KeyPair>,
+}
+
+impl Pki {
+    pub fn new() -> Pki {
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().unwrap();
+        Pki {
+            dir: tempfile::tempdir().unwrap(),
+            ca: rcgen::CertifiedIssuer::self_signed(params, key).unwrap(),
+        }
+    }
+
+    /// A directory with our authority, and a certificate for `names` under this file name.
+    pub fn directory(&self, name: &str, files: &str, names: Vec<String>) -> PathBuf {
+        let dir = self.dir.path().join(name);
+        fs::create_dir_all(&dir).unwrap();
+        let params = rcgen::CertificateParams::new(names).unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.ca).unwrap();
+        fs::write(dir.join("etcd-ca.pem"), self.ca.pem()).unwrap();
+        fs::write(dir.join(format!("{files}.pem")), certificate.pem()).unwrap();
+        fs::write(dir.join(format!("{files}-key.pem")), key.serialize_pem()).unwrap();
+        dir
+    }
+}
+
+/// A file with `USER:PASSWORD`, as nodes take it.
+pub fn credentials(dir: &Path, text: &str) -> PathBuf {
+    let path = dir.join("etcd-user");
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    path
 }
 
 /// Whoever holds the lock on the block's file has the addresses 127.120.BLOCK.x.
