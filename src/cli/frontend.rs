@@ -101,7 +101,9 @@ fn qemu_version() -> String {
 /// there is since 9.2. Where nothing is known the first, as scripts know it.
 fn reconnect(version: &str) -> &'static str {
     let numbers = version.strip_prefix("QEMU emulator version ").map(|rest| {
-        let mut parts = rest.split(['.', ' ']).map(|part| part.parse().ok());
+        let mut parts = rest
+            .split(|c: char| !c.is_ascii_digit())
+            .map(|part| part.parse().ok());
         (parts.next().flatten(), parts.next().flatten())
     });
     match numbers {
