@@ -345,6 +345,42 @@ fn a_node_that_starts_without_etcd_says_so_to_whoever_asks() {
     });
 }
 
+#[test]
+fn a_registry_that_comes_back_empty_is_left_alone_and_the_node_waits_on() {
+    // Given a node of a cluster that begins while its registry is away,
+    let mut etcd = Etcd::start(1);
+    let mut cluster = cluster(&etcd, &[1], 1);
+    assert!(cluster.stop(1).success());
+    let saved = cluster.dir.path().join("saved");
+    etcd.ok(1, &["snapshot", "save", saved.to_str().unwrap()]);
+    etcd.ok(1, &["del", "--prefix", "/lockstep/"]);
+    etcd.kill(1);
+    cluster.spawn_node(1);
+    waits(&cluster, &etcd);
+    // when that comes back without a record, then the node says so, makes none, and waits on;
+    etcd.start_member(1);
+    eventually("n1 says what is wrong", || {
+        let health = ask(&cluster, 1, "/healthz")?;
+        assert_eq!(health["status"], "waiting", "{health}");
+        let why = health["why"].as_str().unwrap();
+        (why.contains("the registry is empty") && why.contains("restore")).then_some(())
+    });
+    let records = ["get", "--prefix", "--keys-only", "/lockstep/"];
+    assert_eq!(etcd.ok(1, &records).trim(), "");
+    assert!(cluster.is_alive(1));
+    // and when it is restored, the node is of its cluster again.
+    etcd.kill(1);
+    etcd.restore(&saved);
+    eventually("n1 answers", || cluster.answers(1).then_some(()));
+    // One that begins with an empty registry there does not begin.
+    assert!(cluster.stop(1).success());
+    etcd.ok(1, &["del", "--prefix", "/lockstep/"]);
+    let arguments = cluster.node_arguments(1, &cluster.data_dir(1));
+    let done = cluster.node_that_must_not_start(&arguments);
+    done.refused(11, &["the registry is empty", "--data-dir"]);
+    assert_eq!(etcd.ok(1, &records).trim(), "");
+}
+
 /// The size that the front-end is shown, in bytes.
 fn capacity(vm: &mut Vm) -> u64 {
     let (_, config) = vm.frontend.get_config(0, 8, CONFIG, &[0; 8]).unwrap();
