@@ -235,6 +235,32 @@ impl World {
         }
     }
 
+    /// The copy on `n` comes back: whether it has something of its own that nothing but its own log names.
+    pub fn note_returning(&mut self, n: usize) {
+        let (disk, id) = (self.disk(n), self.disk(n).copy_id());
+        if disk.log_lost || !self.comes_back_by_delta(n) {
+            return;
+        }
+        let per_region = (REGION / SECTOR) as usize;
+        let alone = self.in_sync().into_iter().any(|y| {
+            let other = self.disk(y);
+            let all = disk.cache.len().min(other.cache.len());
+            let unknown = |r: &&Region| !other.is_logged(**r);
+            disk.log.iter().filter(unknown).any(|r| {
+                let first = r.0 as usize * per_region;
+                let span = first.min(all)..(first + per_region).min(all);
+                (span.start / PER_CHUNK..span.end.div_ceil(PER_CHUNK)).any(|chunk| {
+                    let span = chunk * PER_CHUNK..((chunk + 1) * PER_CHUNK).min(all);
+                    !same(disk, other, span) && !self.marks(y, id, chunk)
+                })
+            })
+        });
+        if alone {
+            self.seen
+                .count("returning copy with what only its log names");
+        }
+    }
+
     /// As [`Self::check_differences`], of all copies.
     pub fn check_all_differences(&self, rule: &str) {
         (0..self.nodes.len()).for_each(|n| self.check_differences(n, rule));

@@ -44,6 +44,8 @@ pub struct Weather {
     pub rot: bool,
     /// The longest, in ms, that news of a changed record are on their way.
     pub watch_lag: u64,
+    /// The guest writes here for a while, then there.
+    pub wanders: bool,
     /// The guest writes on while copies are brought up to date at the end.
     pub constant: bool,
     /// The operator scrubs now and then.
@@ -190,7 +192,8 @@ impl World {
             }
             Fault::Isolate => {
                 let Some(a) = self.live() else { return };
-                let (alone, until) = (self.atts[a].node, self.now + 8_000 * MS);
+                // The copies' grace, and twice the wait for the copy that is away with it: then another one serves, without that copy.
+                let (alone, until) = (self.atts[a].node, self.now + 12_000 * MS);
                 self.atts[a].isolated = true;
                 if self.rng.one_in(2) {
                     // It sleeps through its own succession. The answers to its last reads wait for it to wake (S8).
@@ -203,6 +206,10 @@ impl World {
                         self.partitions.cut(alone, other, until);
                     }
                     self.isolated = (alone, until);
+                    // What it writes now nobody else has, and no log but its own copy's names where (S11).
+                    if self.nodes[alone].paused_until <= self.now && !self.atts[a].leaving {
+                        self.write_alone(a);
+                    }
                 }
                 for ms in [2_900, 3_100, 3_400, 4_000, 5_000] {
                     let n = self.rng.below(self.nodes.len() as u64) as usize;
@@ -210,6 +217,17 @@ impl World {
                 }
             }
         }
+    }
+
+    fn write_alone(&mut self, a: usize) {
+        let all = self.atts[a].machine.record().size / SECTOR;
+        for _ in 0..4 {
+            let offset = self.rng.below(all - 16) * SECTOR;
+            let (len, fua) = (4 * SECTOR as u32, self.fua);
+            let span = Span { offset, len };
+            self.submit(a, Op::Write { span, fua }, Some(4));
+        }
+        self.pump(self.atts[a].node);
     }
 
     fn read_before_sleep(&mut self, a: usize) {

@@ -10,6 +10,9 @@ use super::disk::{Stamps, sectors};
 use super::oracle::Moment;
 use super::world::{Ev, MS, World};
 
+/// How long a guest that wanders stays.
+const WANDERS: u64 = 1_500 * MS;
+
 pub struct Asked {
     pub op: Op,
     pub start: Moment,
@@ -32,9 +35,18 @@ impl World {
             self.budget = self.budget.saturating_sub(1);
             // What the guest of this attachment was told; the record may say more already.
             let all = self.atts[a].machine.record().size / SECTOR;
-            let hot: Vec<usize> = (self.hot.iter().copied())
-                .filter(|s| *s as u64 + 16 <= all)
-                .collect();
+            // One that wanders leaves regions alone for long enough that they leave the logs, and comes back to them.
+            let from = (self.now / WANDERS) as usize * 2 % self.hot.len();
+            let near = self.hot.iter().cycle().skip(from).take(2);
+            let mut hot: Vec<usize> = if self.weather.wanders {
+                near.copied().collect()
+            } else {
+                self.hot.clone()
+            };
+            hot.retain(|s| *s as u64 + 16 <= all);
+            if hot.is_empty() {
+                continue;
+            }
             let start = self.rng.pick(&hot) as u64 + self.rng.below(10);
             let len = if self.rng.one_in(12) {
                 64

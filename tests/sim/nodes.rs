@@ -221,8 +221,10 @@ impl World {
                 self.check_reply(n, &message);
                 match &message {
                     Message::PromiseAck(disk) if !disk.probe => self.nodes[n].fenced = true,
-                    Message::AttachAck { .. } | Message::SyncReady { .. } => {
-                        self.nodes[n].fenced = false
+                    Message::AttachAck { .. } => self.nodes[n].fenced = false,
+                    Message::SyncReady { .. } => {
+                        self.nodes[n].fenced = false;
+                        self.note_returning(n);
                     }
                     Message::Nack(refusal) => {
                         self.say(|_| format!("copy {n}: session {}: {refusal}", session.0));

@@ -34,6 +34,8 @@ impl World {
             8 * CHUNK,
             REGION + 4 * CHUNK,
             2 * REGION + SECTOR * 24,
+            // Larger than what the guest writes about: regions that no log names.
+            4 * REGION + 3 * CHUNK,
         ]);
         let wanted = (copies - 1) as u8;
         let mode = rng.pick(&[
@@ -128,6 +130,7 @@ impl World {
             writeback: !rng.one_in(6),
             rot: rng.one_in(3),
             watch_lag: rng.pick(&[0, 0, 4_000]),
+            wanders: rng.one_in(2),
             constant: rng.one_in(3),
             scrub: rng.one_in(2),
             scrub_repairs: rng.one_in(2),

@@ -61,7 +61,6 @@ pub const DEMANDED: &[&str] = &[
     "ejection",
     "ambiguous CAS",
     "read held back by an expired lease",
-    "read held back after a newer one served",
     "isolated attachment fenced",
     "second attach refused by a copy",
     "attach with one copy left",
