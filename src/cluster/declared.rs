@@ -11,7 +11,7 @@ use super::create::{CreateRequest, create};
 use super::fault::{Code, Fault};
 use super::model::{Desired, Labels};
 use super::plane::{Found, Plane};
-use super::settings::{Wishes, parse_failure_mode, show_failure_mode};
+use super::settings::{Wishes, parse_failure_mode};
 use super::units::show_size;
 
 /// Pause before a volume that could not be served is tried again: other nodes may still be starting. It doubles up to
@@ -174,8 +174,8 @@ fn differences(wanted: &Serve, found: &Found) -> Vec<String> {
     {
         differences.push(format!(
             "its failure mode is {}, not {}",
-            show_failure_mode(record.failure_mode),
-            show_failure_mode(mode)
+            record.failure_mode,
+            mode
         ));
     }
     differences

@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 use super::fault::Fault;
 use super::host::{AttachmentStatus, CopyState, Phase};
 use super::model::Desired;
-use super::settings::show_failure_mode;
 use super::units::show_size;
 use crate::replication::ids::NodeName;
 use crate::replication::record::{CopyEntry, CopyStatus, Record, State};
@@ -231,7 +230,7 @@ fn detached(facts: &Facts<'_>) -> (Health, String) {
 fn suspended(record: &Record, in_sync: usize) -> String {
     format!(
         "failure mode {} forbids serving with {} of {} replicas",
-        show_failure_mode(record.failure_mode),
+        record.failure_mode,
         in_sync.saturating_sub(1),
         record.replicas_wanted
     )

@@ -17,7 +17,6 @@ use super::membership::{self, Known, choose_leaving};
 use super::model::VolumeName;
 use super::placement::{Beside, Candidate, NoPlace, Placement, Wanted, fitness, place};
 use super::plane::{Found, Plane, whole_volumes};
-use super::settings::show_failure_mode;
 use super::snapshot::Snapshot;
 use super::store::{Race, Registrar};
 use crate::replication::failure_mode::FailureMode;
@@ -247,7 +246,7 @@ pub(super) fn may_serve(found: &Found, next: &Record, around: &Around) -> Result
         "volume {name} has {} of {} replicas in sync, with which failure mode {} would suspend it",
         in_sync.saturating_sub(1),
         next.replicas_wanted,
-        show_failure_mode(mode)
+        mode
     ));
     if next.replicas_wanted <= now.replicas_wanted {
         return Err(fault.hint(

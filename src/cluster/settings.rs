@@ -123,7 +123,7 @@ impl Wishes {
             (mode, None) => Ok(mode),
             (mode, Some(_)) => Err(Fault::input(format!(
                 "a failure tolerance means nothing with the failure mode {}",
-                show_failure_mode(mode)
+                mode
             ))
             .hint("use --failure-mode soft, or leave --failure-tolerance out")),
         }
@@ -166,16 +166,6 @@ pub fn parse_failure_mode(text: &str) -> Result<FailureMode, Fault> {
                 "'{text}' is not a failure mode: use hard, soft, alwayson or a tolerance of 0 to {REPLICAS_MAX}"
             ))),
         },
-    }
-}
-
-/// `hard`, `soft`, `soft(2)`, `alwayson`.
-pub fn show_failure_mode(mode: FailureMode) -> String {
-    match mode {
-        FailureMode::Hard => "hard".into(),
-        FailureMode::Soft(None) => "soft".into(),
-        FailureMode::Soft(Some(t)) => format!("soft({t})"),
-        FailureMode::AlwaysOn => "alwayson".into(),
     }
 }
 

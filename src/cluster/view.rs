@@ -19,7 +19,6 @@ use super::nodes::{closed, shared};
 use super::plane::whole_volumes;
 use super::reach::Way;
 use super::scrub::{self, ScrubView};
-use super::settings::show_failure_mode;
 use super::sight::{self, Sight};
 use super::snapshot::Snapshot;
 use super::units::show_time;
@@ -357,7 +356,7 @@ pub fn volume(spec: &VolumeSpec, record: &Record, live: &Live) -> VolumeView {
         created_ms: spec.created,
         replicas: record.replicas_wanted,
         replicas_in_sync: in_sync.saturating_sub(1),
-        failure_mode: show_failure_mode(record.failure_mode),
+        failure_mode: record.failure_mode.to_string(),
         failure_tolerance: match record.failure_mode {
             FailureMode::Soft(tolerance) => {
                 Some(tolerance.unwrap_or(match record.replicas_wanted {

@@ -1,5 +1,7 @@
 //! When a volume with fewer replicas than asked for may still serve: one pure function (PROTOCOL 7).
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// What the operator chose.
@@ -12,6 +14,18 @@ pub enum FailureMode {
     Soft(Option<u8>),
     /// Any copy in sync is enough.
     AlwaysOn,
+}
+
+/// As people type it: `hard`, `soft`, `soft(2)`, `alwayson`.
+impl fmt::Display for FailureMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hard => f.write_str("hard"),
+            Self::Soft(None) => f.write_str("soft"),
+            Self::Soft(Some(t)) => write!(f, "soft({t})"),
+            Self::AlwaysOn => f.write_str("alwayson"),
+        }
+    }
 }
 
 impl FailureMode {

@@ -673,7 +673,7 @@ impl<D: Payload> Attachment<D> {
         }
         if !self.mode_serves() {
             return Some(format!(
-                "{} copies are in sync where {} replicas are asked for, which the failure mode {:?} does not allow",
+                "{} copies are in sync where {} replicas are asked for, which the failure mode {} does not allow",
                 self.in_sync.len(),
                 self.record.replicas_wanted,
                 self.record.failure_mode
