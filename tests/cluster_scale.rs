@@ -88,7 +88,10 @@ fn an_idle_cluster_leaves_the_registry_alone_however_many_volumes_there_are() {
     // Nor does somebody who scrapes metrics ask it anything.
     let before = etcd_requests(&etcd.url(1));
     let texts = NODES.map(|n| get(&cluster, n, "/metrics").unwrap());
-    let volumes: f64 = texts.iter().map(|text| sum(text, "lockstep_volume_health")).sum();
+    let volumes: f64 = texts
+        .iter()
+        .map(|text| sum(text, "lockstep_volume_health"))
+        .sum();
     assert_eq!(volumes, MANY as f64, "each is spoken of by one node");
     let ranges = |all: &BTreeMap<String, f64>| all.get("Range").copied().unwrap_or(0.0);
     let asked = ranges(&etcd_requests(&etcd.url(1))) - ranges(&before);

@@ -174,8 +174,7 @@ fn differences(wanted: &Serve, found: &Found) -> Vec<String> {
     {
         differences.push(format!(
             "its failure mode is {}, not {}",
-            record.failure_mode,
-            mode
+            record.failure_mode, mode
         ));
     }
     differences

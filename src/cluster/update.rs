@@ -13,7 +13,7 @@ use super::model::{Labels, RuleRecord, VolumeName, VolumeSpec, values};
 use super::plane::{Found, Plane};
 use super::replicas::{Around, may_serve, resize};
 use super::rules;
-use super::settings::{Wishes, check_size, show_failure_mode};
+use super::settings::{Wishes, check_size};
 use super::store::Race;
 use super::units::{show_size, wall_ms};
 use crate::replication::record::{Growth, Record, State};
@@ -174,11 +174,7 @@ fn change_record(
     }
     let mode = wishes.failure_mode(record.failure_mode)?;
     if mode != record.failure_mode {
-        changes.push(format!(
-            "failure mode {} -> {}",
-            show_failure_mode(record.failure_mode),
-            show_failure_mode(mode)
-        ));
+        changes.push(format!("failure mode {} -> {}", record.failure_mode, mode));
         record.failure_mode = mode;
     }
     if let Some(replicas) = wishes.replicas()?
