@@ -12,9 +12,10 @@ use std::sync::{Arc, Mutex};
 
 use cluster_support::client::{Disk, KIB, Load, MIB, Plan};
 use cluster_support::oracle::Oracle;
-use cluster_support::{Cluster, eventually};
+use cluster_support::{Cluster, eventually, lockstep};
 use lockstep::replication::ids::{BootId, ClusterId, CopyId, Instance, NodeName, VolumeId};
 use lockstep::wire::hello::{Answer, Hello, Purpose, Reason, VERSIONS};
+use serde_json::Value;
 
 const SIZE: u64 = 32 * MIB as u64;
 
@@ -236,6 +237,16 @@ fn nobody_gets_in_without_a_certificate_of_the_cluster_for_its_name() {
     arguments.extend(tls_dir(&mistaken));
     let done = cluster.node_that_must_not_start(&arguments);
     done.refused(10, &["--tls-dir", "not of node n3", "DNS:n3"]);
+    let doctor = |name: &str| {
+        let mut command = lockstep();
+        command
+            .args(["doctor", "--name", name, "-o", "json"])
+            .args(tls_dir(&mistaken));
+        let checks: Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
+        let all = checks.as_array().unwrap();
+        all.iter().find(|c| c["check"] == "certificate").unwrap()["outcome"].clone()
+    };
+    assert_eq!([doctor("n3"), doctor("n4")], ["fail", "ok"]);
     let key = mistaken.join("node-key.pem");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
     let done = cluster.node_that_must_not_start(&arguments);

@@ -31,6 +31,7 @@ use crate::cluster::store::Store;
 use crate::cluster::units::{show_size, wall_ms};
 use crate::registry::Location;
 use crate::replication::ids::NodeName;
+use crate::wire::tls::has_keys;
 
 const EXAMPLE: &str = "Examples:\n  lockstep doctor\n  \
     lockstep doctor --config /etc/lockstep/node.toml\n  \
@@ -60,6 +61,8 @@ const FAST_CLOCKS: [&str; 5] = [
 ];
 /// Where the data of a direct read or write must begin, in memory and on the disk.
 const BLOCK: usize = 4096;
+/// The name of a node that is not given one.
+const NOBODY: &str = "doctor";
 /// How long whoever answers on a port has to do so.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -123,8 +126,8 @@ pub(super) fn run(command: Command, global: &Global) -> Result<(), Failure> {
         Some(path) => command.flags.or(Flags::of_file(path)?),
         None => command.flags,
     };
-    // What is checked does not depend on the name.
-    let config = flags.named("doctor").config()?;
+    // Only what a certificate is for depends on the name.
+    let config = flags.named(NOBODY).config()?;
     let checks = checks(&config);
     print(global.output, &checks, |checks| table(checks))?;
     let failed: Vec<&str> = checks
@@ -170,6 +173,7 @@ fn checks(config: &NodeConfig) -> Vec<Check> {
     ));
     checks.push(port("HTTP port", "--http", config.http, config.http));
     checks.extend(node(config.http));
+    checks.extend(certificate(config));
     let (registry, nodes) = registry(config);
     checks.push(registry);
     checks.push(clock_source(
@@ -178,6 +182,28 @@ fn checks(config: &NodeConfig) -> Vec<Check> {
     ));
     checks.push(clock(&nodes));
     checks
+}
+
+/// Whether the node can prove who it is, if it is to.
+fn certificate(config: &NodeConfig) -> Option<Check> {
+    let dir = config
+        .access
+        .tls_dir
+        .as_deref()
+        .filter(|dir| has_keys(dir))?;
+    let name = "certificate";
+    if config.name.0 == NOBODY {
+        let what = format!("{}: whose it should be is not known", dir.display());
+        return Some(Check::warn(name, what, "give --name, as the node has it"));
+    }
+    Some(match config.security() {
+        Ok(_) => Check::ok(name, format!("{}: of node {}", dir.display(), config.name)),
+        Err(fault) => Check::fail(
+            name,
+            fault.message,
+            "make one as docs/OPERATIONS.md says, \"TLS between nodes\"",
+        ),
+    })
 }
 
 fn kernel(release: &str) -> Check {

@@ -19,7 +19,7 @@ use super::store::{Registrar, Versioned};
 use super::units::show_ms;
 use crate::registry::RegistryError;
 use crate::replication::ids::{CopyId, NodeName, VolumeId};
-use crate::replication::record::{CopyStatus, Record, State};
+use crate::replication::record::{CopyEntry, CopyStatus, Record, State};
 use crate::replication::throttle::SYNCS_MAX;
 
 /// New copies on their way at once, over all volumes that one node looks after: as many as it brings up to date at once.
@@ -63,15 +63,18 @@ impl Replacements {
         silent: impl Fn(&NodeName) -> Option<Instant>,
     ) -> BTreeSet<CopyId> {
         let seen = self.missing.entry(volume).or_default();
-        let waited_for: BTreeMap<CopyId, &NodeName> = staying(record)
+        let waited_for: BTreeMap<CopyId, &CopyEntry> = staying(record)
             .filter(|c| c.status == CopyStatus::Missing && !syncing.contains(&c.copy_id))
-            .map(|c| (c.copy_id, &c.node))
+            .map(|c| (c.copy_id, c))
             .collect();
         seen.retain(|copy, _| waited_for.contains_key(copy));
-        for (copy, node) in waited_for {
-            // A detached volume's copy is put out when its node was silent for the whole wait already.
-            seen.entry(copy)
-                .or_insert_with(|| silent(node).map_or(now, |since| since.min(now)));
+        for (copy, entry) in waited_for {
+            seen.entry(copy).or_insert_with(|| {
+                // A detached volume's copy is put out when its node was silent for the whole wait already. One that never was
+                // in sync was placed there since, by somebody who hears the node, as this one may not yet.
+                let silent = silent(&entry.node).filter(|_| !is_blank(entry));
+                silent.map_or(now, |since| since.min(now))
+            });
         }
         let Some(wait) = wait else {
             return BTreeSet::new();
@@ -345,6 +348,17 @@ mod tests {
         let record = record("n1:i n2:m n3:m");
         let lost = seen.lost(volume(), &record, &none, now, Some(WAIT), silent);
         assert_eq!(lost, [copy(2)].into());
+    }
+
+    /// It was placed there because somebody hears the node; this one may still think what it thought when the node was gone.
+    #[test]
+    fn a_copy_that_was_just_placed_is_given_the_whole_wait_whatever_was_heard_of_its_node_before() {
+        let (mut seen, none) = (Replacements::default(), BTreeSet::new());
+        let begin = Instant::now();
+        let record = record("n1:i n2:b");
+        let mut lost = |at| seen.lost(volume(), &record, &none, at, Some(WAIT), |_| Some(begin));
+        assert_eq!(lost(begin + WAIT), none);
+        assert_eq!(lost(begin + 2 * WAIT), [copy(2)].into());
     }
 
     #[test]
